@@ -1,0 +1,139 @@
+"""Records to spans: which attributes a step or a request carries, and nothing of how they travel.
+
+The inverse lives in ``stallscope.trace.rebuild``; ``names`` gives the meaning of each attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+from stallscope_telemetry import names
+from stallscope_telemetry.records import FinishReason, RequestInfo, RequestRecord, RequestSnapshot, RequestState, StepRecord
+
+Value = int | str | bool | float | list[int] | list[str]
+Attributes = dict[str, Value]
+
+
+def step_attributes(record: StepRecord, dropped: int) -> Attributes:
+    """Attributes of a step span; ``dropped`` counts the records lost so far. Empty parts are left out."""
+    attributes: Attributes = {
+        names.STEP: record.step,
+        names.DISPATCH_DELAY: record.dispatched_ns - record.scheduled_ns,
+        names.SCHED: record.sched_ns,
+        names.PREFILL_TOKENS: record.prefill_tokens,
+        names.DECODE_TOKENS: record.decode_tokens,
+        names.BATCH_SIZE: record.batch_size,
+        names.RUNNING: record.running,
+        names.WAITING: record.waiting,
+        names.KV_USED: record.kv_used,
+    }
+    if record.idle_ns:
+        attributes[names.IDLE] = record.idle_ns
+    if record.device_ns >= 0:
+        attributes[names.DEVICE] = record.device_ns
+    if record.kv_cached:
+        attributes[names.KV_CACHED] = record.kv_cached
+    if dropped:
+        attributes[names.DROPPED] = dropped
+    if record.keyframe is not None:
+        attributes[names.KEYFRAME] = True
+        _describe_requests(attributes, [snapshot.info for snapshot in record.keyframe], record.scheduled_ns)
+        _describe_states(attributes, record.keyframe)
+    elif record.joined:
+        _describe_requests(attributes, record.joined, record.scheduled_ns)
+    for name, groups in (
+        (names.CHUNKS, record.chunks),
+        (names.DECODES, record.decodes),
+        (names.WAITS, record.waits),
+        (names.PREEMPTED, record.preempted),
+        (names.LEFT, record.left),
+    ):
+        if groups:
+            attributes[name] = [int(value) for value in chain.from_iterable(groups)]
+    return attributes
+
+
+def _describe_requests(attributes: Attributes, infos: Sequence[RequestInfo], scheduled_ns: int) -> None:
+    """One entry a request in each ``stallscope.request.*`` array; arrays that would say nothing are left out."""
+    attributes[names.R_HANDLE] = [info.handle for info in infos]
+    attributes[names.R_ID] = [info.request_id for info in infos]
+    attributes[names.R_TENANT] = [info.tenant for info in infos]
+    attributes[names.R_SOURCE] = [info.tenant_source for info in infos]
+    attributes[names.R_AGE] = [scheduled_ns - info.arrival_ns for info in infos]
+    attributes[names.R_PROMPT] = [info.prompt_tokens for info in infos]
+    attributes[names.R_MAX] = [info.max_tokens for info in infos]
+    _put_integers(attributes, names.R_PRIORITY, (info.priority for info in infos))
+    _put_strings(attributes, names.R_TRACE, (f"{info.trace_id:032x}" if info.trace_id else "" for info in infos))
+    _put_strings(attributes, names.R_SESSION, (info.session for info in infos))
+    _put_strings(attributes, names.R_PREDECESSOR, (info.predecessor for info in infos))
+    _put_strings(attributes, names.R_RETRY_OF, (info.retry_of for info in infos))
+
+
+def _describe_states(attributes: Attributes, snapshots: Sequence[RequestSnapshot]) -> None:
+    """What a keyframe adds: how far everybody is. Waiting reasons come as ``stallscope.wait`` for all who wait."""
+    _put_integers(attributes, names.R_STATE, (int(snapshot.state) for snapshot in snapshots))
+    _put_integers(attributes, names.R_COMPUTED, (snapshot.computed_tokens for snapshot in snapshots))
+    _put_integers(attributes, names.R_OUTPUT, (snapshot.output_tokens for snapshot in snapshots))
+    _put_integers(attributes, names.R_CACHED, (snapshot.cached_tokens for snapshot in snapshots))
+    _put_integers(attributes, names.R_BLOCKS, (snapshot.blocks for snapshot in snapshots))
+    waits = [
+        (snapshot.info.handle, int(snapshot.wait_reason or 0), snapshot.lacking)
+        for snapshot in snapshots
+        if snapshot.state is not RequestState.RUNNING
+    ]
+    if waits:
+        attributes[names.R_WAITS] = list(chain.from_iterable(waits))
+
+
+def _put_integers(attributes: Attributes, name: str, values: Iterable[int]) -> None:
+    listed = list(values)
+    if any(listed):
+        attributes[name] = listed
+
+
+def _put_strings(attributes: Attributes, name: str, values: Iterable[str]) -> None:
+    listed = list(values)
+    if any(listed):
+        attributes[name] = listed
+
+
+def request_attributes(record: RequestRecord) -> Attributes:
+    """Attributes of a request span, made when the request has ended."""
+    info = record.info
+    arrival_ns = info.arrival_ns
+    attributes: Attributes = {
+        names.REQUEST_ID: info.request_id,
+        names.HANDLE: info.handle,
+        names.USAGE_PROMPT: info.prompt_tokens,
+        names.USAGE_COMPLETION: len(record.token_times_ns),
+        names.REQUEST_MAX_TOKENS: info.max_tokens,
+        names.LATENCY_E2E: (record.end_ns - arrival_ns) / 1e9,
+        names.FINISH_REASON: FinishReason(record.finish_reason).name.lower(),
+    }
+    if record.queued_ns:
+        attributes[names.QUEUED] = record.queued_ns - arrival_ns
+    if record.scheduled_ns:
+        attributes[names.SCHEDULED] = record.scheduled_ns - arrival_ns
+        attributes[names.LATENCY_QUEUE] = (record.scheduled_ns - arrival_ns) / 1e9
+    if record.first_token_ns:
+        attributes[names.LATENCY_TTFT] = (record.first_token_ns - arrival_ns) / 1e9
+    if record.delivered_ns > record.end_ns:
+        attributes[names.DELIVERED] = record.delivered_ns - record.end_ns
+    if info.tenant:
+        attributes[names.TENANT] = info.tenant
+        attributes[names.TENANT_SOURCE] = info.tenant_source
+    optional: tuple[tuple[str, int | str], ...] = (
+        (names.PRIORITY, info.priority),
+        (names.CACHED_TOKENS, record.cached_tokens),
+        (names.PREEMPTIONS, record.preemptions),
+        (names.SESSION, info.session),
+        (names.PREDECESSOR, info.predecessor),
+        (names.RETRY_OF, info.retry_of),
+    )
+    attributes.update({name: value for name, value in optional if value})
+    times = record.token_times_ns
+    if times:
+        gaps = [times[0] - arrival_ns, *(later - sooner for sooner, later in zip(times, times[1:], strict=False))]
+        attributes[names.TOKEN_TIMES] = ",".join(map(str, gaps))
+    return attributes
