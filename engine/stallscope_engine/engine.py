@@ -11,7 +11,7 @@ from typing import Protocol
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Batch, Scheduler
-from stallscope_telemetry.records import FinishReason, RequestRecord, StepRecord
+from stallscope_telemetry.records import FinishReason, RequestRecord, RequestSnapshot, StepRecord
 
 
 class Clock(Protocol):
@@ -75,16 +75,25 @@ class Recorder(Protocol):
 
 
 class Engine:
-    """One replica: a scheduler, an executor and a clock. Everything happens on the thread that calls ``step``."""
+    """One replica: a scheduler, an executor and a clock. Everything happens on the thread that calls ``step``.
+
+    ``before_dispatch`` is host work that belongs to a batch: in virtual time, what scheduling it costs.
+    """
 
     def __init__(
-        self, config: EngineConfig, executor: Executor, clock: Clock, recorder: Recorder | None = None
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        clock: Clock,
+        recorder: Recorder | None = None,
+        before_dispatch: Callable[[Batch], None] | None = None,
     ) -> None:
         self.config = config
         self.scheduler = Scheduler(config)
         self.executor = executor
         self.clock = clock
         self.recorder = recorder
+        self.before_dispatch = before_dispatch
         self.steps = 0
         self._idle_ns = 0
 
@@ -103,60 +112,86 @@ class Engine:
         """Schedules, executes and completes one batch; returns the requests that finished with it."""
         if not self.scheduler.has_work:
             return []
-        recorder = self.recorder
         scheduled_ns = self.clock.now_ns()
         batch = self.scheduler.schedule(scheduled_ns)
-        keyframe = recorder is not None and recorder.wants_keyframe(self.steps)
-        snapshot = self.scheduler.snapshot() if keyframe else None
+        keyframe = self._keyframe()
+        if self.before_dispatch is not None:
+            self.before_dispatch(batch)
         dispatched_ns = self.clock.now_ns()
         result = self.executor.execute(batch)
         ready_ns = self.clock.now_ns()
         finished = self.scheduler.complete(batch, ready_ns, result.stopped)
-        if recorder is not None:
-            recorder.step(
-                StepRecord(
-                    self.steps,
-                    scheduled_ns,
-                    dispatched_ns,
-                    ready_ns,
-                    self._idle_ns,
-                    dispatched_ns - scheduled_ns,
-                    result.device_ns,
-                    batch.prefill_tokens,
-                    batch.decode_tokens,
-                    len(batch.requests),
-                    batch.running,
-                    batch.waiting,
-                    batch.kv_used,
-                    0,
-                    [request.info for request in batch.joined] if batch.joined else (),
-                    batch.chunks,
-                    batch.paused,
-                    batch.waits,
-                    batch.preempted,
-                    batch.left,
-                    snapshot,
-                )
-            )
-            for request in finished:
-                recorder.request(_request_record(request, ready_ns))
+        self._record(
+            batch, finished, keyframe, dispatched_ns=dispatched_ns, ready_ns=ready_ns, device_ns=result.device_ns
+        )
         self._idle_ns = 0
         self.steps += 1
         return finished
+
+    # What telemetry costs this thread is in the two methods below (benchmarks/telemetry_overhead.py times them).
+
+    def _keyframe(self) -> list[RequestSnapshot] | None:
+        recorder = self.recorder
+        return self.scheduler.snapshot() if recorder is not None and recorder.wants_keyframe(self.steps) else None
+
+    def _record(
+        self,
+        batch: Batch,
+        finished: list[Request],
+        keyframe: list[RequestSnapshot] | None,
+        *,
+        dispatched_ns: int,
+        ready_ns: int,
+        device_ns: int,
+    ) -> None:
+        recorder = self.recorder
+        if recorder is None:
+            return
+        recorder.step(
+            StepRecord(
+                self.steps,
+                batch.scheduled_ns,
+                dispatched_ns,
+                ready_ns,
+                self._idle_ns,
+                dispatched_ns - batch.scheduled_ns,
+                device_ns,
+                batch.prefill_tokens,
+                batch.decode_tokens,
+                len(batch.requests),
+                batch.running,
+                batch.waiting,
+                batch.kv_used,
+                0,
+                [request.info for request in batch.joined] if batch.joined else (),
+                batch.chunks,
+                batch.paused,
+                batch.waits,
+                batch.preempted,
+                batch.left,
+                keyframe,
+            )
+        )
+        for request in finished:
+            recorder.request(_request_record(request, ready_ns))
 
     def run(
         self,
         arrivals: Iterable[Request],
         until_ns: int | None = None,
+        before_step: Callable[[], None] | None = None,
         after_step: Callable[[list[Request]], None] | None = None,
     ) -> None:
         """Serves ``arrivals`` (ordered by ``info.arrival_ns``) open-loop until all are done.
 
         A request enters the queue before the first step after its arrival, whatever the engine was doing then.
-        ``until_ns`` ends the run early and leaves the rest open. ``after_step`` sees who finished.
+        ``until_ns`` ends the run early and leaves the rest open. ``before_step`` comes before a step's arrivals are
+        queued: whatever holds the host up there is a gap between steps. ``after_step`` sees who finished.
         """
         pending = deque(arrivals)
         while pending or self.scheduler.has_work:
+            if before_step is not None:
+                before_step()
             now_ns = self.clock.now_ns()
             if until_ns is not None and now_ns >= until_ns:
                 return

@@ -82,7 +82,7 @@ class Scheduler:
         capacity = config.kv_blocks * config.block_size
         if most > capacity:
             raise RequestRejected(
-                f"request {info.request_id}: {most} tokens do not fit the KV cache of {capacity} tokens; raise kv_blocks"
+                f"request {info.request_id}: {most} tokens do not fit the KV cache of {capacity}; raise kv_blocks"
             )
         if not config.chunked_prefill and most > config.max_num_batched_tokens:
             raise RequestRejected(
@@ -174,7 +174,7 @@ class Scheduler:
     # --- how a batch is chosen ------------------------------------------------------------------------------
 
     def _schedule_running(self, batch: Batch) -> int:
-        """Gives each running request its tokens, preempting the latest where blocks run out; returns the budget left."""
+        """Gives running requests their tokens, preempting the latest where blocks run out; returns the budget left."""
         budget = self.config.max_num_batched_tokens
         running = self.running
         index = 0

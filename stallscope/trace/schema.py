@@ -62,7 +62,8 @@ STEPS = pa.schema(
 # A stretch of steps in which a request's state does not change. `tokens` is what it computes in each step of the
 # stretch (0 unless prefill or decode), so it holds `context_start + (k - first_step) * tokens` tokens before step k.
 # `kv_blocks` is what it holds in the first step. `holder` is the request charged with a preemption's wait and its
-# recompute: who took the blocks (null otherwise). Steps are inclusive, and rows of one request never overlap.
+# recompute: who took the blocks (null otherwise, and where the preemption was not seen). Steps are inclusive, rows of
+# one request never overlap, and no row spans a lost step.
 RESIDENCY = pa.schema(
     [
         ("replica", NAME),
@@ -102,7 +103,7 @@ REQUESTS = pa.schema(
         ("prompt_tokens", INT),
         ("cached_tokens", INT),
         ("max_tokens", INT),
-        ("output_tokens", INT),
+        ("output_tokens", INT),  # as far as seen
         ("preemptions", INT),
         ("state", NAME),  # finished, open, lost
         ("finish_reason", NAME),  # stop, length, abort, timeout, error; null unless finished
@@ -110,7 +111,8 @@ REQUESTS = pa.schema(
     ]
 )
 
-# Every inter-token gap above the floor (count 1), or all of a request's gaps in one bin below it.
+# Every inter-token gap from the floor on (count 1; the floor is in ``requests``), or all of a request's gaps in one
+# octave below it: start of the first, mean length, count.
 GAPS = pa.schema([("replica", NAME), ("request", NAME), ("start", INT), ("length_ns", INT), ("count", INT)])
 
 EVICTIONS = pa.schema(
@@ -152,6 +154,8 @@ GPU = pa.schema(
     ]
 )
 
+# Stretches, in order: batches known (fidelity 3) from step 0 or a keyframe until a step is lost; from there to the next
+# keyframe only sums of the steps seen (2), or nothing but requests (1). Steps before the first one seen are not lost.
 COVERAGE = pa.schema(
     [
         ("replica", NAME),

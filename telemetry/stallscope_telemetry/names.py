@@ -129,9 +129,7 @@ CHUNKS = _declare("step", "stallscope.prefill", "int[]", "tokens", "pairs: handl
 DECODES = _declare(
     "step", "stallscope.decode", "int[]", "tokens", "pairs: handle, tokens, of who takes none or several"
 )
-WAITS = _declare(
-    "step", "stallscope.wait", "int[]", "", "triples: handle, WaitReason, amount lacking; changes only"
-)
+WAITS = _declare("step", "stallscope.wait", "int[]", "", "triples: handle, WaitReason, amount lacking; changes only")
 PREEMPTED = _declare("step", "stallscope.preempted", "int[]", "", "pairs: handle, handle of who took the blocks")
 LEFT = _declare("step", "stallscope.left", "int[]", "", "pairs: handle, FinishReason")
 
@@ -141,9 +139,7 @@ USAGE_PROMPT = _declare("request", "gen_ai.usage.prompt_tokens", "int", "tokens"
 USAGE_COMPLETION = _declare("request", "gen_ai.usage.completion_tokens", "int", "tokens", "output tokens")
 REQUEST_MAX_TOKENS = _declare("request", "gen_ai.request.max_tokens", "int", "tokens", "most output tokens allowed")
 LATENCY_QUEUE = _declare("request", "gen_ai.latency.time_in_queue", "float", "s", "arrival to first scheduled")
-LATENCY_TTFT = _declare(
-    "request", "gen_ai.latency.time_to_first_token", "float", "s", "arrival to first output token"
-)
+LATENCY_TTFT = _declare("request", "gen_ai.latency.time_to_first_token", "float", "s", "arrival to first output token")
 LATENCY_E2E = _declare("request", "gen_ai.latency.e2e", "float", "s", "arrival to last output token")
 HANDLE = _declare("request", "stallscope.handle", "int", "", "small integer that step spans use")
 TENANT = _declare("request", "stallscope.tenant", "str", "", "tenant, absent where unknown")

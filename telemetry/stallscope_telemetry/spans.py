@@ -6,13 +6,77 @@ The inverse lives in ``stallscope.trace.rebuild``; ``names`` gives the meaning o
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, pairwise
 
 from stallscope_telemetry import names
-from stallscope_telemetry.records import FinishReason, RequestInfo, RequestRecord, RequestSnapshot, RequestState, StepRecord
+from stallscope_telemetry.records import (
+    FinishReason,
+    RequestInfo,
+    RequestRecord,
+    RequestSnapshot,
+    RequestState,
+    StepRecord,
+)
 
 Value = int | str | bool | float | list[int] | list[str]
 Attributes = dict[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    """What a replica is and is set to: the Resource of its spans, and all that a replay needs."""
+
+    replica: str
+    model: str
+    engine_version: str
+    executor: str  # what runs the batches, e.g. torch or virtual
+    block_size: int  # tokens
+    total_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunked_prefill: bool
+    policy: str = "fcfs"
+    watermark: float = 0.0  # share of blocks kept free at admission
+    prefix_caching: bool = False
+    async_scheduling: bool = False
+    service_name: str = "stallscope-engine"
+    engine: str = "stallscope"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    group: str = ""  # replicas that serve the same model together; "" where there is none
+    rank: int = 0
+    role: str = "both"  # prefill, decode or both
+
+
+def resource_attributes(engine: EngineDescription) -> Attributes:
+    """Attributes of the Resource that all spans of a replica share."""
+    attributes: Attributes = {
+        names.SERVICE_NAME: engine.service_name,
+        names.REPLICA: engine.replica,
+        names.RANK: engine.rank,
+        names.ROLE: engine.role,
+        names.MODEL: engine.model,
+        names.ENGINE: engine.engine,
+        names.ENGINE_VERSION: engine.engine_version,
+        names.EXECUTOR: engine.executor,
+        names.POLICY: engine.policy,
+        names.BLOCK_SIZE: engine.block_size,
+        names.KV_TOTAL: engine.total_blocks,
+        names.MAX_NUM_SEQS: engine.max_num_seqs,
+        names.MAX_NUM_BATCHED_TOKENS: engine.max_num_batched_tokens,
+        names.CHUNKED_PREFILL: engine.chunked_prefill,
+        names.WATERMARK: float(engine.watermark),
+        names.PREFIX_CACHING: engine.prefix_caching,
+        names.ASYNC_SCHEDULING: engine.async_scheduling,
+        names.TENSOR_PARALLEL: engine.tensor_parallel,
+        names.PIPELINE_PARALLEL: engine.pipeline_parallel,
+        names.DATA_PARALLEL: engine.data_parallel,
+    }
+    if engine.group:
+        attributes[names.GROUP] = engine.group
+    return attributes
 
 
 def step_attributes(record: StepRecord, dropped: int) -> Attributes:
@@ -57,17 +121,17 @@ def step_attributes(record: StepRecord, dropped: int) -> Attributes:
 def _describe_requests(attributes: Attributes, infos: Sequence[RequestInfo], scheduled_ns: int) -> None:
     """One entry a request in each ``stallscope.request.*`` array; arrays that would say nothing are left out."""
     attributes[names.R_HANDLE] = [info.handle for info in infos]
-    attributes[names.R_ID] = [info.request_id for info in infos]
-    attributes[names.R_TENANT] = [info.tenant for info in infos]
-    attributes[names.R_SOURCE] = [info.tenant_source for info in infos]
+    attributes[names.R_ID] = [_text(info.request_id) for info in infos]
+    attributes[names.R_TENANT] = [_text(info.tenant) for info in infos]
+    attributes[names.R_SOURCE] = [_text(info.tenant_source) for info in infos]
     attributes[names.R_AGE] = [scheduled_ns - info.arrival_ns for info in infos]
     attributes[names.R_PROMPT] = [info.prompt_tokens for info in infos]
     attributes[names.R_MAX] = [info.max_tokens for info in infos]
     _put_integers(attributes, names.R_PRIORITY, (info.priority for info in infos))
     _put_strings(attributes, names.R_TRACE, (f"{info.trace_id:032x}" if info.trace_id else "" for info in infos))
-    _put_strings(attributes, names.R_SESSION, (info.session for info in infos))
-    _put_strings(attributes, names.R_PREDECESSOR, (info.predecessor for info in infos))
-    _put_strings(attributes, names.R_RETRY_OF, (info.retry_of for info in infos))
+    _put_strings(attributes, names.R_SESSION, (_text(info.session) for info in infos))
+    _put_strings(attributes, names.R_PREDECESSOR, (_text(info.predecessor) for info in infos))
+    _put_strings(attributes, names.R_RETRY_OF, (_text(info.retry_of) for info in infos))
 
 
 def _describe_states(attributes: Attributes, snapshots: Sequence[RequestSnapshot]) -> None:
@@ -98,12 +162,17 @@ def _put_strings(attributes: Attributes, name: str, values: Iterable[str]) -> No
         attributes[name] = listed
 
 
+def _text(value: str) -> str:
+    """``value`` as it can be encoded: a lone surrogate in a client's string would cost the array, or the file line."""
+    return value if value.isascii() else value.encode("utf-8", "replace").decode()
+
+
 def request_attributes(record: RequestRecord) -> Attributes:
     """Attributes of a request span, made when the request has ended."""
     info = record.info
     arrival_ns = info.arrival_ns
     attributes: Attributes = {
-        names.REQUEST_ID: info.request_id,
+        names.REQUEST_ID: _text(info.request_id),
         names.HANDLE: info.handle,
         names.USAGE_PROMPT: info.prompt_tokens,
         names.USAGE_COMPLETION: len(record.token_times_ns),
@@ -121,19 +190,19 @@ def request_attributes(record: RequestRecord) -> Attributes:
     if record.delivered_ns > record.end_ns:
         attributes[names.DELIVERED] = record.delivered_ns - record.end_ns
     if info.tenant:
-        attributes[names.TENANT] = info.tenant
-        attributes[names.TENANT_SOURCE] = info.tenant_source
+        attributes[names.TENANT] = _text(info.tenant)
+        attributes[names.TENANT_SOURCE] = _text(info.tenant_source)
     optional: tuple[tuple[str, int | str], ...] = (
         (names.PRIORITY, info.priority),
         (names.CACHED_TOKENS, record.cached_tokens),
         (names.PREEMPTIONS, record.preemptions),
-        (names.SESSION, info.session),
-        (names.PREDECESSOR, info.predecessor),
-        (names.RETRY_OF, info.retry_of),
+        (names.SESSION, _text(info.session)),
+        (names.PREDECESSOR, _text(info.predecessor)),
+        (names.RETRY_OF, _text(info.retry_of)),
     )
     attributes.update({name: value for name, value in optional if value})
     times = record.token_times_ns
     if times:
-        gaps = [times[0] - arrival_ns, *(later - sooner for sooner, later in zip(times, times[1:], strict=False))]
+        gaps = [times[0] - arrival_ns, *(later - sooner for sooner, later in pairwise(times))]
         attributes[names.TOKEN_TIMES] = ",".join(map(str, gaps))
     return attributes

@@ -1,0 +1,75 @@
+# `make demo` shows a stall being diagnosed, `make test` checks everything; both fill .venv first when it lacks something.
+#
+# PIP_ARGS goes to pip. Where PyPI's PyTorch would bring gigabytes of CUDA and there is no GPU to use them:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+
+BIN := .venv/bin
+PINS := pyproject.toml telemetry/pyproject.toml constraints.txt
+# Without --no-compile pip spends half of its time on modules that nobody will import.
+INSTALL = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+PYTHON_IS_NEW = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
+
+LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check .
+TYPES = $(BIN)/mypy
+IMPORTS = $(BIN)/lint-imports --no-logo
+
+.PHONY: help demo test lint types imports format docs clean
+
+help:
+	@echo "make demo      record a stall on the bundled engine, diagnose it, say who did it"
+	@echo "make test      lint, types, imports and all tests"
+	@echo "make lint | types | imports     one of these"
+	@echo "make format    format the code and mend what ruff can mend"
+	@echo "make docs      write the pages of docs/ that are made from code"
+	@echo "make clean     remove .venv and caches"
+
+demo: .venv/.installed-demo
+	@$(BIN)/stallscope demo
+
+# Each check runs even if one before it failed: one run shows all there is to mend, and pytest's summary comes last.
+test: .venv/.installed-dev
+	@failed=0; \
+	{ $(LINT); } || failed=1; \
+	$(TYPES) || failed=1; \
+	$(IMPORTS) || failed=1; \
+	$(BIN)/pytest || failed=1; \
+	exit $$failed
+
+lint: .venv/.installed-dev
+	@$(LINT)
+
+types: .venv/.installed-dev
+	@$(TYPES)
+
+imports: .venv/.installed-dev
+	@$(IMPORTS)
+
+format: .venv/.installed-dev
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+docs: .venv/.installed-dev
+	@$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.venv/bin/pip:
+	$(if $(PYTHON_IS_NEW),,$(error stallscope needs Python 3.11 or newer, but '$(PYTHON)' is not: name one, as in 'make $(MAKECMDGOALS) PYTHON=python3.12'))
+	@$(PYTHON) -m venv .venv
+
+# Without PyTorch the demo still runs, in virtual time. No stamp then, so that the next run tries again.
+.venv/.installed-demo: $(PINS) | .venv/bin/pip
+	@echo "Installing stallscope and PyTorch into .venv: about a minute, longer where PyTorch comes with CUDA (PIP_ARGS in the README)."
+	@if $(INSTALL) -e telemetry -e '.[engine]'; then touch $@; else \
+	  echo "PyTorch could not be installed: going on without it, the demo will run in virtual time."; \
+	  $(INSTALL) -e telemetry -e .; \
+	fi
+
+# All that the demo needs is among it.
+.venv/.installed-dev: $(PINS) | .venv/bin/pip
+	@echo "Installing stallscope, PyTorch and the test tools into .venv: two minutes, longer where PyTorch comes with CUDA (PIP_ARGS in the README)."
+	@$(INSTALL) -e telemetry -e '.[all,dev]'
+	@touch .venv/.installed-demo $@

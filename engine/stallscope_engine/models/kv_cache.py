@@ -1,0 +1,175 @@
+"""Keys and values in numbered blocks, and attention that reads them from there; ``llama`` calls it in each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stallscope_engine.models.configs import ModelConfig
+
+#: Context lengths are padded up to a multiple of this (tokens): oneDNN compiles a kernel for each new shape, which
+#: costs more than the padding.
+CONTEXT_ROUND = 64
+#: Queries of a prefill that are attended to at once (tokens): their scores stay in the processor's cache.
+PREFILL_TILE = 128
+_TILE_ROUND = 32
+#: What another group of decodes costs, in tokens of padding that would take as long.
+GROUP_COST = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """``tokens`` rows of the batch from ``first`` on: one request's tokens from position ``start`` on.
+
+    ``blocks`` are the cache rows of its whole context, padded (see ``PagedKVCache.span``).
+    """
+
+    first: int
+    tokens: int
+    start: int
+    blocks: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """``requests`` rows of the batch from ``first`` on, one query each, with contexts of similar length.
+
+    ``blocks`` are the cache rows of all contexts, each padded to the same length; ``bias``
+    [KV heads * requests, queries per KV head, padded context] is -inf where a position is beyond a context.
+    """
+
+    first: int
+    requests: int
+    blocks: Tensor
+    bias: Tensor
+
+
+class PagedKVCache:
+    """One tensor a layer, [block, key or value, KV head, position in block, head_dim], shared by all requests.
+
+    A block is one stretch of memory: gathering scattered blocks took three to six times as long when each of its
+    heads lay in a region of its own.
+    """
+
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+        self.block_size = block_size
+        self.kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.dtype = dtype
+        # Zeros, since a padded position is read before it is masked, and a NaN would outlive the mask.
+        self._layers = [
+            torch.zeros(num_blocks * 2 * self.kv_heads, block_size * self.head_dim, dtype=dtype)
+            for _ in range(config.num_hidden_layers)
+        ]
+        self._tokens = [layer.view(-1, self.head_dim) for layer in self._layers]
+        self._heads = torch.arange(2 * self.kv_heads)
+        self._scratch = torch.empty(0, dtype=dtype)
+        self._causal = torch.full((PREFILL_TILE, 2 * PREFILL_TILE), -torch.inf, dtype=dtype).triu_(1)
+        self._scale = self.head_dim**-0.5
+
+    def span(self, first: int, tokens: int, start: int, table: Tensor, line: int) -> PrefillSpan:
+        """The prefill of ``tokens`` tokens from position ``start`` on, whose blocks are on ``line`` of the table."""
+        padded = _round_up(start + _round_up(tokens, _TILE_ROUND), PREFILL_TILE)
+        return PrefillSpan(first, tokens, start, self._rows_of(table, [line], padded))
+
+    def groups(self, contexts: list[int], table: Tensor, lines: list[int], first: int) -> list[DecodeGroup]:
+        """Queries of one token each, in groups; ``contexts``: tokens in the cache, the longest first.
+
+        ``lines`` are their lines of the block table, ``first`` is the first one's row of the batch.
+        """
+        return [
+            DecodeGroup(
+                first + begin,
+                end - begin,
+                self._rows_of(table, lines[begin:end], contexts[begin]),
+                self._bias_of(contexts[begin:end]),
+            )
+            for begin, end in _similar(contexts, 0, len(contexts))
+        ]
+
+    def table_width(self, num_blocks: int) -> int:
+        """Blocks that a line of the block table must have room for, when a request can hold ``num_blocks``."""
+        return num_blocks + -(-2 * PREFILL_TILE // self.block_size)
+
+    def slots_of(self, blocks: Tensor, offsets: Tensor) -> Tensor:
+        """Where tokens at ``offsets`` [tokens] of ``blocks`` [tokens] are kept: for ``write``."""
+        rows = blocks[:, None] * len(self._heads) + self._heads
+        return (rows * self.block_size + offsets[:, None]).flatten()
+
+    def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:
+        """Stores ``keys_values`` [tokens, KV heads' keys then KV heads' values, head_dim]."""
+        self._tokens[layer].index_copy_(0, slots, keys_values.reshape(-1, self.head_dim))
+
+    def attend_decodes(self, layer: int, group: DecodeGroup, queries: Tensor, out: Tensor) -> None:
+        """Attention of ``group``: from ``queries`` [rows, heads, head_dim] to the same rows of ``out``."""
+        rows = slice(group.first, group.first + group.requests)
+        shape = (group.requests, self.kv_heads, self.group, self.head_dim)
+        query = queries[rows].view(shape).transpose(0, 1).reshape(-1, self.group, self.head_dim)
+        keys, values = self._gather(layer, group.blocks, len(query))
+        scores = torch.baddbmm(group.bias, query, keys.transpose(1, 2), alpha=self._scale)
+        context = torch.bmm(torch.softmax(scores, -1, out=scores), values)
+        out[rows].view(shape).copy_(context.view(self.kv_heads, group.requests, self.group, -1).transpose(0, 1))
+
+    def attend_prefill(self, layer: int, span: PrefillSpan, queries: Tensor, out: Tensor) -> None:
+        """Causal attention of ``span`` to its own past and itself, a tile of queries at a time."""
+        rows = slice(span.first, span.first + span.tokens)
+        shape = (span.tokens, self.kv_heads, self.group, self.head_dim)
+        keys, values = self._gather(layer, span.blocks, self.kv_heads)
+        padded = _round_up(span.tokens, _TILE_ROUND)
+        query = queries.new_zeros(self.kv_heads, self.group, padded, self.head_dim)
+        query[:, :, : span.tokens] = queries[rows].view(shape).permute(1, 2, 0, 3)
+        for first in range(0, padded, PREFILL_TILE):
+            tile = query[:, :, first : first + PREFILL_TILE]
+            tokens = tile.shape[2]
+            past = span.start + first
+            end = _round_up(past + tokens, PREFILL_TILE)
+            scores = torch.bmm(tile.reshape(self.kv_heads, -1, self.head_dim), keys[:, :end].transpose(1, 2))
+            scores.mul_(self._scale)
+            scores.view(self.kv_heads, self.group, tokens, end)[..., past:].add_(self._causal[:tokens, : end - past])
+            torch.softmax(scores, -1, out=scores)
+            tile.copy_(torch.bmm(scores, values[:, :end]).view_as(tile))
+        out[rows].view(shape).copy_(query[:, :, : span.tokens].permute(2, 0, 1, 3))
+
+    def _rows_of(self, table: Tensor, lines: list[int], tokens: int) -> Tensor:
+        """Cache rows of the first ``tokens`` tokens, padded, of each line: 1-D, keys before values, by head."""
+        return (table[:, : self._blocks_of(tokens)][lines] * len(self._heads) + self._heads[:, None, None]).flatten()
+
+    def _bias_of(self, contexts: list[int]) -> Tensor:
+        padded = self._blocks_of(contexts[0]) * self.block_size
+        beyond = torch.arange(padded) >= torch.tensor(contexts)[:, None]
+        bias = torch.zeros(beyond.shape, dtype=self.dtype).masked_fill_(beyond, -torch.inf)
+        shape = (self.kv_heads, len(contexts), self.group, padded)
+        return bias[None, :, None].expand(shape).reshape(-1, self.group, padded)
+
+    def _blocks_of(self, tokens: int) -> int:
+        """Blocks to read for ``tokens`` tokens, padded."""
+        return -(-_round_up(tokens, CONTEXT_ROUND) // self.block_size)
+
+    def _gather(self, layer: int, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [batch, context, head_dim] of cache rows, in memory that the next call overwrites."""
+        size = rows.numel() * self.block_size * self.head_dim
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=self.dtype)
+        gathered = self._scratch[:size].view(rows.numel(), -1)
+        torch.index_select(self._layers[layer], 0, rows, out=gathered)
+        keys, values = gathered.view(2, batch, -1, self.head_dim)
+        return keys, values
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _similar(contexts: list[int], begin: int, end: int) -> list[tuple[int, int]]:
+    """Cuts contexts, the longest first, where that saves more padding than another group costs."""
+    best, where = GROUP_COST, 0
+    for size in (1, 2, 4, *range(8, end - begin, 8)):
+        cut = begin + size
+        if cut < end and (saved := (contexts[begin] - contexts[cut]) * (end - cut)) > best:
+            best, where = saved, cut
+    if not where:
+        return [(begin, end)] if begin < end else []
+    return _similar(contexts, begin, where) + _similar(contexts, where, end)

@@ -1,0 +1,94 @@
+"""The whole analysis of a trace, from tables to a ``Diagnosis``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+
+from stallscope.diagnosis.incidents import find_windows, measure_waits
+from stallscope.diagnosis.load import KV, STEP_TIME, Loads
+from stallscope.diagnosis.model import Confidence, Coverage, Diagnosis, Incident, TenantSummary, Verdict
+from stallscope.diagnosis.replica import Replica, replicas
+from stallscope.diagnosis.verdict import judge, quantiles
+from stallscope.trace import Trace
+
+FEWEST_REQUESTS = 20  # below, usual and unusual can't be told apart
+UNKNOWN = "(unknown)"
+
+
+def diagnose(trace: Trace) -> Diagnosis:
+    """Finds the incidents of a trace and judges each; needs steps (fidelity 3)."""
+    incidents: list[Incident] = []
+    summaries: list[TenantSummary] = []
+    errors: list[float] = []
+    for replica in replicas(trace):
+        waits = measure_waits(replica)
+        windows = find_windows(waits, replica)
+        incidents.extend(judge(replica, waits, windows))
+        summaries.extend(_summaries(replica, waits.table))
+        errors.append(replica.ledger.model.error)
+    incidents.sort(key=lambda incident: -incident.lost_s)
+    coverage = _coverage(trace, max(errors, default=0.0))
+    verdict, confidence = _overall(incidents, coverage)
+    steps = trace.steps
+    return Diagnosis(
+        source=trace.source,
+        start_ns=pc.min(steps["scheduled"]).as_py() or 0,
+        end_ns=pc.max(steps["ready"]).as_py() or 0,
+        verdict=verdict,
+        confidence=confidence,
+        coverage=coverage,
+        incidents=tuple(incidents),
+        tenants=tuple(summaries),
+        notes=tuple(f"{finding.text} ({finding.where}, {finding.count} times)" for finding in trace.findings),
+    )
+
+
+def _overall(incidents: list[Incident], coverage: Coverage) -> tuple[Verdict, Confidence]:
+    """The verdict of the most harmful incident; without one, healthy if there was enough to see."""
+    if incidents:
+        return incidents[0].verdict, incidents[0].confidence
+    if coverage.requests < FEWEST_REQUESTS or coverage.steps_lost > coverage.steps:
+        return Verdict.INSUFFICIENT_DATA, Confidence.LOW
+    return Verdict.HEALTHY, Confidence.MEDIUM
+
+
+def _coverage(trace: Trace, error: float) -> Coverage:
+    coverage, requests = trace.coverage.to_pandas(), trace.requests.to_pandas()
+    states = requests["state"].astype(str)
+    return Coverage(
+        fidelity=int(coverage["fidelity"].min()) if len(coverage) else 0,
+        steps=int(coverage["steps_seen"].sum()),
+        steps_lost=int(coverage["steps_lost"].sum()),
+        records_dropped=int(coverage["spans_dropped"].sum()),
+        requests=len(requests),
+        requests_open=int((states == "open").sum()),
+        requests_lost=int((states == "lost").sum()),
+        known_tenant_share=float((requests["tenant"].astype(str) != UNKNOWN).mean()) if len(requests) else 0.0,
+        cost_model_error=error,
+    )
+
+
+def _summaries(replica: Replica, waits: pd.DataFrame) -> list[TenantSummary]:
+    requests = replica.requests
+    tokens = (requests["prompt_tokens"] + requests["output_tokens"]).groupby(requests["tenant"]).sum()
+    timeline = replica.timeline
+    span = (int(timeline.before[0]), int(timeline.end[-1]))
+    loads = Loads(replica, [])
+    shares = {
+        resource: np.array([loads.of(code, resource, *span).level for code in range(len(replica.tenants))])
+        for resource in (STEP_TIME, KV)
+    }
+    return [
+        TenantSummary(
+            tenant,
+            replica.sources[code],
+            int((requests["tenant"] == code).sum()),
+            quantiles(waits[waits["tenant"] == code]),
+            float(tokens.get(code, 0) / max(tokens.sum(), 1)),
+            float(shares[STEP_TIME][code] / max(shares[STEP_TIME].sum(), 1e-12)),
+            float(shares[KV][code] / max(shares[KV].sum(), 1e-12)),
+        )
+        for code, tenant in enumerate(replica.tenants)
+    ]

@@ -1,0 +1,150 @@
+"""Waits of every request, which of them were far beyond the tenant's usual, and when: incidents and their victims.
+
+A wait is a request's time to first token, or one of its inter-token gaps. Waits are compared without the request's
+own work in them (what its prompt and tokens cost by themselves), which matches each request to healthy ones of its own
+length. A tenant's usual is taken from the calmer part of time bins, so that a stall, however bad, does not raise
+the bar for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
+from stallscope.diagnosis.replica import Replica
+from stallscope.diagnosis.timeline import Floats, Ints
+
+METRICS = ("ttft", "itl")
+TTFT, ITL = 0, 1
+NOTICEABLE_NS = 50_000_000  # nobody opens an incident for less
+BIN_NS = 1_000_000_000  # shortest bin; longer in long traces
+_MOST_BINS = 500
+_SIGMAS = 5.0
+_TIMES_USUAL = (3.0, 10.0)  # the bar lies between these multiples of the usual
+FEWEST_STALLED = 3
+TAIL_SHARE = 0.01  # p99: what fewer than one in a hundred meet does not move it
+TAIL_REQUESTS = 300  # requests that a p99 needs behind it
+
+
+@dataclass(frozen=True, eq=False)
+class Waits:
+    """All waits of a replica and their charges.
+
+    ``table`` (index = wait): metric (``METRICS`` code), request, tenant, begin, end (ns), censored (had not ended when
+    last seen), delay (ns, without own work), bar (ns: the delay above which it is stalled), stalled.
+    ``charges``: query (wait), holder, mechanism, ns, as ``Partition.charge`` gives them with tenants as groups.
+    """
+
+    table: pd.DataFrame
+    charges: pd.DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A stretch of time with stalled waits (``waits``: their indices), ns."""
+
+    start: int
+    end: int
+    waits: Ints
+
+
+def measure_waits(replica: Replica) -> Waits:
+    """TTFT and inter-token gaps of a replica's requests, partitioned and compared with their tenant's usual."""
+    requests, gaps = replica.requests, replica.gaps
+    first_token = requests["first_token"].to_numpy()
+    end = np.where(first_token >= 0, first_token, requests["seen_until"])
+    ttft = pd.DataFrame(
+        {
+            "metric": TTFT,
+            "request": np.arange(len(requests)),
+            "begin": requests["arrival"],
+            "end": end,
+            "censored": first_token < 0,
+        }
+    )
+    # Each long gap, and for everybody the longest of the short ones, so that a percentile counts all requests.
+    short = gaps[gaps["count"] > 1].sort_values("length_ns").drop_duplicates("request", keep="last")
+    chosen = pd.concat([gaps[gaps["count"] == 1], short])
+    itl = pd.DataFrame(
+        {
+            "metric": ITL,
+            "request": chosen["request"],
+            "begin": chosen["start"],
+            "end": chosen["start"] + chosen["length_ns"],
+            "censored": False,
+        }
+    )
+    table = pd.concat([ttft, itl], ignore_index=True)
+    table["tenant"] = replica.tenant_of_request[table["request"].to_numpy()]
+    queries = table[["request", "begin", "end"]].assign(query=table.index)
+    charges = replica.partition.charge(queries, replica.tenant_of_request)
+    own = charges[(charges["holder"] == Party.OWN) & (charges["mechanism"] == MECHANISMS.index(Mechanism.OWN_WORK))]
+    own_ns = own.groupby("query")["ns"].sum().reindex(table.index, fill_value=0)
+    table["delay"] = table["end"] - table["begin"] - own_ns
+    span = replica.timeline.end[-1] - replica.timeline.before[0] if len(replica.timeline) else 0
+    bin_ns = max(BIN_NS, int(span) // _MOST_BINS)
+    table["bar"] = _bars(table, bin_ns)
+    table["stalled"] = (table["delay"] > table["bar"]) & (table["delay"] > NOTICEABLE_NS)
+    return Waits(table, charges)
+
+
+def _bars(table: pd.DataFrame, bin_ns: int) -> Floats:
+    """Per wait: the delay (ns) beyond which its tenant's waits of this metric count as stalled.
+
+    From the worst delay of each time bin: median and spread are estimated from the calmer 30% of the bins (as the
+    normal distribution of their logarithms has them), so that up to two thirds of the bins may be stalled.
+    """
+    worst = (
+        table.assign(bin=table["begin"] // bin_ns)
+        .groupby(["tenant", "metric", "bin"])["delay"]
+        .max()
+        .clip(lower=1e6)  # below a millisecond, differences mean nothing
+        .apply(np.log)
+    )
+    by_tenant = worst.groupby(level=["tenant", "metric"])
+    low, calm = by_tenant.quantile(0.1), by_tenant.quantile(0.3)
+    sigma = (calm - low) / 0.757  # distance of the normal distribution's 10% and 30% points, in sigmas
+    median = calm + 0.524 * sigma
+    # Where next to nothing is the usual, the spread of its logarithm says little: hence the bounds.
+    bars = np.exp(median + np.clip(_SIGMAS * sigma, np.log(_TIMES_USUAL[0]), np.log(_TIMES_USUAL[1])))
+    keys = pd.MultiIndex.from_frame(table[["tenant", "metric"]])
+    return bars.reindex(keys).to_numpy(np.float64)
+
+
+def find_windows(waits: Waits, replica: Replica) -> list[Window]:
+    """Stretches of stalled waits that a percentile would show: sorted by time, none overlapping.
+
+    Waits that follow one another within a few seconds are one stretch. One in which no tenant has at least
+    ``FEWEST_STALLED`` stalled requests, and 1% of the ``TAIL_REQUESTS`` around it, is no incident.
+    """
+    stalled = waits.table[waits.table["stalled"]].sort_values("begin", kind="stable")
+    if stalled.empty:
+        return []
+    slack = 2 * BIN_NS
+    reach = np.maximum.accumulate(stalled["end"].to_numpy())
+    fresh = np.ones(len(stalled), dtype=bool)
+    fresh[1:] = stalled["begin"].to_numpy()[1:] > reach[:-1] + slack
+    episode = np.cumsum(fresh) - 1
+    arrivals = {
+        int(tenant): np.sort(group.to_numpy())
+        for tenant, group in replica.requests.groupby("tenant")["arrival"]
+    }
+    windows = []
+    for _, group in stalled.groupby(episode):
+        start, end = int(group["begin"].min()), int(group["end"].max())
+        hit = group.groupby("tenant")["request"].nunique()
+        shares = [count / _requests_around(arrivals[int(tenant)], start, end) for tenant, count in hit.items()]
+        if any(
+            count >= FEWEST_STALLED and share > TAIL_SHARE for count, share in zip(hit, shares, strict=True)
+        ):
+            windows.append(Window(start, end, group.index.to_numpy(np.int64)))
+    return windows
+
+
+def _requests_around(arrivals: Ints, start: int, end: int) -> int:
+    """Requests of a tenant in the window, widened to ``TAIL_REQUESTS`` of them where there are as many."""
+    inside = int(np.searchsorted(arrivals, end, side="right") - np.searchsorted(arrivals, start))
+    return max(1, inside, min(len(arrivals), TAIL_REQUESTS))

@@ -1,0 +1,116 @@
+"""How much of a resource each tenant took in a stretch of time, and how unusual that is for it.
+
+Usual is a distribution: requests arrive at random, so a stretch's load varies even when nothing has changed. A tenant's
+requests outside all incidents give its mean load and, as a compound Poisson process, the variance of a stretch's load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stallscope.diagnosis.partition import Mechanism
+from stallscope.diagnosis.replica import Replica
+from stallscope.diagnosis.timeline import Floats, Ints
+
+STEP_TIME, KV, SLOTS = RESOURCES = "step time", "KV cache", "slots"
+LEAST_CALM = 0.1  # share of the trace that must be usual for usual to be known
+RESOURCE_OF = {
+    Mechanism.KV_PINNING: KV,
+    Mechanism.HEAD_OF_LINE: KV,
+    Mechanism.PREEMPTION: KV,
+    Mechanism.RECOMPUTE: KV,
+    Mechanism.SLOT_EXHAUSTION: SLOTS,
+}  # all others are a matter of step time
+
+
+@dataclass(frozen=True)
+class Load:
+    """Mean level of one tenant's load in a window, its usual level, and the distance in standard deviations.
+
+    ``usual`` and ``sigmas`` are NaN where usual is unknown.
+    """
+
+    level: float
+    usual: float
+    sigmas: float
+
+    @property
+    def growth(self) -> float:
+        """Level over usual; infinite for a newcomer."""
+        return self.level / self.usual if self.usual > 0 else float("inf")
+
+
+class Loads:
+    """Loads of the tenants of a replica, given the windows (begin and end, ns) that are not usual."""
+
+    def __init__(self, replica: Replica, windows: list[tuple[int, int]]) -> None:
+        self._replica = replica
+        self._windows = windows
+        self._stretches = replica.ledger.stretches
+        timeline = replica.timeline
+        self._span = (int(timeline.before[0]), int(timeline.end[-1]))
+        rows = np.arange(len(self._stretches))
+        self._begin = timeline.before[self._stretches.first]
+        self._end = timeline.end[self._stretches.last]
+        self._whole = {resource: self._amount(rows, resource, self._begin, self._end) for resource in RESOURCES}
+
+    def of(self, tenant: int, resource: str, start: int, end: int) -> Load:
+        """Load of ``tenant`` on ``resource`` between two times (ns), as a share of the engine's.
+
+        Usual are the requests that arrived outside all windows, and before any request that was there in one: what
+        pins the cache in a window came earlier. NaN where hardly any such time is left.
+        """
+        length = max(end - start, 1)
+        rows = np.flatnonzero(self._replica.tenant_of_request[self._stretches.request] == tenant)
+        begin, finish = np.clip(self._begin[rows], start, end), np.clip(self._end[rows], start, end)
+        level = float(self._amount(rows, resource, begin, finish).sum()) / length
+        calm_requests, calm_ns = self._calm(tenant)
+        if calm_ns < LEAST_CALM * (self._span[1] - self._span[0]):
+            return Load(level, float("nan"), float("nan"))
+        rows = rows[calm_requests[self._stretches.request[rows]]]
+        request = self._stretches.request[rows]
+        spent = np.bincount(request, self._whole[resource][rows], len(calm_requests))
+        stay = np.bincount(request, (self._end - self._begin)[rows].astype(np.float64), len(calm_requests))
+        usual = float(spent.sum()) / calm_ns
+        # A request of mean level l that stays t is met by a stretch w at rate (t + w) a time unit, and then weighs
+        # l * min(t, w): the variance of a sum over a Poisson number of such.
+        met = stay > 0
+        weight = spent[met] / stay[met] * np.minimum(stay[met], length)
+        deviation = float(np.sqrt(((stay[met] + length) * weight**2).sum() / calm_ns)) / length
+        difference = level - usual
+        sigmas = difference / deviation if deviation > 0 else (float("inf") if difference > 0 else 0.0)
+        return Load(level, usual, sigmas)
+
+    def _calm(self, tenant: int) -> tuple[NDArray[np.bool_], int]:
+        """Which requests are the tenant's usual ones, and the time (ns) in which they arrived."""
+        requests = self._replica.requests
+        arrival, until = requests["arrival"].to_numpy(), requests["seen_until"].to_numpy()
+        calm = requests["tenant"].to_numpy() == tenant
+        first, last = self._span
+        excluded = []
+        for start, end in self._windows:
+            there = (requests["tenant"].to_numpy() == tenant) & (arrival < end) & (until > start)
+            since = min(start, int(arrival[there].min())) if there.any() else start
+            excluded.append((max(since, first), min(end, last)))
+            calm &= (arrival < since) | (arrival > end)
+        time, reach = last - first, first
+        for start, end in sorted(excluded):
+            time -= max(0, end - max(start, reach))
+            reach = max(reach, end)
+        return calm, time
+
+    def _amount(self, rows: Ints, resource: str, begin: Ints, end: Ints) -> Floats:
+        """What each stretch took between two times: ns of step time, of the whole KV cache, or of all slots."""
+        ledger, s = self._replica.ledger, self._stretches
+        if resource == STEP_TIME:
+            return ledger.own_cost(rows, begin, end)
+        length = np.where(s.resident[rows], end - begin, 0).astype(np.float64)
+        # The most that was ever in use stands for the capacity: what is configured need not be known.
+        if resource == SLOTS:
+            return length / max(float(ledger.all_slots.max(initial=0)), 1.0)
+        steps = s.last[rows] - s.first[rows] + 1
+        held = s.context[rows] + s.tokens[rows] * (steps + 1) / 2
+        return length * held / max(float(ledger.all_kv_tokens.max(initial=0)), 1.0)

@@ -1,0 +1,202 @@
+"""The result of an analysis: one ``Diagnosis``, which every report, picture and test reads.
+
+A frozen tree of dataclasses; ``to_dict`` and ``from_dict`` make it JSON and back. Times are int ns since the epoch,
+amounts of time float seconds, shares in 0..1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Union, get_args, get_origin, get_type_hints
+
+SCHEMA_VERSION = 1
+
+
+class Verdict(StrEnum):
+    """What an incident was; ``HEALTHY`` for a trace without one."""
+
+    NOISY_NEIGHBOR = "noisy_neighbor"
+    SELF_INFLICTED = "self_inflicted"
+    OVERLOAD = "overload"
+    ENGINE_STALL = "engine_stall"
+    HEALTHY = "healthy"
+    INSUFFICIENT_DATA = "insufficient_data"
+
+
+class Confidence(StrEnum):
+    HIGH = "high"
+    MEDIUM = "medium"
+    LOW = "low"
+
+
+@dataclass(frozen=True)
+class Quantile:
+    """A percentile of one metric and what is behind it: ``value_s`` over ``requests`` requests."""
+
+    metric: str  # ttft, itl
+    quantile: float  # 0.99 where 300 requests are behind it, else 0.9, else 1.0 (the worst)
+    value_s: float
+    requests: int
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A tenant that waited: requests stalled of all that it had then, seconds lost, and percentiles then and usually."""
+
+    tenant: str
+    stalled_requests: int
+    requests: int
+    lost_s: float
+    during: tuple[Quantile, ...]
+    usual: tuple[Quantile, ...]
+    worst_request: str
+
+
+@dataclass(frozen=True)
+class Charge:
+    """Seconds that a holder cost the victims beyond what it usually costs them, by one mechanism.
+
+    ``holder`` is a tenant, or "(engine)", "(frontend)", "(telemetry)". ``own`` marks what a victim's own tenant cost it.
+    ``share`` is of the incident's ``lost_s``.
+    """
+
+    holder: str
+    mechanism: str
+    seconds: float
+    share: float
+    own: bool
+
+
+@dataclass(frozen=True)
+class SuspectRequest:
+    """A request of a culprit: what it was, and the seconds that the victims lost to it."""
+
+    request: str
+    arrival_ns: int
+    prompt_tokens: int
+    output_tokens: int
+    caused_s: float
+    share: float  # of what its tenant caused
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """A tenant to blame: what it caused, by which mechanism, through which requests, and how unusual its load was."""
+
+    tenant: str
+    tenant_source: str
+    mechanism: str
+    caused_s: float
+    share: float  # of the incident's charged_s
+    load: float  # its load in the incident, in the unit of load_of
+    usual_load: float
+    load_of: str  # step time, KV cache, slots (shares of the engine's)
+    requests: tuple[SuspectRequest, ...]
+    dominating_request: str | None
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A stretch in which requests waited far longer than their tenants' usual.
+
+    ``lost_s``: seconds by which its stalled waits exceeded the usual. ``charged_s``: the part of it that can be laid at
+    somebody's door; the rest is what a step costs whatever is in it.
+    """
+
+    replica: str
+    start_ns: int
+    end_ns: int
+    verdict: Verdict
+    confidence: Confidence
+    mechanism: str | None
+    culprits: tuple[Culprit, ...]
+    victims: tuple[Victim, ...]
+    lost_s: float
+    charged_s: float
+    charges: tuple[Charge, ...]
+    runner_up: str | None
+    runner_up_share: float  # of charged_s
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TenantSummary:
+    """A tenant over the whole trace: its requests, percentiles, and its shares of what the engine spent."""
+
+    tenant: str
+    source: str
+    requests: int
+    quantiles: tuple[Quantile, ...]
+    token_share: float
+    step_time_share: float
+    kv_share: float
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of what happened the telemetry shows."""
+
+    fidelity: int
+    steps: int
+    steps_lost: int
+    records_dropped: int
+    requests: int
+    requests_open: int
+    requests_lost: int
+    known_tenant_share: float
+    cost_model_error: float  # median relative error of the step cost model
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was wrong in a trace, whom it hit, who did it, and how sure that is. Incidents are sorted by harm."""
+
+    source: str
+    start_ns: int
+    end_ns: int
+    verdict: Verdict
+    confidence: Confidence
+    coverage: Coverage
+    incidents: tuple[Incident, ...]
+    tenants: tuple[TenantSummary, ...]
+    notes: tuple[str, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain dicts, lists, strings and numbers, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, object]) -> Diagnosis:
+        """The inverse of ``to_dict``; ValueError where the schema is another version's or does not fit."""
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"schema version {data.get('schema_version')!r} is not {SCHEMA_VERSION}")
+        built = _build(Diagnosis, data)
+        if not isinstance(built, Diagnosis):
+            raise ValueError("not a diagnosis")
+        return built
+
+
+def _build(kind: object, value: object) -> object:
+    """``value`` (of plain JSON types) as the annotated type ``kind``."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{kind.__name__} must be an object, not {value!r}")
+        hints = get_type_hints(kind)
+        missing = [field.name for field in dataclasses.fields(kind) if field.name not in value]
+        if missing:
+            raise ValueError(f"{kind.__name__} lacks {', '.join(missing)}")
+        return kind(**{field.name: _build(hints[field.name], value[field.name]) for field in dataclasses.fields(kind)})
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"expected a list, not {value!r}")
+        return tuple(_build(arguments[0], item) for item in value)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _build(arguments[0], value)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return kind(str(value))
+    return value

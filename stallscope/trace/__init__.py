@@ -1,0 +1,15 @@
+"""Reads telemetry into one `Trace` of columnar tables, and tells what it could not read.
+
+Flow: files → spans (``otlp``) → steps, joins and request spans (``decode``) → every batch, by a state machine per
+replica (``rebuild``) → requests and gaps (``requests``) → Arrow tables (``tables``, declared in ``schema``) → `Trace`
+(``model``), which checks itself (``validate``) and is kept as Parquet (``parquet``). ``read`` ties them together;
+``batches`` expands residency to the batch of each step.
+"""
+
+from stallscope.trace.batches import batches
+from stallscope.trace.findings import Finding
+from stallscope.trace.model import Trace
+from stallscope.trace.parquet import write_parquet
+from stallscope.trace.read import read_trace
+
+__all__ = ["Finding", "Trace", "batches", "read_trace", "write_parquet"]

@@ -1,0 +1,361 @@
+"""Spans to steps, joining requests and ended requests: the inverse of ``stallscope_telemetry.spans``.
+
+Soundness is settled here: behind this module every time, index and amount is an int within bounds, and every name a
+string, so that the state machine (``rebuild``) can count without looking back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from operator import itemgetter
+from typing import TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from stallscope.trace.findings import Findings
+from stallscope.trace.otlp import MALFORMED, Attributes, Resource, Span, SpanGroup, Value, read_attributes
+from stallscope_telemetry import names
+from stallscope_telemetry.records import RequestInfo, RequestSnapshot, RequestState, WaitReason
+
+Ints = npt.NDArray[np.int64]
+
+UNKNOWN = "(unknown)"
+MOST = 1 << 53  # above it a duration (104 days of ns) or an amount is damage; sums of such stay within 64 bits
+MOST_TOKENS = 1 << 31  # the same for a handle or an amount in the composition of a batch
+LATEST = 1 << 62  # ns since the epoch: the year 2116; adding a duration can't overflow
+
+_SCALARS = (
+    names.STEP,
+    names.DISPATCH_DELAY,
+    names.SCHED,
+    names.PREFILL_TOKENS,
+    names.DECODE_TOKENS,
+    names.BATCH_SIZE,
+    names.RUNNING,
+    names.WAITING,
+    names.KV_USED,
+)
+_scalars = itemgetter(*_SCALARS)
+_COMPOSITION = frozenset(
+    (names.KEYFRAME, names.R_HANDLE, names.CHUNKS, names.DECODES, names.WAITS, names.PREEMPTED, names.LEFT)
+)
+COLUMNS = (
+    "scheduled",
+    "ready",
+    "step",
+    "dispatch_delay",
+    "sched_ns",
+    "prefill_tokens",
+    "decode_tokens",
+    "batch_size",
+    "running",
+    "waiting",
+    "kv_used",
+    "idle_ns",
+    "device_ns",
+    "kv_cached",
+    "dropped",
+    "resource",
+)
+_TIMES = ("scheduled", "ready")
+NOT_MEASURED = -1  # of device_ns
+
+_Enum = TypeVar("_Enum", bound=IntEnum)
+_Row = tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpan:
+    """A request that ended, as its own span tells it. ``attributes`` are as they came."""
+
+    request_id: str
+    arrival: int
+    end: int
+    trace_id: str
+    resource: int
+    attributes: Attributes
+
+    def integer(self, name: str) -> int | None:
+        """The attribute as an amount within bounds, else None."""
+        value = self.attributes.get(name)
+        return value if type(value) is int and 0 <= value < MOST else None
+
+    def text(self, name: str) -> str:
+        """The attribute as a string, "" where it is none."""
+        value = self.attributes.get(name)
+        return value if isinstance(value, str) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Steps of a replica as columns, with the composition of those that have one (None: nothing changed)."""
+
+    columns: dict[str, Ints]
+    composition: list[Attributes | None]
+
+    def __len__(self) -> int:
+        return len(self.composition)
+
+    def take(self, order: Ints | npt.NDArray[np.bool_]) -> Steps:
+        """The chosen rows, in that order."""
+        positions = np.arange(len(self))[order]
+        return Steps(
+            {name: column[positions] for name, column in self.columns.items()},
+            [self.composition[position] for position in positions.tolist()],
+        )
+
+
+@dataclass(slots=True)
+class ReplicaSpans:
+    """What one replica sent, in the order of reading."""
+
+    name: str
+    resources: dict[Resource, int] = field(default_factory=dict)
+    rows: list[_Row] = field(default_factory=list)
+    composition: list[Attributes | None] = field(default_factory=list)
+    requests: list[RequestSpan] = field(default_factory=list)
+
+    def steps(self, findings: Findings) -> Steps:
+        """All sound steps as columns. Steps without sound times or index are left out, other values become 0."""
+        columns: dict[str, Ints] = {}
+        keep = np.ones(len(self.rows), dtype=np.bool_)
+        by_column = list(zip(*self.rows, strict=True)) or [()] * len(COLUMNS)
+        for name, values in zip(COLUMNS, by_column, strict=True):
+            column, sound = _sound_column(values, LATEST if name in _TIMES else MOST, -1 if name == "device_ns" else 0)
+            if name in ("scheduled", "ready", "step"):
+                keep &= sound
+            else:
+                column[~sound] = NOT_MEASURED if name == "device_ns" else 0
+                text = f"values of {name} are no sound number and count as absent"
+                findings.add("unsound_value", self.name, f" {name}", text, int((~sound).sum()))
+            columns[name] = column
+        left_out = int((~keep).sum())
+        findings.add("unsound_step", self.name, "", "steps without sound times or index are left out", left_out)
+        steps = Steps(columns, self.composition)
+        return steps.take(keep) if left_out else steps
+
+
+def _sound_column(values: tuple[Value, ...], limit: int, least: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """The values as int64, and which of them are ints in [least, limit)."""
+    try:
+        if set(map(type, values)) <= {int}:
+            column = np.array(values, dtype=np.int64)
+            return column, (column >= least) & (column < limit)
+    except OverflowError:
+        pass
+    sound = [type(value) is int and least <= value < limit for value in values]
+    clean = [value if good else 0 for value, good in zip(values, sound, strict=True)]
+    return np.array(clean, dtype=np.int64), np.array(sound, dtype=np.bool_)
+
+
+@dataclass(slots=True)
+class Collected:
+    """All spans of ours by replica, and how many others there were."""
+
+    replicas: dict[str, ReplicaSpans] = field(default_factory=dict)
+    foreign: int = 0
+
+    @property
+    def step_count(self) -> int:
+        return sum(len(replica.rows) for replica in self.replicas.values())
+
+    @property
+    def request_count(self) -> int:
+        return sum(len(replica.requests) for replica in self.replicas.values())
+
+
+def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
+    """Sorts spans by replica and takes steps and requests apart; damaged spans become findings."""
+    collected = Collected()
+    for group in groups:
+        replica = _replica_of(group.resource, collected)
+        resource = replica.resources.setdefault(group.resource, len(replica.resources))
+        for span in group.spans:
+            try:
+                name = span["name"]
+                if name == names.STEP_SPAN:
+                    bad = _add_step(replica, resource, span)
+                elif name == names.REQUEST_SPAN:
+                    bad = _add_request(replica, resource, span)
+                else:
+                    collected.foreign += 1
+                    continue
+            except MALFORMED:
+                text = "a span without sound name, times or identity is left out"
+                findings.add("malformed_span", group.source, f":{group.line}", text)
+                continue
+            if bad:
+                text = "attributes are missing or of no type that OTLP allows, and are left out"
+                findings.add("unsound_attribute", group.source, f":{group.line}", text, bad)
+    return collected
+
+
+def _replica_of(resource: Resource, collected: Collected) -> ReplicaSpans:
+    value = resource.attributes.get(names.REPLICA)
+    name = value if isinstance(value, str) and value else UNKNOWN
+    replica = collected.replicas.get(name)
+    if replica is None:
+        replica = collected.replicas[name] = ReplicaSpans(name)
+    return replica
+
+
+def _add_step(replica: ReplicaSpans, resource: int, span: Span) -> int:
+    attributes, bad = read_attributes(span["attributes"])
+    start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
+    try:
+        scalars: tuple[Value, ...] = _scalars(attributes)
+    except KeyError:
+        if names.STEP not in attributes:
+            raise
+        scalars = tuple(attributes.get(name, 0) for name in _SCALARS)
+        bad += sum(name not in attributes for name in _SCALARS)
+    get = attributes.get
+    optional = (get(names.IDLE, 0), get(names.DEVICE, NOT_MEASURED), get(names.KV_CACHED, 0), get(names.DROPPED, 0))
+    replica.rows.append((start, end, *scalars, *optional, resource))
+    replica.composition.append(None if _COMPOSITION.isdisjoint(attributes) else attributes)
+    return bad
+
+
+def _add_request(replica: ReplicaSpans, resource: int, span: Span) -> int:
+    attributes, bad = read_attributes(span["attributes"])
+    request_id = attributes[names.REQUEST_ID]
+    start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
+    if not isinstance(request_id, str) or not request_id or not (0 <= start < LATEST and 0 <= end < LATEST):
+        raise ValueError("no identity or time")
+    trace_id = span.get("traceId", "")
+    trace_id = trace_id.lower() if isinstance(trace_id, str) else ""
+    replica.requests.append(RequestSpan(request_id, start, end, trace_id, resource, attributes))
+    return bad
+
+
+# --- composition of a step ----------------------------------------------------------------------------------
+
+
+class Unsound(ValueError):
+    """An attribute of a batch's composition that can't be used; the message says which and why."""
+
+
+def groups_of(attributes: Attributes, name: str, size: int) -> Iterator[tuple[int, ...]]:
+    """The flat array as pairs or triples. Raises Unsound where it is no such array of handles and amounts."""
+    values = attributes.get(name)
+    if not values:
+        return iter(())
+    numbers = _sound_ints(name, values, None)
+    if len(numbers) % size:
+        raise Unsound(f"{name} is not made of groups of {size}")
+    return zip(*[iter(numbers)] * size, strict=True)
+
+
+def _sound_ints(name: str, values: Value, length: int | None, least: int = 0, limit: int = MOST_TOKENS) -> list[int]:
+    if not isinstance(values, list) or set(map(type, values)) - {int}:
+        raise Unsound(f"{name} is no list of integers")
+    numbers = cast(list[int], values)
+    if length is not None and len(numbers) != length:
+        raise Unsound(f"{name} has another length than {names.R_HANDLE}")
+    if numbers and not (least <= min(numbers) and max(numbers) < limit):
+        raise Unsound(f"{name} holds a number out of range")
+    return numbers
+
+
+def _sound_strings(name: str, values: Value, length: int) -> list[str]:
+    if not isinstance(values, list) or set(map(type, values)) - {str}:
+        raise Unsound(f"{name} is no list of strings")
+    if len(values) != length:
+        raise Unsound(f"{name} has another length than {names.R_HANDLE}")
+    return cast(list[str], values)
+
+
+def member(kind: type[_Enum], value: int) -> _Enum | None:
+    """The member of an enum of the contract, None where this version knows no such number."""
+    try:
+        return kind(value)
+    except ValueError:
+        return None
+
+
+def describe_requests(attributes: Attributes, scheduled_ns: int, unsound: list[str]) -> list[RequestSnapshot]:
+    """The requests that a step's ``stallscope.request.*`` arrays describe.
+
+    Raises Unsound where handles, ids or prompt lengths are not sound; of any other array that is not, ``unsound``
+    gets the reason, and its values count as absent.
+    """
+    handles = _sound_ints(names.R_HANDLE, attributes.get(names.R_HANDLE, []), None)
+    length = len(handles)
+    ids = _sound_strings(names.R_ID, attributes.get(names.R_ID, []), length)
+    prompts = _sound_ints(names.R_PROMPT, attributes.get(names.R_PROMPT, []), length)
+
+    def integers(name: str, least: int = 0, limit: int = MOST_TOKENS) -> list[int]:
+        if name not in attributes:
+            return [0] * length
+        try:
+            return _sound_ints(name, attributes[name], length, least, limit)
+        except Unsound as error:
+            unsound.append(str(error))
+            return [0] * length
+
+    def strings(name: str) -> list[str]:
+        if name not in attributes:
+            return [""] * length
+        try:
+            return _sound_strings(name, attributes[name], length)
+        except Unsound as error:
+            unsound.append(str(error))
+            return [""] * length
+
+    try:
+        waits = {handle: (reason, lacking) for handle, reason, lacking in groups_of(attributes, names.R_WAITS, 3)}
+    except Unsound as error:
+        unsound.append(str(error))
+        waits = {}
+    most, ages, priorities = (
+        integers(names.R_MAX),
+        integers(names.R_AGE, -MOST, MOST),
+        integers(names.R_PRIORITY, -MOST),
+    )
+    tenants, sources, traces = strings(names.R_TENANT), strings(names.R_SOURCE), strings(names.R_TRACE)
+    sessions, predecessors, retries = strings(names.R_SESSION), strings(names.R_PREDECESSOR), strings(names.R_RETRY_OF)
+    states, computed, output = integers(names.R_STATE), integers(names.R_COMPUTED), integers(names.R_OUTPUT)
+    cached, blocks = integers(names.R_CACHED), integers(names.R_BLOCKS)
+    snapshots = []
+    for i, handle in enumerate(handles):
+        state = member(RequestState, states[i])
+        if state is None:
+            unsound.append(f"{names.R_STATE} holds a state that is not known")
+        reason, lacking = waits.get(handle, (None, 0))
+        info = RequestInfo(
+            handle=handle,
+            request_id=ids[i],
+            arrival_ns=scheduled_ns - ages[i],
+            prompt_tokens=prompts[i],
+            max_tokens=most[i],
+            tenant=tenants[i],
+            tenant_source=sources[i],
+            priority=priorities[i],
+            session=sessions[i],
+            predecessor=predecessors[i],
+            retry_of=retries[i],
+            trace_id=_trace_id(traces[i]),
+        )
+        snapshots.append(
+            RequestSnapshot(
+                info=info,
+                state=RequestState.WAITING if state is None else state,
+                computed_tokens=computed[i],
+                output_tokens=output[i],
+                cached_tokens=cached[i],
+                blocks=blocks[i],
+                wait_reason=None if reason is None else member(WaitReason, reason),
+                lacking=lacking,
+            )
+        )
+    return snapshots
+
+
+def _trace_id(text: str) -> int:
+    try:
+        return int(text, 16) if text else 0
+    except ValueError:
+        return 0

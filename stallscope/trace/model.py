@@ -1,0 +1,70 @@
+"""`Trace`: the tables of a recording, where it came from, and what reading it left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from stallscope.trace.findings import Finding
+from stallscope.trace.schema import TABLES
+from stallscope.trace.validate import validate
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A recording as columnar tables (``schema.TABLES``: all are there, some may be empty).
+
+    ``source`` is the path it was read from. ``findings`` says what could not be read or matched.
+    Raises ValueError where a table is missing or has another schema.
+    """
+
+    tables: Mapping[str, pa.Table]
+    source: str
+    findings: tuple[Finding, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, schema in TABLES.items():
+            if name not in self.tables or self.tables[name].schema != schema:
+                raise ValueError(f"table {name} is missing or differs from its declared schema")
+
+    @property
+    def replicas(self) -> pa.Table:
+        return self.tables["replicas"]
+
+    @property
+    def steps(self) -> pa.Table:
+        return self.tables["steps"]
+
+    @property
+    def residency(self) -> pa.Table:
+        return self.tables["residency"]
+
+    @property
+    def requests(self) -> pa.Table:
+        return self.tables["requests"]
+
+    @property
+    def gaps(self) -> pa.Table:
+        return self.tables["gaps"]
+
+    @property
+    def evictions(self) -> pa.Table:
+        return self.tables["evictions"]
+
+    @property
+    def clients(self) -> pa.Table:
+        return self.tables["clients"]
+
+    @property
+    def gpu(self) -> pa.Table:
+        return self.tables["gpu"]
+
+    @property
+    def coverage(self) -> pa.Table:
+        return self.tables["coverage"]
+
+    def validate(self) -> list[Finding]:
+        """Findings where the tables break an invariant; empty for a sound trace (see ``stallscope.trace.validate``)."""
+        return validate(self.tables)

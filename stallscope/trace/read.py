@@ -1,0 +1,310 @@
+"""`read_trace`: a path to one `Trace`, whatever it holds; nothing that is sound in a damaged recording is lost."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from stallscope.errors import UsageError
+from stallscope.trace import parquet
+from stallscope.trace.decode import MOST, NOT_MEASURED, Collected, Ints, RequestSpan, Steps, collect
+from stallscope.trace.findings import Findings
+from stallscope.trace.model import Trace
+from stallscope.trace.otlp import Progress, Reader, Resource, find_files
+from stallscope.trace.rebuild import Rebuilt, rebuild
+from stallscope.trace.requests import (
+    StepTimes,
+    gap_table,
+    match_requests,
+    request_table,
+    seen_token_times,
+    told_token_times,
+)
+from stallscope.trace.residency import residency_columns, residency_table
+from stallscope.trace.schema import TABLES
+from stallscope.trace.tables import Column, encode, plain_table, same
+from stallscope.trace.validate import check_times
+from stallscope_telemetry import names
+
+FIDELITY_BATCHES, FIDELITY_SUMS, FIDELITY_REQUESTS = 3, 2, 1
+
+_RESOURCE_COLUMNS = {
+    "group": names.GROUP,
+    "rank": names.RANK,
+    "role": names.ROLE,
+    "model": names.MODEL,
+    "engine": names.ENGINE,
+    "engine_version": names.ENGINE_VERSION,
+    "executor": names.EXECUTOR,
+    "policy": names.POLICY,
+    "block_size": names.BLOCK_SIZE,
+    "kv_total": names.KV_TOTAL,
+    "max_num_seqs": names.MAX_NUM_SEQS,
+    "max_num_batched_tokens": names.MAX_NUM_BATCHED_TOKENS,
+    "chunked_prefill": names.CHUNKED_PREFILL,
+    "watermark": names.WATERMARK,
+    "prefix_caching": names.PREFIX_CACHING,
+    "async_scheduling": names.ASYNC_SCHEDULING,
+    "tp_size": names.TENSOR_PARALLEL,
+    "pp_size": names.PIPELINE_PARALLEL,
+    "dp_size": names.DATA_PARALLEL,
+}
+
+Plain = Mapping[str, pa.Table]
+
+
+def read_trace(path: str | Path, progress: Progress | None = None) -> Trace:
+    """Reads OTLP files (JSON lines; plain, gzip or zstd), a folder of them, or a folder that `write_parquet` wrote.
+
+    ``progress`` is called with bytes read and bytes in all. Raises UsageError where there is nothing sound to read;
+    anything less is a finding in the trace.
+    """
+    path = Path(path)
+    if parquet.is_trace_folder(path):
+        return parquet.read_parquet(path)
+    with _no_garbage_collection():
+        return _read_files(path, progress)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Decoding makes millions of small dictionaries and no cycles: looking for cycles takes half of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _read_files(path: Path, progress: Progress | None) -> Trace:
+    findings = Findings()
+    files = find_files(path)
+    reader = Reader(findings, progress)
+    collected = collect(reader.read(files), findings)
+    if not reader.saw_otlp:
+        raise UsageError(
+            f"{path}: no OTLP in it; expected JSON lines of the OpenTelemetry file exporter, plain, gzip or zstd"
+        )
+    if collected.step_count == 0:
+        raise UsageError(
+            f"{path} has {collected.request_count} request spans but no engine.step spans; "
+            "record with the bundled engine, or turn on stallscope's telemetry hook in yours"
+        )
+    findings.add(
+        "foreign_spans", str(path), "", "spans that are neither engine.step nor llm_request", collected.foreign
+    )
+    lives = list(_lives(collected, findings))
+    if not any(len(life.steps) for life in lives):
+        raise UsageError(
+            f"{path}: none of its {collected.step_count} engine.step spans has sound times and index; record it again"
+        )
+    parts = [_tables_of(life, findings) for life in lives]
+    tables = {name: encode(name, [part[name] for part in parts if name in part]) for name in TABLES}
+    for finding in check_times(tables):
+        findings.add(finding.kind, finding.where, "", finding.text, finding.count)
+    return Trace(tables, str(path), findings.all())
+
+
+# --- one life of a replica's process ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """One process of a replica, from its start to its end. ``resources`` by number."""
+
+    name: str
+    steps: Steps
+    requests: list[RequestSpan]
+    resources: list[Resource]
+
+
+def _lives(collected: Collected, findings: Findings) -> Iterator[_Life]:
+    """Replicas by name; one whose step index began again is two: the later life is named "NAME #2"."""
+    for name in sorted(collected.replicas):
+        spans = collected.replicas[name]
+        if not spans.rows and not spans.requests:
+            continue
+        steps = spans.steps(findings)
+        steps = steps.take(np.lexsort((steps.columns["ready"], steps.columns["step"], steps.columns["scheduled"])))
+        life = _life_numbers(steps.columns["step"], steps.columns["scheduled"])
+        starts = steps.columns["scheduled"][np.flatnonzero(np.diff(life, prepend=-1))]
+        belongs = np.searchsorted(starts, [request.end for request in spans.requests], side="right") - 1
+        resources = list(spans.resources)
+        for number in range(max(len(starts), 1)):
+            yield _Life(
+                name if number == 0 else f"{name} #{number + 1}",
+                _without_duplicates(steps.take(life == number), resources, name, findings),
+                [one for one, at in zip(spans.requests, belongs, strict=True) if max(at, 0) == number],
+                resources,
+            )
+
+
+def _life_numbers(steps: Ints, scheduled: Ints) -> Ints:
+    """Which life of the process each step belongs to, for steps in the order of their times.
+
+    A process has begun again where this step and the next have indices that were passed already. One step alone with
+    such an index is a duplicate or has a wrong time.
+    """
+    fresh = np.ones(len(steps), dtype=np.bool_)
+    fresh[1:] = (np.diff(steps) != 0) | (np.diff(scheduled) != 0)
+    index = steps[fresh]
+    restarts = np.zeros(len(index), dtype=np.int64)
+    if len(index) > 2:
+        before = index[:-2]
+        second_before = np.concatenate([index[:1], index[:-3]])
+        here, after = index[1:-1], index[2:]
+        low, high = np.minimum(before, second_before), np.maximum(before, second_before)
+        restarts[1:-1] = (here <= low) & (here < high) & (after <= high)
+    life = np.cumsum(restarts)
+    return np.asarray(life[np.cumsum(fresh) - 1] if len(index) else life, dtype=np.int64)
+
+
+def _without_duplicates(steps: Steps, resources: Sequence[Resource], replica: str, findings: Findings) -> Steps:
+    """Steps in the order of their index, each once: the one with the earliest times."""
+    columns = steps.columns
+    steps = steps.take(np.lexsort((columns["ready"], columns["scheduled"], columns["step"])))
+    index = steps.columns["step"]
+    keep = np.ones(len(steps), dtype=np.bool_)
+    for step in np.unique(index[1:][np.diff(index) == 0]).tolist():
+        positions = np.flatnonzero(index == step)
+        contents = [_content(steps, resources, position) for position in positions.tolist()]
+        first = min(contents)
+        same_words = contents.count(first) - 1
+        keep[positions] = False
+        keep[positions[contents.index(first)]] = True
+        text = "steps came twice, in the same words; one counts"
+        findings.add("duplicate_step", replica, f" step {step}", text, same_words)
+        text = "steps came twice with different content; the earliest counts"
+        findings.add("conflicting_step", replica, f" step {step}", text, len(contents) - 1 - same_words)
+    return steps.take(keep)
+
+
+def _content(steps: Steps, resources: Sequence[Resource], position: int) -> tuple[list[int], str]:
+    """All that a step says, in an order that does not depend on which file was read first."""
+    numbers = [int(column[position]) for name, column in steps.columns.items() if name != "resource"]
+    attributes = resources[int(steps.columns["resource"][position])].attributes
+    return numbers, repr((steps.composition[position], attributes))
+
+
+# --- its tables ---------------------------------------------------------------------------------------------
+
+
+def _tables_of(life: _Life, findings: Findings) -> Plain:
+    columns = life.steps.columns
+    times = StepTimes(columns["step"], columns["scheduled"], columns["ready"])
+    rebuilt = rebuild(
+        life.name, times.steps.tolist(), times.scheduled.tolist(), life.steps.composition, findings
+    )  # fmt: skip
+    known = match_requests(life.name, rebuilt, life.requests, findings)
+    if not len(life.steps):
+        findings.add("no_steps", life.name, "", "a replica sent requests but no steps; its batches are not known")
+
+    positions = np.zeros(len(rebuilt.requests), dtype=np.int64)
+    for position, one in enumerate(known):
+        if one.seen is not None:
+            positions[one.seen.index] = position
+    rows = residency_columns(rebuilt, positions, times.steps)
+    block_sizes = np.array([_integer(one, names.BLOCK_SIZE) or 0 for one in life.resources], dtype=np.int64)
+    block_size = block_sizes[columns["resource"][np.searchsorted(times.steps, rows.first_step)]]
+    told = told_token_times(life.name, known, findings)
+    untold = np.ones(len(known), dtype=np.bool_)
+    untold[told.request] = False
+    models = [_text(one, names.MODEL) or "" for one in life.resources]
+    served = models[columns["resource"][0]] if len(life.steps) else ""
+    return {
+        "replicas": _replica_table(life, times, [one.arrival for one in known]),
+        "steps": _step_table(life),
+        "residency": residency_table(
+            life.name, rows, [one.name for one in known], [one.tenant for one in known], block_size
+        ),
+        "requests": request_table(
+            life.name, known, [served if one.span is None else models[one.span.resource] for one in known], times, told
+        ),
+        "gaps": gap_table(life.name, known, [told, seen_token_times(rows, untold, times)], times),
+        "coverage": _coverage_table(life.name, rebuilt, times, columns["dropped"]),
+    }
+
+
+def _replica_table(life: _Life, times: StepTimes, arrivals: Sequence[int]) -> pa.Table:
+    """A row for each configuration, from its first step on."""
+    resource = life.steps.columns["resource"]
+    numbers, first = np.unique(resource, return_index=True)
+    order = np.argsort(first)
+    chosen, since = numbers[order].tolist(), times.scheduled[first[order]].tolist()
+    if not chosen:  # requests only
+        chosen, since = [life.requests[0].resource], [min(arrivals)]
+    columns: dict[str, Column] = {"replica": [life.name] * len(chosen), "since": since}
+    for column, name in _RESOURCE_COLUMNS.items():
+        kind = TABLES["replicas"].field(column).type
+        read = (
+            _integer if pa.types.is_int64(kind) else _text if pa.types.is_dictionary(kind)
+            else _flag if pa.types.is_boolean(kind) else _number
+        )  # fmt: skip
+        columns[column] = [read(life.resources[number], name) for number in chosen]
+    return plain_table("replicas", columns, len(chosen))
+
+
+def _step_table(life: _Life) -> pa.Table:
+    columns = life.steps.columns
+    resource = columns["resource"]
+    device = columns["device_ns"]
+    given: dict[str, Column] = {name: columns[name] for name in TABLES["steps"].names if name in columns}
+    given |= {
+        "replica": same(life.name, len(life.steps)),
+        "dispatched": columns["scheduled"] + columns["dispatch_delay"],
+        "device_ns": pa.array(device, mask=device == NOT_MEASURED),
+    }
+    for column, name in (("kv_total", names.KV_TOTAL), ("budget", names.MAX_NUM_BATCHED_TOKENS)):
+        given[column] = pa.array([_integer(one, name) for one in life.resources], pa.int64()).take(pa.array(resource))
+    return plain_table("steps", given, len(life.steps))
+
+
+def _coverage_table(replica: str, rebuilt: Rebuilt, times: StepTimes, dropped: Ints) -> pa.Table:
+    """Stretches in which every batch is known (fidelity 3), and what lies between.
+
+    There, batches are not known: steps that were seen give sums (2), else only requests tell anything (1). Records
+    dropped count where the counter was seen to have risen: in the gap, if there is one.
+    """
+    rows = []
+    for one in rebuilt.stretches:
+        seen = one.last - one.first + 1
+        if one.known:
+            start, end = times.scheduled[one.first], times.ready[one.last]
+            rise = dropped[one.last] - dropped[one.first]
+        else:
+            before, after = one.first - 1, min(one.last + 1, len(dropped) - 1)
+            start = times.ready[before] if before >= 0 else times.scheduled[one.first]
+            end = times.scheduled[after] if after > one.last else times.ready[one.last]
+            rise = dropped[after] - (dropped[before] if before >= 0 else dropped[0])
+        fidelity = FIDELITY_BATCHES if one.known else FIDELITY_SUMS if seen else FIDELITY_REQUESTS
+        rows.append((replica, int(start), int(end), fidelity, seen, one.lost, max(int(rise), 0), 1.0))
+    columns = dict(zip(TABLES["coverage"].names, zip(*rows, strict=True), strict=False)) if rows else {}
+    return plain_table("coverage", columns, len(rows))
+
+
+def _integer(resource: Resource, name: str) -> int | None:
+    value = resource.attributes.get(name)
+    return value if type(value) is int and 0 <= value < MOST else None
+
+
+def _text(resource: Resource, name: str) -> str | None:
+    value = resource.attributes.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def _flag(resource: Resource, name: str) -> bool | None:
+    value = resource.attributes.get(name)
+    return value if isinstance(value, bool) else None
+
+
+def _number(resource: Resource, name: str) -> float | None:
+    value = resource.attributes.get(name)
+    return float(value) if isinstance(value, int | float) and abs(value) < MOST else None

@@ -1,0 +1,1 @@
+"""What a face needs, computed once: terminals, pages and files only draw what these functions return."""

@@ -1,0 +1,161 @@
+"""One request's life as rows of a waterfall: what it was doing in each stretch, and who is charged for it."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from stallscope.diagnosis.partition import MECHANISMS, Party, State
+from stallscope.diagnosis.replica import Replica, replicas
+from stallscope.errors import UsageError
+from stallscope.trace import Trace
+
+OWN, ENGINE, FRONTEND, TELEMETRY = "(own)", "(engine)", "(frontend)", "(telemetry)"
+_PARTIES = {Party.OWN: OWN, Party.ENGINE: ENGINE, Party.FRONTEND: FRONTEND, Party.UNSEEN: TELEMETRY}
+_DOING = {
+    State.BOUNDARY: "arrived during a step",
+    State.BUDGET: "waiting for tokens",
+    State.KV: "waiting for KV blocks",
+    State.SLOTS: "waiting for a slot",
+    State.HEAD: "waiting behind the head",
+    State.POLICY: "held back by policy",
+    State.GRAMMAR: "compiling a grammar",
+    State.REMOTE_KV: "fetching KV blocks",
+    State.ADAPTER: "loading an adapter",
+    State.ENCODER: "encoding",
+    State.RECOMPUTE: "recomputing",
+    State.PAUSED: "paused",
+    State.PREEMPTED: "preempted, waiting",
+    State.UNSEEN: "not seen",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Seconds charged to a holder (a tenant, or "(own)", "(engine)", ...) by a mechanism."""
+
+    holder: str
+    mechanism: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stretch of the request's life: offset from its arrival and length in seconds; its parts sum to the length."""
+
+    offset_s: float
+    length_s: float
+    doing: str
+    stalled: bool  # a single inter-token gap far above the engine's usual step
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Waterfall:
+    """A request and the rows of its life, in order; ``parts`` are summed over the rows, the largest first."""
+
+    replica: str
+    request: str
+    tenant: str
+    tenant_source: str
+    state: str
+    arrival_ns: int
+    prompt_tokens: int
+    output_tokens: int
+    ttft_s: float | None  # none while it waits
+    length_s: float
+    rows: tuple[Row, ...]
+    parts: tuple[Part, ...]
+
+
+def waterfall(trace: Trace, request: str) -> Waterfall:
+    """The life of ``request``. Raises UsageError where the trace has no such request, naming the nearest ids."""
+    known: list[str] = []
+    for replica in replicas(trace):
+        names = replica.requests["request"]
+        found = np.flatnonzero(names == request)
+        if len(found):
+            return _waterfall(replica, int(found[0]))
+        known.extend(names)
+    near = difflib.get_close_matches(request, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {', '.join(near)}?" if near else "; copy an id from `stallscope analyze`"
+    raise UsageError(f"{trace.source}: no request {request!r} among {len(known):,}{hint}")
+
+
+def _waterfall(replica: Replica, code: int) -> Waterfall:
+    row = replica.requests.loc[code]
+    arrival, end = int(row["arrival"]), int(row["seen_until"])
+    queries = _stretches(replica, code, arrival, end)
+    charges = replica.partition.charge(queries, replica.tenant_of_request)
+    rows = tuple(
+        Row(
+            (stretch.begin - arrival) / 1e9,
+            (stretch.end - stretch.begin) / 1e9,
+            str(stretch.doing),
+            bool(stretch.stalled),
+            _parts(replica, charges[charges["query"] == stretch.query]),
+        )
+        for stretch in queries.itertuples()
+    )
+    first_token, tenant = int(row["first_token"]), int(row["tenant"])
+    return Waterfall(
+        replica=replica.name,
+        request=str(row["request"]),
+        tenant=replica.tenants[tenant],
+        tenant_source=replica.sources[tenant],
+        state=str(row["state"]),
+        arrival_ns=arrival,
+        prompt_tokens=int(row["prompt_tokens"]),
+        output_tokens=int(row["output_tokens"]),
+        ttft_s=(first_token - arrival) / 1e9 if first_token >= 0 else None,
+        length_s=(end - arrival) / 1e9,
+        rows=rows,
+        parts=_parts(replica, charges),
+    )
+
+
+def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFrame:
+    """The life cut where its state changes and around each single gap: query, request, begin, end, doing, stalled."""
+    whole = pd.DataFrame({"query": [0], "request": [code], "begin": [arrival], "end": [end]})
+    pieces = replica.partition.cut(whole)
+    prefill = replica.ledger.stretches.prefill
+    doing = [
+        _DOING.get(State(state), "prefill" if prefill[stretch] else "decoding")
+        for state, stretch in zip(pieces["state"], pieces["stretch"], strict=True)
+    ]
+    gaps = replica.gaps[(replica.gaps["request"] == code) & (replica.gaps["count"] == 1)]
+    starts = gaps["start"].to_numpy(np.int64)
+    ends = starts + gaps["length_ns"].to_numpy(np.int64)
+    # Chunks of one prefill follow each other as rows of the same kind: shown as one.
+    kind = pd.Series(doing, dtype=object)
+    changes = pieces["begin"].to_numpy(np.int64)[(kind != kind.shift()).to_numpy()]
+    cuts = np.unique(np.concatenate([changes, starts, ends, [arrival, end]]))
+    cuts = cuts[(cuts >= arrival) & (cuts <= end)]
+    begin, finish = cuts[:-1], cuts[1:]
+    at = np.searchsorted(pieces["begin"].to_numpy(np.int64), begin, side="right") - 1
+    stalled = np.isin(begin, starts) & np.isin(finish, ends)
+    return pd.DataFrame(
+        {
+            "query": np.arange(len(begin)),
+            "request": code,
+            "begin": begin,
+            "end": finish,
+            "doing": [doing[i] for i in at],
+            "stalled": stalled,
+        }
+    )
+
+
+def _parts(replica: Replica, charges: pd.DataFrame) -> tuple[Part, ...]:
+    total = charges.groupby(["holder", "mechanism"])["ns"].sum().sort_values(ascending=False, kind="stable")
+    return tuple(
+        Part(_name(replica, holder), str(MECHANISMS[mechanism]), float(ns) / 1e9)
+        for (holder, mechanism), ns in total.items()
+    )
+
+
+def _name(replica: Replica, holder: int) -> str:
+    return replica.tenants[holder] if holder >= 0 else _PARTIES[Party(holder)]

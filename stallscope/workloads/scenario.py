@@ -1,0 +1,418 @@
+"""A scenario file to frozen data: traffic, what goes wrong in it, and the engine, all checked before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_type_hints
+
+from stallscope.errors import UsageError
+from stallscope.workloads.draws import Choice, Draw, Literal, Lognormal, Uniform, read_column
+from stallscope.workloads.nodes import Node, read_yaml, suggest
+from stallscope_engine.config import EngineConfig
+from stallscope_engine.executors.virtual import MODEL_PROFILES
+
+SCENARIOS = Path(__file__).parent / "scenarios"
+DEFAULT_VARIANT = "cpu"  # the file as it stands
+MOST_CPU_PROMPT_TOKENS = 15_000  # a larger prompt takes a CPU too long to be a story
+VERDICTS = (
+    "healthy",
+    "noisy_neighbor",
+    "self_inflicted",
+    "overload",
+    "engine_stall",
+    "cold_cache",
+    "outside_engine",
+    "insufficient_data",
+)
+_MERGE_DEPTH = 2  # a variant merges down to a tenant's keys; draws and arrivals are replaced whole
+
+
+@dataclass(frozen=True, slots=True)
+class Poisson:
+    """Independent arrivals; the rate is drawn once a run."""
+
+    per_s: Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Every:
+    """Arrivals at a fixed interval from the start of the stretch on; the interval is drawn once a run."""
+
+    interval_s: Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Arrivals taken from a file, in seconds after its first."""
+
+    times_s: tuple[float, ...]
+
+
+Arrivals = Poisson | Every | Recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What each request of some traffic asks for."""
+
+    prompt_tokens: Draw
+    output_tokens: Draw
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Usual traffic of one tenant over the whole run."""
+
+    name: str
+    arrivals: Arrivals
+    lengths: Lengths
+
+
+@dataclass(frozen=True, slots=True)
+class AddedRequests:
+    """Injection: ``count`` requests at each time."""
+
+    tenant: str
+    at_s: tuple[Draw, ...]
+    count: Draw
+    lengths: Lengths
+
+
+@dataclass(frozen=True, slots=True)
+class AddedTraffic:
+    """Injection: requests at a rate, over a stretch."""
+
+    tenant: str
+    from_s: Draw
+    to_s: Draw
+    arrivals: Arrivals
+    lengths: Lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Injection: over a stretch a tenant's usual traffic is replaced in what is given here."""
+
+    tenant: str
+    from_s: Draw
+    to_s: Draw
+    arrivals: Arrivals | None
+    prompt_tokens: Draw | None
+    output_tokens: Draw | None
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePause:
+    """Injection: the engine's host stands still."""
+
+    at_s: Draw
+    for_s: Draw
+
+
+Injection = AddedRequests | AddedTraffic | Change | EnginePause
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """The right answer, for tests and StallBench; no analyzer sees it."""
+
+    verdict: str
+    culprits: tuple[str, ...]
+    mechanism: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One variant of a scenario file. Times are seconds from the start of the run."""
+
+    name: str
+    about: str
+    duration_s: float
+    seed: int
+    engine: EngineConfig
+    tenants: tuple[Tenant, ...]
+    inject: tuple[Injection, ...]
+    expect: Expect | None
+
+
+def scenario_names() -> list[str]:
+    """Names of the scenarios that come with the package."""
+    return sorted(path.stem for path in SCENARIOS.glob("*.yaml"))
+
+
+def load_scenario(source: str | Path, variant: str = DEFAULT_VARIANT) -> Scenario:
+    """The scenario of that name, or in that file, in one of its variants; the other variants are checked as well.
+
+    Raises UsageError, in one line with file and key, for whatever is not as the format says.
+    """
+    path = _find(source)
+    document = read_yaml(path)
+    root = Node(str(path), "", document)
+    scenarios = {DEFAULT_VARIANT: _parse(root, path.parent)}
+    variants = root.mapping().get("variants")
+    for name, node in variants.named().items() if variants else ():
+        if "variants" in node.mapping():
+            raise node.error("a variant has no variants of its own")
+        merged = _merge(document, node.value, _MERGE_DEPTH)
+        scenarios[name] = _parse(Node(f"{path} (variant {name})", "", merged), path.parent)
+    if variant not in scenarios:
+        raise UsageError(f"{path}: no variant {variant!r}; {suggest(variant, scenarios)}")
+    return scenarios[variant]
+
+
+def _find(source: str | Path) -> Path:
+    if source in scenario_names():
+        return SCENARIOS / f"{source}.yaml"
+    path = Path(source)
+    if not path.is_file():
+        raise UsageError(f"no scenario {str(source)!r}: not a file, nor one of {', '.join(scenario_names())}")
+    return path
+
+
+def _merge(base: object, change: object, depth: int) -> object:
+    if not isinstance(base, dict) or not isinstance(change, dict) or depth < 0:
+        return change
+    merged = {key: value for key, value in base.items() if key != "variants"}
+    return merged | {
+        key: _merge(base[key], value, depth - 1) if key in base else value for key, value in change.items()
+    }
+
+
+# --- the format ---------------------------------------------------------------------------------------------
+
+
+def _parse(root: Node, folder: Path) -> Scenario:
+    known = ("name", "about", "duration_s", "seed", "engine", "tenants", "inject", "expect", "variants", "scale_tokens")
+    keys = root.mapping(known)
+    root.need("name", "duration_s", "tenants")
+    scale = keys["scale_tokens"].positive() if "scale_tokens" in keys else 1.0
+    engine = _engine(keys["engine"]) if "engine" in keys else EngineConfig()
+    reader = _TrafficReader(engine, keys["duration_s"].positive(), scale, folder)
+    tenants = {name: reader.tenant(name, node) for name, node in keys["tenants"].named().items()}
+    if not tenants:
+        raise keys["tenants"].error("name at least one tenant")
+    inject = tuple(reader.injection(node, tenants) for node in keys["inject"].items()) if "inject" in keys else ()
+    named = [*tenants, *(entry.tenant for entry in inject if not isinstance(entry, EnginePause))]
+    return Scenario(
+        name=keys["name"].check_name(keys["name"].text()),
+        about=keys["about"].text() if "about" in keys else "",
+        duration_s=reader.duration_s,
+        seed=keys["seed"].integer(least=0) if "seed" in keys else 0,
+        engine=engine,
+        tenants=tuple(tenants.values()),
+        inject=inject,
+        expect=_expect(keys["expect"], named) if "expect" in keys else None,
+    )
+
+
+def _engine(node: Node) -> EngineConfig:
+    types = get_type_hints(EngineConfig)
+    settings: dict[str, str | bool | int | float] = {}
+    for key, value in node.mapping(types).items():
+        if types[key] is bool:
+            settings[key] = value.flag()
+        elif types[key] is int:
+            settings[key] = value.integer()
+        elif types[key] is float:
+            settings[key] = value.number()
+        else:
+            settings[key] = value.text()
+    try:
+        return replace(EngineConfig(), **settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise node.error(str(error)) from None
+
+
+def _expect(node: Node, named: Collection[str]) -> Expect:
+    keys = node.mapping(("verdict", "culprits", "mechanism"))
+    node.need("verdict")
+    verdict = keys["verdict"].text()
+    if verdict not in VERDICTS:
+        raise keys["verdict"].error(f"unknown verdict {verdict!r}; {suggest(verdict, VERDICTS)}")
+    culprits = keys["culprits"].items() if "culprits" in keys else []
+    for culprit in culprits:
+        if culprit.text() not in named:
+            raise culprit.error(f"no tenant {culprit.text()!r}; {suggest(culprit.text(), named)}")
+    mechanism = keys["mechanism"].items() if "mechanism" in keys else []
+    return Expect(verdict, tuple(node.text() for node in culprits), tuple(node.text() for node in mechanism))
+
+
+_LENGTH_KEYS = ("prompt_tokens", "output_tokens", "priority")
+_ARRIVAL_KEYS = ("poisson_per_s", "every_s", "trace", "column", "scale")
+_INJECT_KEYS = {
+    "requests": ("tenant", "at_s", "count", *_LENGTH_KEYS),
+    "traffic": ("tenant", "from_s", "to_s", *_ARRIVAL_KEYS, *_LENGTH_KEYS),
+    "change": ("tenant", "from_s", "to_s", "arrivals", "prompt_tokens", "output_tokens"),
+    "pause": ("engine", "at_s", "for_s"),
+}
+_LATER_KEYS = ("frontend", "telemetry")
+
+
+@dataclass(frozen=True, slots=True)
+class _TrafficReader:
+    """Reads tenants and injections, and refuses requests that the engine could never run."""
+
+    engine: EngineConfig
+    duration_s: float
+    scale_tokens: float
+    folder: Path
+
+    def tenant(self, name: str, node: Node) -> Tenant:
+        keys = node.mapping(("arrivals", "closed_loop", *_LENGTH_KEYS))
+        if "closed_loop" in keys:
+            raise keys["closed_loop"].error("not supported yet; give the tenant arrivals")
+        node.need("arrivals")
+        arrivals = self._arrivals(keys["arrivals"], keys["arrivals"].mapping(_ARRIVAL_KEYS))
+        return Tenant(name, arrivals, self._lengths(node, keys))
+
+    def injection(self, node: Node, tenants: Mapping[str, Tenant]) -> Injection:
+        keys = node.mapping([*dict.fromkeys(key for keys in _INJECT_KEYS.values() for key in keys), *_LATER_KEYS])
+        kind = self._kind(node, keys)
+        for key in keys:
+            if key not in _INJECT_KEYS[kind]:
+                raise keys[key].error(f"does not go with the rest: a {kind} has {', '.join(_INJECT_KEYS[kind])}")
+        if kind == "pause":
+            return EnginePause(self._time(node, keys, "at_s"), self._time(node, keys, "for_s"))
+        tenant = keys["tenant"].check_name(keys["tenant"].text())
+        if kind == "requests":
+            return self._added_requests(tenant, node, keys)
+        from_s, to_s = self._stretch(node, keys)
+        if kind == "traffic":
+            arrivals = self._arrivals(node, {key: keys[key] for key in _ARRIVAL_KEYS if key in keys})
+            return AddedTraffic(tenant, from_s, to_s, arrivals, self._lengths(node, keys))
+        if tenant not in tenants:
+            raise keys["tenant"].error(f"a change needs a tenant of the usual traffic; {suggest(tenant, tenants)}")
+        return self._change(tenants[tenant], from_s, to_s, node, keys)
+
+    def _kind(self, node: Node, keys: Mapping[str, Node]) -> str:
+        for later in _LATER_KEYS:
+            if later in keys:
+                raise keys[later].error("not supported yet; there is tenant, and engine: pause")
+        if "engine" in keys:
+            if keys["engine"].text() != "pause":
+                raise keys["engine"].error(f"{keys['engine'].text()!r} is not supported; there is pause")
+            return "pause"
+        node.need("tenant")
+        if "at_s" in keys:
+            return "requests"
+        return "change" if keys.keys().isdisjoint(_ARRIVAL_KEYS) else "traffic"
+
+    def _added_requests(self, tenant: str, node: Node, keys: Mapping[str, Node]) -> AddedRequests:
+        at = keys["at_s"]
+        times = at.items() if isinstance(at.value, list) else [at]
+        if not times:
+            raise at.error("give at least one time")
+        return AddedRequests(
+            tenant,
+            tuple(self._draw(time, 0, self.duration_s) for time in times),
+            self._draw(keys["count"], 1, 10_000) if "count" in keys else Literal(1),
+            self._lengths(node, keys),
+        )
+
+    def _change(self, tenant: Tenant, from_s: Draw, to_s: Draw, node: Node, keys: Mapping[str, Node]) -> Change:
+        if keys.keys().isdisjoint(("arrivals", "prompt_tokens", "output_tokens")):
+            raise node.error("changes nothing; give arrivals, prompt_tokens or output_tokens")
+        arrivals = keys.get("arrivals")
+        prompt = self._prompt(keys["prompt_tokens"]) if "prompt_tokens" in keys else None
+        output = self._draw(keys["output_tokens"], 1) if "output_tokens" in keys else None
+        self._check_fit(node, prompt or tenant.lengths.prompt_tokens, output or tenant.lengths.output_tokens)
+        return Change(
+            tenant.name,
+            from_s,
+            to_s,
+            self._arrivals(arrivals, arrivals.mapping(_ARRIVAL_KEYS)) if arrivals else None,
+            prompt,
+            output,
+        )
+
+    def _stretch(self, node: Node, keys: Mapping[str, Node]) -> tuple[Draw, Draw]:
+        from_s, to_s = self._time(node, keys, "from_s"), self._time(node, keys, "to_s")
+        if from_s.bounds[1] >= to_s.bounds[0]:
+            raise node.error("from_s must come before to_s")
+        return from_s, to_s
+
+    def _time(self, node: Node, keys: Mapping[str, Node], key: str) -> Draw:
+        node.need(key)
+        return self._draw(keys[key], 0, self.duration_s)
+
+    def _arrivals(self, node: Node, keys: Mapping[str, Node]) -> Arrivals:
+        kinds = [key for key in ("poisson_per_s", "every_s", "trace") if key in keys]
+        if len(kinds) != 1:
+            raise node.error("give one of poisson_per_s, every_s, trace")
+        if kinds == ["trace"]:
+            times = self._column(node, keys)
+            return Recorded(tuple(sorted(time - min(times) for time in times)))
+        if extra := [key for key in ("column", "scale") if key in keys]:
+            raise keys[extra[0]].error("goes with trace only")
+        if kinds == ["poisson_per_s"]:
+            return Poisson(self._draw(keys["poisson_per_s"], 0, 10_000))
+        return Every(self._draw(keys["every_s"], 1e-4, 1e9))
+
+    def _lengths(self, node: Node, keys: Mapping[str, Node]) -> Lengths:
+        node.need("prompt_tokens", "output_tokens")
+        prompt, output = self._prompt(keys["prompt_tokens"]), self._draw(keys["output_tokens"], 1)
+        self._check_fit(node, prompt, output)
+        return Lengths(prompt, output, keys["priority"].integer() if "priority" in keys else 0)
+
+    def _prompt(self, node: Node) -> Draw:
+        draw = self._draw(node, 1).scaled(self.scale_tokens)
+        most = round(draw.bounds[1])
+        if most > MOST_CPU_PROMPT_TOKENS and MODEL_PROFILES.get(self.engine.model) == "cpu-tiny":
+            raise node.error(
+                f"up to {most} tokens, but {self.engine.model} runs on a CPU: at most {MOST_CPU_PROMPT_TOKENS}"
+            )
+        return draw
+
+    def _check_fit(self, node: Node, prompt: Draw, output: Draw) -> None:
+        """The scheduler's own conditions (``Scheduler.add``), for the longest request that these draws can give."""
+        most = round(prompt.bounds[1]) + round(output.bounds[1])
+        capacity = self.engine.kv_blocks * self.engine.block_size
+        if most > capacity:
+            raise node.error(f"up to {most} tokens do not fit the KV cache of {capacity}; raise engine.kv_blocks")
+        if not self.engine.chunked_prefill and most > self.engine.max_num_batched_tokens:
+            raise node.error(
+                f"up to {most} tokens exceed engine.max_num_batched_tokens={self.engine.max_num_batched_tokens}; "
+                "raise it or turn chunked_prefill on"
+            )
+
+    def _draw(self, node: Node, least: float, most: float = math.inf) -> Draw:
+        draw = self._draw_of_any_size(node)
+        low, high = draw.bounds
+        if low < least or high > most:
+            limits = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+            raise node.error(f"must be {limits}, not {low:g}" + (f" to {high:g}" if high != low else ""))
+        return draw
+
+    def _draw_of_any_size(self, node: Node) -> Draw:
+        if not isinstance(node.value, dict):
+            return Literal(node.number())
+        keys = node.mapping(("uniform", "choice", "lognormal", "trace", "column", "scale"))
+        if "trace" in keys and keys.keys() <= {"trace", "column", "scale"}:
+            return Choice(self._column(node, keys))
+        if len(keys) != 1:
+            raise node.error("give a number, or one of uniform, choice, lognormal, trace")
+        ((kind, value),) = keys.items()
+        if kind == "uniform":
+            ends = [end.number() for end in value.items()]
+            if len(ends) != 2 or ends[0] > ends[1]:
+                raise value.error("must be [low, high]")
+            return Uniform(*ends)
+        if kind == "choice":
+            values = tuple(item.number() for item in value.items())
+            if not values:
+                raise value.error("give at least one number")
+            return Choice(values)
+        if kind != "lognormal":
+            raise value.error("goes with trace only")
+        shape = value.mapping(("median", "sigma"))
+        value.need("median", "sigma")
+        return Lognormal(shape["median"].positive(), shape["sigma"].positive())
+
+    def _column(self, node: Node, keys: Mapping[str, Node]) -> tuple[float, ...]:
+        node.need("column")
+        scale = keys["scale"].positive() if "scale" in keys else 1.0
+        return tuple(value * scale for value in read_column(self.folder / keys["trace"].text(), keys["column"].text()))

@@ -1,0 +1,225 @@
+"""A scenario and a seed to the requests that they mean, in the order of their arrival.
+
+Every tenant and every injection draws from random streams of its own, so that the run without the injections has the
+same usual traffic: arrivals, lengths and all. That pair of runs is the truth that a diagnosis is judged by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stallscope.errors import UsageError
+from stallscope.workloads.draws import Draw, stream
+from stallscope.workloads.scenario import (
+    AddedRequests,
+    AddedTraffic,
+    Arrivals,
+    Change,
+    EnginePause,
+    Every,
+    Lengths,
+    Poisson,
+    Scenario,
+    Tenant,
+)
+
+_GAPS_A_DRAW = 256
+_MOST_REQUESTS = 5_000_000  # of one tenant; beyond it a rate is a slip of the pen
+
+Times = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """A request to send ``offset_ns`` after the start.
+
+    ``request_id`` counts a tenant's requests in the order of their arrival, whether injected or usual: it must not
+    tell which. So where a tenant has both, the run without injections numbers its requests differently.
+    """
+
+    offset_ns: int
+    tenant: str
+    prompt_tokens: int
+    output_tokens: int
+    request_id: str
+    priority: int = 0
+    injected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPause:
+    """The engine's host stands still from ``start_ns`` to ``end_ns`` after the start."""
+
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(slots=True)
+class _Requests:
+    """Requests of one tenant as parallel arrays; a change of the tenant writes into them."""
+
+    tenant: str
+    times_s: Times
+    prompts: Times
+    outputs: Times
+    priority: int
+    injected: NDArray[np.bool_]
+
+    def keep(self, mask: NDArray[np.bool_]) -> None:
+        self.times_s, self.prompts, self.outputs = self.times_s[mask], self.prompts[mask], self.outputs[mask]
+        self.injected = self.injected[mask]
+
+
+def plan(scenario: Scenario, seed: int, inject: bool = True) -> list[PlannedRequest]:
+    """All requests of one run, ordered by arrival; without ``inject``, the usual traffic alone."""
+    tenants = {tenant.name: tenant for tenant in scenario.tenants}
+    usual = {name: _usual(tenant, scenario.duration_s, seed) for name, tenant in tenants.items()}
+    groups = list(usual.values())
+    if inject:
+        for key, injection in _keyed(scenario):
+            if isinstance(injection, Change):
+                groups.extend(_change(usual[injection.tenant], tenants[injection.tenant], injection, seed, key))
+            elif isinstance(injection, AddedRequests | AddedTraffic):
+                groups.append(_added(injection, seed, key))
+    return _in_order(groups)
+
+
+def plan_pauses(scenario: Scenario, seed: int) -> list[PlannedPause]:
+    """The injected pauses of the engine in one run, ordered by start."""
+    pauses = [
+        PlannedPause(_ns(at_s), _ns(at_s + _one(pause.for_s, seed, *key, "for")))
+        for key, pause in _keyed(scenario)
+        if isinstance(pause, EnginePause)
+        for at_s in (_one(pause.at_s, seed, *key, "at"),)
+    ]
+    return sorted(pauses, key=lambda pause: pause.start_ns)
+
+
+Key = tuple[str, str, int]
+
+
+def _keyed(scenario: Scenario) -> list[tuple[Key, AddedRequests | AddedTraffic | Change | EnginePause]]:
+    """Injections, each with the key of its streams: the n-th of its tenant, so that another tenant's may go."""
+    seen: dict[str, int] = {}
+    keyed = []
+    for injection in scenario.inject:
+        whose = "engine:" if isinstance(injection, EnginePause) else injection.tenant  # ":" is in no tenant's name
+        seen[whose] = seen.get(whose, -1) + 1
+        keyed.append((("inject", whose, seen[whose]), injection))
+    return keyed
+
+
+def _usual(tenant: Tenant, duration_s: float, seed: int) -> _Requests:
+    key = ("usual", tenant.name, 0)
+    times = _arrivals(tenant.arrivals, 0, duration_s, seed, key)
+    return _requests(tenant.name, times, tenant.lengths, seed, key, injected=False)
+
+
+def _added(injection: AddedRequests | AddedTraffic, seed: int, key: Key) -> _Requests:
+    if isinstance(injection, AddedTraffic):
+        from_s, to_s = _one(injection.from_s, seed, *key, "from"), _one(injection.to_s, seed, *key, "to")
+        times = _arrivals(injection.arrivals, from_s, to_s, seed, key)
+    else:
+        generator = stream(seed, *key, "at")
+        moments = [float(at_s.sample(generator, 1)[0]) for at_s in injection.at_s]
+        counts = np.rint(injection.count.sample(stream(seed, *key, "count"), len(moments))).astype(np.int64)
+        times = np.repeat(np.array(moments, np.float64), counts)
+    return _requests(injection.tenant, times, injection.lengths, seed, key, injected=True)
+
+
+def _change(usual: _Requests, tenant: Tenant, change: Change, seed: int, key: Key) -> list[_Requests]:
+    """Rewrites a tenant's usual requests within the stretch; returns those that new arrivals bring instead."""
+    from_s, to_s = _one(change.from_s, seed, *key, "from"), _one(change.to_s, seed, *key, "to")
+    inside = (usual.times_s >= from_s) & (usual.times_s < to_s)
+    if change.arrivals is not None:
+        usual.keep(~inside)
+        times = _arrivals(change.arrivals, from_s, to_s, seed, key)
+        lengths = Lengths(
+            change.prompt_tokens or tenant.lengths.prompt_tokens,
+            change.output_tokens or tenant.lengths.output_tokens,
+            tenant.lengths.priority,
+        )
+        return [_requests(tenant.name, times, lengths, seed, key, injected=True)]
+    size = int(inside.sum())
+    if change.prompt_tokens is not None:
+        usual.prompts[inside] = change.prompt_tokens.sample(stream(seed, *key, "prompt_tokens"), size)
+    if change.output_tokens is not None:
+        usual.outputs[inside] = change.output_tokens.sample(stream(seed, *key, "output_tokens"), size)
+    usual.injected[inside] = True
+    return []
+
+
+def _requests(tenant: str, times: Times, lengths: Lengths, seed: int, key: Key, *, injected: bool) -> _Requests:
+    return _Requests(
+        tenant,
+        times,
+        lengths.prompt_tokens.sample(stream(seed, *key, "prompt_tokens"), len(times)),
+        lengths.output_tokens.sample(stream(seed, *key, "output_tokens"), len(times)),
+        lengths.priority,
+        np.full(len(times), injected),
+    )
+
+
+def _arrivals(arrivals: Arrivals, from_s: float, to_s: float, seed: int, key: Key) -> Times:
+    """Seconds from the start of the run, in [from_s, to_s)."""
+    length_s = to_s - from_s
+    if isinstance(arrivals, Poisson):
+        times = _poisson(_one(arrivals.per_s, seed, *key, "rate"), length_s, stream(seed, *key, "arrivals"))
+    elif isinstance(arrivals, Every):
+        interval_s = _one(arrivals.interval_s, seed, *key, "interval")
+        _check_number(length_s / interval_s)
+        times = np.arange(0, length_s, interval_s)
+    else:
+        times = np.array(arrivals.times_s, np.float64)
+    return from_s + times[times < length_s]
+
+
+def _poisson(per_s: float, length_s: float, generator: np.random.Generator) -> Times:
+    """Arrivals in [0, length_s) and some beyond; a longer stretch begins with the same ones."""
+    if per_s <= 0:
+        return np.zeros(0)
+    _check_number(per_s * length_s)
+    gaps: list[Times] = []
+    reached = 0.0
+    while reached < length_s:
+        gaps.append(generator.exponential(1 / per_s, _GAPS_A_DRAW))
+        reached += float(gaps[-1].sum())
+    return np.cumsum(np.concatenate(gaps))
+
+
+def _check_number(requests: float) -> None:
+    if requests > _MOST_REQUESTS:
+        raise UsageError(f"about {requests:.0f} requests of one tenant are too many: lower its rate or the duration")
+
+
+def _one(draw: Draw, seed: int, *key: str | int) -> float:
+    return float(draw.sample(stream(seed, *key), 1)[0])
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _in_order(groups: list[_Requests]) -> list[PlannedRequest]:
+    rows = sorted(
+        (_ns(time_s), group.tenant, max(1, round(prompt)), max(1, round(output)), group.priority, bool(injected))
+        for group in groups
+        for time_s, prompt, output, injected in zip(
+            group.times_s.tolist(),
+            group.prompts.tolist(),
+            group.outputs.tolist(),
+            group.injected.tolist(),
+            strict=True,
+        )
+    )
+    numbers: dict[str, int] = {}
+    planned = []
+    for offset_ns, tenant, prompt, output, priority, injected in rows:
+        numbers[tenant] = numbers.get(tenant, 0) + 1
+        planned.append(
+            PlannedRequest(offset_ns, tenant, prompt, output, f"{tenant}-{numbers[tenant]:06d}", priority, injected)
+        )
+    return planned

@@ -1,0 +1,191 @@
+"""Small random runs for the tests of the diagnosis: the bundled engine in virtual time, with noise, pauses and aborts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from stallscope.diagnosis.replica import Replica, replicas
+from stallscope.trace import Trace
+from stallscope_engine.config import EngineConfig
+from stallscope_engine.engine import Engine, StepResult, VirtualClock
+from stallscope_engine.request import Request
+from stallscope_engine.scheduler import Batch, RequestRejected, Scheduler
+from stallscope_telemetry.records import FinishReason, RequestInfo, RequestRecord, StepRecord, WaitReason
+from tests.trace.recording import START_NS, Arrival, Recording, Workload
+
+MS = 1_000_000
+# Reasons that the bundled scheduler never gives, in place of HEAD, so that every rule is met.
+OTHER_REASONS = (
+    WaitReason.HEAD,
+    WaitReason.HEAD,
+    WaitReason.QUOTA,
+    WaitReason.PRIORITY,
+    WaitReason.GRAMMAR,
+    WaitReason.REMOTE_KV,
+    WaitReason.ADAPTER,
+    WaitReason.ENCODER,
+)
+
+
+@dataclass(eq=False)
+class RandomRun:
+    """A recording and, noted from the scheduler itself, who stood at the head of the queue in each step."""
+
+    recording: Recording
+    heads: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _LateClock(VirtualClock):
+    """Wakes up later than asked for, as real timers do; ``advance`` is exact."""
+
+    rng: random.Random
+
+    def __post_init__(self) -> None:
+        super().__init__(START_NS)
+
+    def wait_until(self, time_ns: int) -> None:
+        super().wait_until(time_ns + self.rng.choice([0, 0, self.rng.randrange(2 * MS)]))
+
+    def advance(self, length_ns: float) -> None:
+        super().wait_until(self.now_ns() + int(length_ns))
+
+
+@dataclass(eq=False)
+class _RandomTime:
+    """Executor, recorder and host of a run: lets random time pass, notes heads, and renames some reasons to wait."""
+
+    run: RandomRun
+    clock: _LateClock
+    rng: random.Random
+    keyframe_every: int
+    aborts: list[tuple[Request, int]]
+    engine: Engine | None = None
+
+    def before_step(self) -> None:
+        if self.rng.random() < 0.05:
+            self.clock.advance(self.rng.randrange(60 * MS))
+
+    def after_step(self, finished: list[Request]) -> None:
+        assert self.engine is not None
+        if self.rng.random() < 0.1:
+            self.clock.advance(self.rng.randrange(10 * MS))
+        scheduler = self.engine.scheduler
+        present = {*scheduler.waiting, *scheduler.running}
+        self.aborts = [(request, left - (request in present)) for request, left in self.aborts]
+        for request, left in self.aborts:
+            if left < 0 and request in present:
+                self.engine.abort(request, FinishReason.ABORT)
+
+    def before_dispatch(self, batch: Batch) -> None:
+        assert self.engine is not None
+        if self.engine.scheduler.waiting:
+            self.run.heads[self.engine.steps] = self.engine.scheduler.waiting[0].info.request_id
+        self.clock.advance(self.rng.randrange(MS // 5) if self.rng.random() < 0.95 else self.rng.randrange(40 * MS))
+
+    def execute(self, batch: Batch) -> StepResult:
+        work = sum(tokens * (start + tokens) for tokens, start in zip(batch.num_tokens, batch.starts, strict=True))
+        cost = MS + 30_000 * batch.prefill_tokens + 150_000 * batch.decode_tokens + 700 * work
+        self.clock.advance(cost * self.rng.lognormvariate(0, 0.2) * self.rng.choice([1] * 15 + [10]))
+        return StepResult()
+
+    def wants_keyframe(self, step: int) -> bool:
+        return step % self.keyframe_every == 0
+
+    def step(self, record: StepRecord) -> None:
+        record.waits = [(handle, self._reason(handle, reason), lacking) for handle, reason, lacking in record.waits]
+        self.run.recording.steps.append(record)
+
+    def request(self, record: RequestRecord) -> None:
+        self.run.recording.ended.append(record)
+
+    @staticmethod
+    def _reason(handle: int, reason: int) -> int:
+        return OTHER_REASONS[handle % len(OTHER_REASONS)] if reason == WaitReason.HEAD else reason
+
+
+def random_workload(rng: random.Random) -> Workload:
+    """A crowded engine: too few slots, tokens a step, or KV blocks for what arrives."""
+    chunked = rng.random() < 0.6
+    block_size = rng.choice([1, 4, 16])
+    config = EngineConfig(
+        max_num_seqs=rng.choice([1, 3, 16]),
+        max_num_batched_tokens=rng.choice([5, 24, 80]) if chunked else rng.choice([40, 80]),
+        chunked_prefill=chunked,
+        block_size=block_size,
+        kv_blocks=rng.choice([60, 100, 1000]) // block_size,
+        watermark=rng.choice([0.0, 0.1]),
+    )
+    arrivals = [
+        Arrival(
+            gap_ns=rng.choice([0, rng.randrange(5 * MS), rng.randrange(30 * MS)]),
+            prompt_tokens=rng.choice([rng.randrange(1, 10), rng.randrange(1, 60)]),
+            max_tokens=rng.randrange(1, 25),
+            tenant=rng.choice(["", "chat", "batch", "chat"]),
+            abort_after=rng.choice([None, None, None, rng.randrange(12)]),
+        )
+        for _ in range(rng.randrange(1, 16))
+    ]
+    return Workload(config, arrivals, rng.randrange(1, 30), rng.choice([20, 10_000]))
+
+
+def random_run(seed: int) -> RandomRun:
+    """A random workload in random time."""
+    rng = random.Random(seed)
+    return run_randomly(random_workload(rng), rng)
+
+
+def run_randomly(workload: Workload, rng: random.Random) -> RandomRun:
+    """Runs a workload with random durations; what the engine would reject is left out."""
+    clock = _LateClock(rng)
+    run = RandomRun(Recording(workload.config))
+    time_ns, requests, aborts = START_NS, [], []
+    for handle, arrival in enumerate(workload.arrivals):
+        time_ns += arrival.gap_ns
+        request = _request(handle, time_ns, arrival)
+        if _fits(workload.config, request):
+            requests.append(request)
+            if arrival.abort_after is not None:
+                aborts.append((request, arrival.abort_after))
+    host = _RandomTime(run, clock, rng, workload.keyframe_every, aborts)
+    host.engine = Engine(workload.config, host, clock, host, host.before_dispatch)
+    until_ns = START_NS + 4 * MS * workload.steps if workload.steps < 1000 else None
+    host.engine.run(requests, until_ns, before_step=host.before_step, after_step=host.after_step)
+    run.recording.requests = requests
+    return run
+
+
+def _request(handle: int, time_ns: int, arrival: Arrival) -> Request:
+    name, tenant = f"req-{handle}", arrival.tenant
+    return Request(RequestInfo(handle, name, time_ns, arrival.prompt_tokens, arrival.max_tokens, tenant))
+
+
+def _fits(config: EngineConfig, request: Request) -> bool:
+    try:
+        Scheduler(config).add(request)
+    except RequestRejected:
+        return False
+    return True
+
+
+def only_replica(trace: Trace) -> Replica:
+    (replica,) = replicas(trace)
+    return replica
+
+
+def all_waits(replica: Replica) -> pd.DataFrame:
+    """Queries for every whole life, time to first token and single gap of a replica's requests."""
+    return pd.DataFrame(_stretches(replica), columns=["request", "begin", "end"]).rename_axis("query").reset_index()
+
+
+def _stretches(replica: Replica) -> Iterator[tuple[int, int, int]]:
+    for row in replica.requests.itertuples():
+        yield int(row.Index), int(row.arrival), int(row.seen_until)
+        if row.first_token >= 0:
+            yield int(row.Index), int(row.arrival), int(row.first_token)
+    for gap in replica.gaps[replica.gaps["count"] == 1].itertuples():
+        yield int(gap.request), int(gap.start), int(gap.start + gap.length_ns)

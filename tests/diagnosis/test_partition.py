@@ -1,0 +1,372 @@
+"""The partition of a request's time: exact, equal to a plain reference, and blind to names, order and the clock."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import orjson
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
+from stallscope.diagnosis.replica import Replica
+from stallscope.trace import Trace
+from stallscope_engine.config import EngineConfig
+from stallscope_engine.engine import Engine, StepResult, VirtualClock
+from stallscope_engine.request import Request
+from stallscope_engine.scheduler import Batch
+from stallscope_telemetry import names
+from stallscope_telemetry.records import RequestInfo
+from tests.diagnosis.reference import ENGINE, FRONTEND, OWN, TELEMETRY, Charges, Reference
+from tests.diagnosis.runs import MS, all_waits, only_replica, random_run
+from tests.trace.recording import START_NS, Arrival, Recording, Workload, read, run
+
+seeds = st.integers(0, 2**32)
+PARTIES = {Party.OWN: OWN, Party.ENGINE: ENGINE, Party.FRONTEND: FRONTEND, Party.UNSEEN: TELEMETRY}
+
+
+def some_lines(seed: int, lost: float = 0.0) -> list[bytes]:
+    """The spans of a random run, a share of them lost."""
+    rng = random.Random(seed)
+    lines = [one for one in random_run(seed).recording.lines() if rng.random() >= lost]
+    assume(any(names.STEP_SPAN.encode() in one for one in lines))
+    return lines
+
+
+def charge(replica: Replica, queries: pd.DataFrame, group: np.ndarray | None = None) -> pd.Series:
+    """ns by query, holder and mechanism; holders are tenants unless ``group`` says otherwise."""
+    found = replica.partition.charge(queries, replica.tenant_of_request if group is None else group)
+    return found.set_index(["query", "holder", "mechanism"])["ns"]
+
+
+def by_name(replica: Replica, queries: pd.DataFrame) -> dict[int, Charges]:
+    """Each query's charges by the names of holder and mechanism."""
+    result: dict[int, Charges] = {int(query): {} for query in queries["query"]}
+    for (query, holder, mechanism), ns in charge(replica, queries).items():
+        name = replica.tenants[holder] if holder >= 0 else PARTIES[Party(holder)]
+        result[query][name, str(MECHANISMS[mechanism])] = int(ns)
+    return result
+
+
+def rounding(replica: Replica, queries: pd.DataFrame) -> dict[int, int]:
+    """By how many ns a charge of each query may be off: one for each piece of the life, since each is rounded."""
+    return {int(query): int(count) for query, count in replica.partition.cut(queries).groupby("query").size().items()}
+
+
+def assert_same(one: Charges, other: Charges, tolerance: float) -> None:
+    different = {
+        key: (one.get(key, 0), other.get(key, 0))
+        for key in {*one, *other}
+        if abs(one.get(key, 0) - other.get(key, 0)) > tolerance
+    }
+    assert different == {}
+
+
+# --- against the reference ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(seeds, st.sampled_from([0.0, 0.1, 0.3]))
+def test_every_charge_is_that_of_the_plain_reference(seed: int, lost: float) -> None:
+    trace, heads = read(some_lines(seed, lost)), random_run(seed).heads
+    replica = only_replica(trace)
+    requests = replica.requests
+    group = {row.request: replica.tenants[row.tenant] for row in requests.itertuples()}
+    reference = Reference(trace, "r0", replica.ledger.model.coefficients, group, heads)
+    queries = all_waits(replica)
+    pieces = rounding(replica, queries)
+    charges = by_name(replica, queries)
+    for row in queries.itertuples():
+        length = row.end - row.begin
+        expected = reference.charge(requests.at[row.request, "request"], row.begin, row.end)
+        assert sum(expected.values()) == pytest.approx(length)
+        assert_same(charges[row.query], expected, pieces.get(row.query, 0) + 1 + 1e-6 * length)
+
+
+# --- invariants ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(seeds, st.sampled_from([0.0, 0.1, 0.3]))
+def test_parts_sum_to_the_latency_and_none_is_negative(seed: int, lost: float) -> None:
+    replica = only_replica(read(some_lines(seed, lost)))
+    queries = all_waits(replica)
+    charges = charge(replica, queries)
+    assert (charges > 0).all()
+    sums = charges.groupby("query").sum().reindex(queries["query"], fill_value=0).to_numpy()
+    assert sums.tolist() == (queries["end"] - queries["begin"]).tolist()
+
+
+@settings(max_examples=8)
+@given(seeds)
+def test_charges_of_the_two_parts_of_a_wait_add_up_to_those_of_the_whole(seed: int) -> None:
+    replica = only_replica(read(some_lines(seed)))
+    queries = all_waits(replica)
+    rng = random.Random(seed)
+    cut = [rng.randint(begin, end) for begin, end in zip(queries["begin"], queries["end"], strict=True)]
+    whole = by_name(replica, queries)
+    parts = [by_name(replica, queries.assign(end=cut)), by_name(replica, queries.assign(begin=cut))]
+    pieces = rounding(replica, queries)
+    for query, charges in whole.items():
+        summed = {key: sum(part[query].get(key, 0) for part in parts) for part in parts for key in part[query]}
+        assert_same(charges, summed, pieces.get(query, 0) + 2)
+
+
+@settings(max_examples=8)
+@given(seeds)
+def test_renaming_tenants_permutes_the_charges_and_nothing_else(seed: int) -> None:
+    new_names = {"chat": "zulu", "batch": "alpha"}
+    lines = some_lines(seed)
+    before = only_replica(read(lines))
+    renamed = [one.replace(b'"chat"', b'"zulu"').replace(b'"batch"', b'"alpha"') for one in lines]
+    after = only_replica(read(renamed))
+    assert after.ledger.model == before.ledger.model
+    queries = all_waits(before)
+    assert all_waits(after).equals(queries)
+    pieces, charges = rounding(before, queries), by_name(after, queries)
+    for query, old in by_name(before, queries).items():
+        expected = {(new_names.get(holder, holder), mechanism): ns for (holder, mechanism), ns in old.items()}
+        assert_same(charges[query], expected, pieces.get(query, 0))
+
+
+@settings(max_examples=8)
+@given(seeds)
+def test_splitting_a_tenant_splits_its_charges(seed: int) -> None:
+    replica = only_replica(read(some_lines(seed)))
+    queries = all_waits(replica)
+    whole = replica.tenant_of_request
+    moves = np.array([random.Random(f"{seed}/{request}").random() < 0.5 for request in replica.requests["request"]])
+    tenants = len(replica.tenants)
+    halves = np.where((whole == 0) & moves, tenants, whole)
+    split = charge(replica, queries, halves).reset_index()
+    split["holder"] = split["holder"].replace(tenants, 0)
+    merged = split.groupby(["query", "holder", "mechanism"])["ns"].sum()
+    old, new = merged.align(charge(replica, queries), fill_value=0)
+    allowed = pd.Series(rounding(replica, queries)).reindex(old.index.get_level_values("query"), fill_value=0)
+    assert ((old - new).abs().to_numpy() <= 2 * allowed.to_numpy()).all()
+
+
+@settings(max_examples=4)
+@given(seeds)
+def test_an_idle_tenant_changes_nothing(seed: int) -> None:
+    replica = only_replica(read(some_lines(seed)))
+    queries = all_waits(replica)
+    beside_an_idle_one = replica.tenant_of_request + 1  # code 0 is nobody's
+    shifted = charge(replica, queries, beside_an_idle_one).reset_index()
+    shifted["holder"] -= shifted["holder"] >= 0
+    assert shifted.set_index(["query", "holder", "mechanism"])["ns"].equals(charge(replica, queries))
+
+
+def later(line: bytes, shift_ns: int) -> bytes:
+    document = orjson.loads(line)
+    for resource in document["resourceSpans"]:
+        for span in resource["scopeSpans"][0]["spans"]:
+            for key in ("startTimeUnixNano", "endTimeUnixNano"):
+                span[key] = str(int(span[key]) + shift_ns)
+    return orjson.dumps(document)
+
+
+@settings(max_examples=6)
+@given(seeds, st.integers(-(10**18), 10**18))
+def test_neither_the_clock_nor_the_order_of_spans_matters(seed: int, shift_ns: int) -> None:
+    lines = some_lines(seed, 0.05)
+    before = only_replica(read(lines))
+    queries = all_waits(before)
+    charges = charge(before, queries)
+    moved = only_replica(read([later(one, shift_ns) for one in lines]))
+    shifted = queries.assign(begin=queries["begin"] + shift_ns, end=queries["end"] + shift_ns)
+    assert all_waits(moved).equals(shifted)
+    assert charge(moved, shifted).equals(charges)
+    random.Random(seed).shuffle(lines)
+    assert charge(only_replica(read(lines)), queries).equals(charges)
+
+
+@settings(max_examples=12)
+@given(seeds, st.sampled_from([0.05, 0.3]))
+def test_time_in_which_steps_are_missing_is_unobserved(seed: int, lost: float) -> None:
+    replica = only_replica(read(some_lines(seed, lost)))
+    queries = all_waits(replica)
+    steps = replica.steps
+    missing = [
+        (before.ready, after.scheduled - after.idle_ns)
+        for before, after in zip(steps[:-1].itertuples(), steps[1:].itertuples(), strict=True)
+        if after.step > before.step + 1
+    ]
+    charges = by_name(replica, queries)
+    for row in queries.itertuples():
+        unseen = sum(max(0, min(row.end, high) - max(row.begin, low)) for low, high in missing)
+        assert charges[row.query].get((TELEMETRY, "unobserved"), 0) >= unseen
+
+
+def test_a_step_whose_batch_is_not_known_is_unobserved_and_no_fault_of_the_engine() -> None:
+    """After a lost step, a request that came before the next keyframe is not known to wait or to run."""
+    lines = run(Workload(EngineConfig(), [Arrival(0, 8, 40, "a"), Arrival(5 * MS, 8, 4, "b")], 12, 10_000)).lines()
+    replica = only_replica(read([one for index, one in enumerate(lines) if index != 2]))
+    second = all_waits(replica)[lambda waits: waits["request"] == 1]
+    charges = by_name(replica, second.head(1))[int(second["query"].iloc[0])]
+    assert charges[TELEMETRY, "unobserved"] > 0
+    assert (ENGINE, "unexplained") not in charges
+    assert not [key for key in charges if key[1] == "step_boundary"]
+
+
+# --- worked by hand -----------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Executor and recorder of a run whose steps take exactly 1 ms + 1 us a prefill token, and pause where told."""
+
+    def __init__(self, clock: VirtualClock, recording: Recording, pause_before: int, pause_ns: int) -> None:
+        self.clock, self.recording, self.engine = clock, recording, None
+        self.pause_before, self.pause_ns = pause_before, pause_ns
+        self.steps = 0
+
+    def before_dispatch(self, batch: Batch) -> None:
+        if self.steps == self.pause_before:
+            self.clock.wait_until(self.clock.now_ns() + self.pause_ns)
+        self.steps += 1
+
+    def execute(self, batch: Batch) -> StepResult:
+        self.clock.wait_until(self.clock.now_ns() + MS + 1_000 * batch.prefill_tokens)
+        return StepResult()
+
+    def wants_keyframe(self, step: int) -> bool:
+        return step % 50 == 0
+
+    def step(self, record: object) -> None:
+        self.recording.steps.append(record)  # type: ignore[arg-type]
+
+    def request(self, record: object) -> None:
+        self.recording.ended.append(record)  # type: ignore[arg-type]
+
+
+def scripted(
+    requests: Sequence[tuple[str, int, int, int]], pause_before: int = -1, pause_ns: int = 0, **config: int
+) -> Replica:
+    """A run of requests (tenant, arrival in ms, prompt tokens, output tokens), named by their position."""
+    clock = VirtualClock(START_NS)
+    recording = Recording(EngineConfig(**config))
+    script = Scripted(clock, recording, pause_before, pause_ns)
+    engine = Engine(recording.config, script, clock, script, script.before_dispatch)
+    infos = (
+        RequestInfo(code, str(code), START_NS + at_ms * MS, prompt, output, tenant)
+        for code, (tenant, at_ms, prompt, output) in enumerate(requests)
+    )
+    engine.run([Request(info) for info in infos])
+    return only_replica(read(recording.lines()))
+
+
+def ttft_of(replica: Replica, request: str) -> Charges:
+    row = replica.requests[replica.requests["request"] == request].iloc[0]
+    code = int(replica.requests.index[replica.requests["request"] == request][0])
+    query = pd.DataFrame({"query": [0], "request": [code], "begin": [row["arrival"]], "end": [row["first_token"]]})
+    return by_name(replica, query)[0]
+
+
+def test_a_request_that_arrives_during_a_huge_prefill_waits_for_its_owner() -> None:
+    quiet = [("chat", 40 + 3 * number, 50 + number, 2) for number in range(20)]
+    replica = scripted([*quiet, ("hog", 200, 1900, 1), ("chat", 201, 60, 2)])
+    charges = ttft_of(replica, "21")
+    # The step of 2.9 ms had gone on for 1 ms: of its 1.9 ms of prefill, 1.9 / 2.9 lie in the wait.
+    assert charges["hog", "step_boundary"] == pytest.approx(1.9 * MS * 1.9 / 2.9, rel=0.02)
+    assert charges[ENGINE, "step_fixed"] == pytest.approx(1.0 * MS * 1.9 / 2.9, rel=0.02)
+    assert charges[OWN, "own_work"] == pytest.approx(1.06 * MS, rel=0.02)
+    assert sum(charges.values()) == 2.96 * MS
+
+
+def test_waiting_for_blocks_is_charged_to_those_who_hold_them() -> None:
+    replica = scripted([("hog", 0, 600, 50), ("chat", 5, 200, 4)], kv_blocks=45, max_num_batched_tokens=1000)
+    charges = ttft_of(replica, "1")
+    assert {holder for holder, mechanism in charges if mechanism == "kv_pinning"} <= {"hog"}
+    assert charges.keys() <= {
+        ("hog", "kv_pinning"), ("hog", "step_boundary"), (ENGINE, "step_fixed"), (ENGINE, "unexplained"),
+        (OWN, "own_work"),
+    }  # fmt: skip
+
+
+def test_a_pause_before_the_dispatch_is_the_engines_host_gap() -> None:
+    replica = scripted([("chat", 0, 20, 30), ("chat", 3, 30, 4)], pause_before=10, pause_ns=500 * MS)
+    whole = all_waits(replica)
+    charges = by_name(replica, whole[(whole["request"] == 0)].head(1))
+    assert next(iter(charges.values()))[ENGINE, "host_gap"] == 500 * MS
+
+
+def test_a_pause_that_holds_up_the_first_request_after_an_idle_time_is_no_idle_time() -> None:
+    replica = scripted([("chat", 0, 20, 2), ("chat", 900, 20, 2)])
+    idle_before = replica.steps.loc[2, "idle_ns"]
+    assert idle_before > 800 * MS
+    held_up = Recording(EngineConfig())
+    clock = VirtualClock(START_NS)
+    script = Scripted(clock, held_up, -1, 0)
+    engine = Engine(held_up.config, script, clock, script)
+
+    def before_step() -> None:
+        if START_NS + 900 * MS <= clock.now_ns() < START_NS + 1200 * MS:
+            clock.wait_until(START_NS + 1200 * MS)
+
+    engine.run(
+        [Request(RequestInfo(code, str(code), START_NS + 900 * MS * code, 20, 2, "chat")) for code in range(2)],
+        before_step=before_step,
+    )
+    charges = ttft_of(only_replica(read(held_up.lines())), "1")
+    assert charges[ENGINE, "host_gap"] == 300 * MS
+    assert (FRONTEND, "intake") not in charges
+
+
+def test_without_a_known_head_what_is_due_to_the_head_is_unobserved() -> None:
+    runs = (random_run(seed).recording for seed in range(100))
+    trace = next(trace for one in runs if one.steps and "head" in reasons(trace := read(one.lines())))
+    nobody = {name: "encoder" for name in ("kv", "budget", "slots")}
+    column = [nobody.get(reason, reason) for reason in trace.residency.column("reason").to_pylist()]
+    phase = ["waiting" if one == "preempted" else one for one in trace.residency.column("phase").to_pylist()]
+    schema = trace.residency.schema
+    table = trace.residency.set_column(schema.get_field_index("reason"), schema.field("reason"), coded(column))
+    table = table.set_column(schema.get_field_index("phase"), schema.field("phase"), coded(phase))
+    replica = only_replica(Trace({**trace.tables, "residency": table}, trace.source))
+    queries = all_waits(replica)
+    charges = by_name(replica, queries)
+    assert not [key for parts in charges.values() for key in parts if key[1] == Mechanism.HEAD_OF_LINE]
+    assert [key for parts in charges.values() for key in parts if key == (TELEMETRY, "unobserved")]
+    assert [sum(charges[row.query].values()) for row in queries.itertuples()] == [
+        row.end - row.begin for row in queries.itertuples()
+    ]
+
+
+def reasons(trace: Trace) -> set[str]:
+    return set(pc.unique(trace.residency.column("reason").cast(pa.string())).to_pylist())
+
+
+def coded(values: list[str | None]) -> pa.Array:
+    return pa.array(values, pa.string()).dictionary_encode()
+
+
+# --- what was missed once -----------------------------------------------------------------------------------------
+
+
+def test_times_stay_exact_where_some_request_has_no_first_token() -> None:
+    """As floats, which a column with nulls becomes, times since the epoch are only good to 256 ns."""
+    workload = Workload(EngineConfig(), [Arrival(0, 7, 3, "a"), Arrival(MS + 7, 9, 1000, "a")], 10, 20)
+    trace = read(run(Workload(workload.config, [*workload.arrivals, Arrival(18 * MS, 9, 9, "b")], 10, 20)).lines())
+    assert trace.requests.column("end").null_count > 0
+    replica = only_replica(trace)
+    for column in ("arrival", "first_token", "end"):
+        assert replica.requests[column].tolist() == trace.requests.column(column).fill_null(-1).to_pylist()
+
+
+def test_a_trace_without_any_request_has_no_charges() -> None:
+    recording = run(Workload(EngineConfig(), [Arrival(0, 8, 30, "a")], 100, 10_000))
+    replica = only_replica(read(recording.step_lines()[5:]))
+    assert len(all_waits(replica)) == len(replica.requests) == 0
+    assert charge(replica, all_waits(replica)).empty
+
+
+def test_a_tenant_that_was_never_in_a_batch_costs_nobody_anything() -> None:
+    arrivals = [Arrival(0, 40, 30, "a"), Arrival(0, 40, 30, "b"), Arrival(0, 40, 30, "late", abort_after=3)]
+    replica = only_replica(read(run(Workload(EngineConfig(max_num_seqs=1), arrivals, 10, 10_000)).lines()))
+    charges = by_name(replica, all_waits(replica))
+    assert {holder for parts in charges.values() for holder, _ in parts} == {"a", OWN, ENGINE}

@@ -1,0 +1,220 @@
+"""Recordings: the same seed gives the same bytes, the trace keeps the answer to itself, pauses are gaps of the host."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stallscope.errors import UsageError
+from stallscope.workloads.draws import Literal
+from stallscope.workloads.recording import VIRTUAL_START_NS, Simulation, record, simulate
+from stallscope.workloads.scenario import (
+    AddedRequests,
+    EnginePause,
+    Every,
+    Expect,
+    Lengths,
+    Scenario,
+    Tenant,
+    load_scenario,
+)
+from stallscope.workloads.traffic import plan
+from stallscope_engine.config import EngineConfig
+from stallscope_telemetry.records import StepRecord, WaitReason
+
+SHORT = Tenant("chat", Every(Literal(0.1)), Lengths(Literal(50), Literal(10)))
+STORY = Scenario("story", "", 5.0, 0, EngineConfig(kv_blocks=256), (SHORT,), (), None)
+S = 1_000_000_000
+
+
+def ttft_ms(run: Simulation, tenant: str, percentile: float) -> float:
+    times = [one.first_token_ns - one.info.arrival_ns for one in run.requests if one.info.tenant == tenant]
+    return float(np.percentile(times, percentile)) / 1e6
+
+
+def busy_share(run: Simulation) -> float:
+    """Share of the time from the first arrival on in which there was a request."""
+    return 1 - sum(step.idle_ns for step in run.steps[1:]) / (run.steps[-1].ready_ns - run.steps[0].scheduled_ns)
+
+
+@pytest.mark.parametrize("name", ["reasoning_prompt", "kv_pinning", "batch_flood"])
+def test_the_injection_of_a_shipped_scenario_is_what_hurts(name: str) -> None:
+    scenario = load_scenario(name, "sample")
+    harmed, usual = simulate(scenario, 0), simulate(scenario, 0, inject=False)
+    assert ttft_ms(harmed, "chat", 99) > 5 * ttft_ms(usual, "chat", 99)
+    assert ttft_ms(usual, "chat", 99) < 50
+    assert busy_share(usual) < 0.6
+    assert scenario.expect is not None
+    assert {one.info.tenant for one in harmed.requests} - {one.info.tenant for one in usual.requests} == set(
+        scenario.expect.culprits
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("kv_pinning", WaitReason.KV), ("batch_flood", WaitReason.BUDGET), ("reasoning_prompt", None)]
+)
+def test_victims_wait_for_the_reason_that_the_scenario_is_about(name: str, reason: WaitReason | None) -> None:
+    scenario = load_scenario(name, "sample")
+    run = simulate(scenario, 0)
+    reasons = [WaitReason(reason) for step in run.steps for _, reason, _ in step.waits]
+    if reason is None:  # all of the harm is done by steps that take long
+        assert reasons == []
+        assert max(step.ready_ns - step.dispatched_ns for step in run.steps) > 0.8 * S
+    else:
+        assert reasons.count(reason) > len(reasons) / 2
+    assert sum(len(step.preempted) for step in run.steps) == 0
+
+
+def test_healthy_traffic_is_comfortable() -> None:
+    run = simulate(load_scenario("healthy"), 1)
+    assert busy_share(run) < 0.6
+    assert ttft_ms(run, "chat", 99) < 100
+    assert len({one.info.tenant for one in run.requests}) == 3
+
+
+def test_a_simulation_finishes_what_was_planned_at_the_planned_times() -> None:
+    run = simulate(STORY, 0)
+    planned = {one.request_id: one for one in plan(STORY, 0)}
+    assert {one.info.request_id for one in run.requests} == planned.keys()
+    for one in run.requests:
+        wanted = planned[one.info.request_id]
+        assert one.info.arrival_ns == VIRTUAL_START_NS + wanted.offset_ns
+        assert (one.info.prompt_tokens, len(one.token_times_ns)) == (wanted.prompt_tokens, wanted.output_tokens)
+
+
+# --- pauses -------------------------------------------------------------------------------------------------
+
+
+def gaps_ns(steps: list[StepRecord]) -> list[int]:
+    """Between steps, less idle: what a diagnosis calls the host gap."""
+    pairs = zip(steps, steps[1:], strict=False)
+    return [later.scheduled_ns - sooner.ready_ns - later.idle_ns for sooner, later in pairs]
+
+
+def test_a_pause_is_a_gap_of_the_host_and_lasts_until_its_end() -> None:
+    busy = replace(SHORT, arrivals=Every(Literal(0.02)))
+    story = replace(STORY, tenants=(busy,), inject=(EnginePause(Literal(2), Literal(1)),))
+    run = simulate(story, 0)
+    longest_ns = max(gaps_ns(run.steps))
+    assert 0.95 * S < longest_ns <= S
+    assert VIRTUAL_START_NS + 3 * S in [step.scheduled_ns for step in run.steps]
+    assert not any(2 * S < step.scheduled_ns - VIRTUAL_START_NS < 3 * S for step in run.steps)
+    assert max(step.ready_ns - step.scheduled_ns for step in run.steps) < S / 10
+    assert ttft_ms(run, "chat", 100) > 900
+
+
+def test_an_idle_engine_is_paused_from_the_next_arrival_on() -> None:
+    rare = replace(SHORT, arrivals=Every(Literal(2.5)))
+    run = simulate(replace(STORY, tenants=(rare,), inject=(EnginePause(Literal(2), Literal(1)),)), 0)
+    assert max(gaps_ns(run.steps)) == S // 2
+    assert run.steps[-1].scheduled_ns > VIRTUAL_START_NS + 3 * S
+    assert ttft_ms(run, "chat", 100) > 500
+
+
+def test_a_run_without_injections_has_no_pauses() -> None:
+    story = replace(STORY, inject=(EnginePause(Literal(2), Literal(1)),))
+    assert simulate(story, 0, inject=False).steps == simulate(STORY, 0).steps != simulate(story, 0).steps
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def spans(path: Path) -> list[dict[str, object]]:
+    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    with opened as lines:
+        return [
+            span
+            for line in lines
+            for resource in json.loads(line)["resourceSpans"]
+            for scope in resource["scopeSpans"]
+            for span in scope["spans"]
+        ]
+
+
+def test_a_virtual_recording_of_the_same_seed_has_the_same_bytes(tmp_path: Path) -> None:
+    scenario = load_scenario("reasoning_prompt", "demo")
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        record(scenario, tmp_path / f"{name}.otlp.jsonl.gz", seed=seed, executor="virtual")
+    same, again, other = (path.read_bytes() for path in sorted(tmp_path.iterdir()))
+    assert same == again != other
+
+
+def test_a_recording_holds_every_step_and_every_finished_request(tmp_path: Path) -> None:
+    summary = record(STORY, tmp_path / "story.otlp.jsonl", seed=0, executor="virtual")
+    names = [span["name"] for span in spans(summary.path)]
+    assert (summary.requests, summary.finished, summary.open, summary.dropped) == (50, 50, 0, 0)
+    assert (names.count("engine.step"), names.count("llm_request")) == (summary.steps, 50)
+    assert summary.start_ns == VIRTUAL_START_NS
+    assert 4.9 * S < summary.end_ns - summary.start_ns < 6 * S
+
+
+def test_a_recording_keeps_the_answer_to_itself(tmp_path: Path) -> None:
+    culprit = AddedRequests("batch", (Literal(2),), Literal(2), Lengths(Literal(2000), Literal(10)))
+    answer = Expect("noisy_neighbor", ("batch",), ("kv_pinning",))
+    story = replace(STORY, name="who_did_it", inject=(culprit,), expect=answer)
+    plain, told = tmp_path / "plain.otlp.jsonl", tmp_path / "told.otlp.jsonl"
+    record(story, told, seed=0, executor="virtual")
+    record(replace(story, expect=None), plain, seed=0, executor="virtual")
+    assert told.read_bytes() == plain.read_bytes()
+    text = told.read_text(encoding="utf-8")
+    assert '"batch-000001"' in text
+    assert not [word for word in ("inject", "expect", "who_did_it", "noisy", "kv_pinning") if word in text]
+
+
+def test_requests_that_do_not_finish_in_time_stay_open(tmp_path: Path) -> None:
+    endless = replace(SHORT, arrivals=Every(Literal(4)), lengths=Lengths(Literal(50), Literal(60_000)))
+    story = replace(STORY, tenants=(endless,), engine=EngineConfig(kv_blocks=8192))
+    summary = record(story, tmp_path / "story.otlp.jsonl", seed=0, executor="virtual")
+    assert (summary.requests, summary.finished, summary.open) == (2, 0, 2)
+    assert 35 * S <= summary.end_ns - summary.start_ns < 36 * S
+
+
+def test_an_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:
+    path = tmp_path / "story.otlp.jsonl"
+    path.write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match="exists: choose another name, or overwrite it with --force"):
+        record(STORY, path, seed=0, executor="virtual")
+    assert path.read_text(encoding="utf-8") == "mine"
+    record(STORY, path, seed=0, executor="virtual", force=True)
+    assert len(spans(path)) > 50
+
+
+@pytest.mark.parametrize("name", ["story.csv", "missing/story.otlp.jsonl"])
+def test_a_file_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"^[^\n]*story[^\n]*$"):
+        record(STORY, tmp_path / name, seed=0, executor="virtual")
+
+
+@pytest.mark.parametrize("executor", ["virtual", "torch"])
+def test_a_model_that_the_executor_does_not_know_is_an_error_before_any_file(tmp_path: Path, executor: str) -> None:
+    if executor == "torch":
+        pytest.importorskip("torch")
+    story = replace(STORY, engine=replace(STORY.engine, model="70b"))
+    with pytest.raises(UsageError, match="'70b'.*tiny-llama"):
+        record(story, tmp_path / "story.otlp.jsonl", seed=0, executor=executor)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_told_in_order_and_ends_at_one(tmp_path: Path) -> None:
+    shares: list[float] = []
+    record(STORY, tmp_path / "story.otlp.jsonl", seed=0, executor="virtual", progress=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert 20 < len(shares) < 110
+
+
+def test_the_torch_executor_records_in_real_time(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    rare = replace(SHORT, arrivals=Every(Literal(0.25)), lengths=Lengths(Literal(12), Literal(3)))
+    pause = EnginePause(Literal(0.3), Literal(0.4))
+    story = replace(STORY, duration_s=1.0, tenants=(rare,), inject=(pause,))
+    summary = record(story, tmp_path / "story.otlp.jsonl", seed=0, executor="torch")
+    assert (summary.requests, summary.finished) == (4, 4)
+    starts = [int(str(span["startTimeUnixNano"])) for span in spans(summary.path) if span["name"] == "engine.step"]
+    assert len(starts) == summary.steps
+    assert not any(0.3 * S <= start - summary.start_ns < 0.7 * S for start in starts)
