@@ -1,8 +1,8 @@
 """Does the diagnosis name the right tenant? Bundled scenarios over many seeds on the virtual engine.
 
-Each run is recorded to a file, read back and diagnosed as a user would; `expect` of the scenario says what is right. The
-virtual engine's step cost is a roofline with heavy-tailed noise, not of the family that the diagnosis fits. Thresholds
-were set on seeds from 1000 on.
+Each run is recorded to a file, read back and diagnosed as a user would; `expect` of the scenario says what is right.
+The virtual engine's step cost is a roofline with heavy-tailed noise, not of the family that the diagnosis fits.
+Thresholds were set on seeds from 1000 on.
 
     python benchmarks/naming.py --seeds 0:50
 """
@@ -42,7 +42,7 @@ class Outcome:
     right_mechanism: bool
 
 
-def run(task: tuple[str, str | None, int, bool]) -> Outcome:
+def run(task: tuple[str, str, int, bool]) -> Outcome:
     """Records and diagnoses one scenario with one seed."""
     name, variant, seed, inject = task
     scenario = load_scenario(name, variant)
@@ -71,15 +71,14 @@ def run(task: tuple[str, str | None, int, bool]) -> Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0:50", help="A:B, from A to below B")
-    parser.add_argument("--variant", default="sample", help="the scenarios' variant; 'none' for the whole length")
+    parser.add_argument("--variant", default="sample", help="the scenarios' variant; 'cpu' for the whole length")
     parser.add_argument("--scenarios", nargs="*", default=SCENARIOS)
     parser.add_argument("--controls", action="store_true", help="also without the injection: nobody is to be named")
     parser.add_argument("--processes", type=int, default=2)
     chosen = parser.parse_args()
     first, last = (int(part) for part in chosen.seeds.split(":"))
-    variant = None if chosen.variant == "none" else chosen.variant
     tasks = [
-        (name, variant, seed, inject)
+        (name, chosen.variant, seed, inject)
         for name in chosen.scenarios
         for inject in ((True, False) if chosen.controls and name != "healthy" else (True,))
         for seed in range(first, last)

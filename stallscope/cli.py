@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from stallscope.diagnosis import Diagnosis
     from stallscope.trace import Trace
+    from stallscope.workloads.recording import ExecutorName
 
 app = typer.Typer(
     name="stallscope",
@@ -87,7 +88,7 @@ def demo(
 def record(
     scenario: Annotated[str, typer.Argument(help="Name of a bundled scenario, or a YAML file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Trace to write: NAME.otlp.jsonl, .gz or .zst.")],
-    variant: Annotated[str | None, typer.Option(help="A variant that the scenario names, such as demo.")] = None,
+    variant: Annotated[str, typer.Option(help="A variant that the scenario names, such as demo.")] = "cpu",
     seed: Annotated[int | None, typer.Option(help="Seed of the traffic; the scenario's own by default.")] = None,
     executor: Annotated[ExecutorChoice, typer.Option(help="What runs the batches.")] = ExecutorChoice.auto,
     without_inject: Annotated[
@@ -184,18 +185,18 @@ def _progress(what: str) -> Iterator[Callable[[float], None]]:
         yield lambda share: bar.update(task, completed=share)
 
 
-def _choose(executor: ExecutorChoice) -> str:
+def _choose(executor: ExecutorChoice) -> ExecutorName:
     """The executor to use; without torch, auto is virtual time, and says so."""
-    if executor is not ExecutorChoice.auto:
-        return executor.value
-    if importlib.util.find_spec("torch") is not None:
-        return ExecutorChoice.torch.value
+    if executor is ExecutorChoice.virtual:
+        return "virtual"
+    if executor is ExecutorChoice.torch or importlib.util.find_spec("torch") is not None:
+        return "torch"
     typer.echo(
         "PyTorch is not installed: running on the virtual executor, whose step times come from a cost model "
         "(pip install 'stallscope[engine]' for the real one)",
         err=True,
     )
-    return ExecutorChoice.virtual.value
+    return "virtual"
 
 
 def _read(path: Path) -> Trace:

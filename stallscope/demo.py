@@ -28,7 +28,9 @@ def run_demo(seed: int | None, executor: ExecutorName, out: Path, console: Conso
     out.mkdir(parents=True, exist_ok=True)
     clock = "in real time on torch" if executor == "torch" else "in virtual time"
     console.print(
-        Text(f"Recording {scenario.duration_s:.0f} s of traffic twice, {clock}: without the reasoning tenant, and with it.")
+        Text(
+            f"Recording {scenario.duration_s:.0f} s of traffic twice, {clock}: without the reasoning tenant, then with."
+        )
     )
     diagnoses: dict[str, Diagnosis] = {}
     for name, inject in (("control", False), ("stall", True)):

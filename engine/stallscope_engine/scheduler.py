@@ -103,7 +103,10 @@ class Scheduler:
             self.waiting.remove(request)
             self._queue_changed = True
         self._finish(request, reason, now_ns)
-        self._left.append((request.info.handle, reason))
+        if request in self._joining:  # no step has seen it, so none needs to say that it left
+            self._joining.remove(request)
+        else:
+            self._left.append((request.info.handle, reason))
 
     # --- a step ---------------------------------------------------------------------------------------------
 
@@ -273,7 +276,6 @@ class Scheduler:
         self._queue_changed = False
         slots, _, _ = room
         chunked = self.config.chunked_prefill
-        head = self.waiting[0]
         for request in self.waiting:
             reason, lacking = WaitReason.HEAD, 0
             if slots <= 0:
@@ -282,8 +284,6 @@ class Scheduler:
                 reason, lacking = WaitReason.BUDGET, request.remaining_tokens - max(budget, 0)
             elif (short := self._blocks_short(request)) > 0:
                 reason, lacking = WaitReason.KV, short
-            elif request is head:  # it fits, but a step that preempted admits nobody: blocks were short
-                reason, lacking = WaitReason.KV, 1
             if request.wait_reason is not reason:
                 request.wait_reason, request.lacking = reason, lacking
                 batch.waits.append((request.info.handle, reason, lacking))

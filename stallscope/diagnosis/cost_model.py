@@ -23,7 +23,7 @@ _ROUNDS = 8
 
 @dataclass(frozen=True)
 class CostModel:
-    """Coefficients in ns per unit of ``FEATURES``; ``error`` is the median relative error on the steps it was fitted on."""
+    """Coefficients in ns per unit of ``FEATURES``; ``error``: median relative error on the steps it was fitted on."""
 
     coefficients: tuple[float, float, float, float, float]
     error: float

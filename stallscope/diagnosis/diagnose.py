@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 
+from stallscope.diagnosis.evidence import quantiles
 from stallscope.diagnosis.incidents import find_windows, measure_waits
 from stallscope.diagnosis.load import KV, STEP_TIME, Loads
 from stallscope.diagnosis.model import Confidence, Coverage, Diagnosis, Incident, TenantSummary, Verdict
 from stallscope.diagnosis.replica import Replica, replicas
-from stallscope.diagnosis.verdict import judge, quantiles
+from stallscope.diagnosis.verdict import judge
 from stallscope.trace import Trace
 
 FEWEST_REQUESTS = 20  # below, usual and unusual can't be told apart

@@ -111,7 +111,8 @@ def _bars(table: pd.DataFrame, bin_ns: int) -> Floats:
     # Where next to nothing is the usual, the spread of its logarithm says little: hence the bounds.
     bars = np.exp(median + np.clip(_SIGMAS * sigma, np.log(_TIMES_USUAL[0]), np.log(_TIMES_USUAL[1])))
     keys = pd.MultiIndex.from_frame(table[["tenant", "metric"]])
-    return bars.reindex(keys).to_numpy(np.float64)
+    found: Floats = bars.reindex(keys).to_numpy(np.float64)
+    return found
 
 
 def find_windows(waits: Waits, replica: Replica) -> list[Window]:
@@ -128,18 +129,14 @@ def find_windows(waits: Waits, replica: Replica) -> list[Window]:
     fresh = np.ones(len(stalled), dtype=bool)
     fresh[1:] = stalled["begin"].to_numpy()[1:] > reach[:-1] + slack
     episode = np.cumsum(fresh) - 1
-    arrivals = {
-        int(tenant): np.sort(group.to_numpy())
-        for tenant, group in replica.requests.groupby("tenant")["arrival"]
-    }
+    tenant_of, arrival = replica.tenant_of_request, replica.requests["arrival"].to_numpy(np.int64)
+    arrivals = [np.sort(arrival[tenant_of == code]) for code in range(len(replica.tenants))]
     windows = []
     for _, group in stalled.groupby(episode):
         start, end = int(group["begin"].min()), int(group["end"].max())
-        hit = group.groupby("tenant")["request"].nunique()
-        shares = [count / _requests_around(arrivals[int(tenant)], start, end) for tenant, count in hit.items()]
-        if any(
-            count >= FEWEST_STALLED and share > TAIL_SHARE for count, share in zip(hit, shares, strict=True)
-        ):
+        hit = np.bincount(group.drop_duplicates("request")["tenant"], minlength=len(arrivals))
+        shares = [count / _requests_around(times, start, end) for count, times in zip(hit, arrivals, strict=True)]
+        if any(count >= FEWEST_STALLED and share > TAIL_SHARE for count, share in zip(hit, shares, strict=True)):
             windows.append(Window(start, end, group.index.to_numpy(np.int64)))
     return windows
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stallscope.diagnosis.cost_model import CostModel, fit_cost_model
+from stallscope.diagnosis.cost_model import fit_cost_model
 from stallscope.diagnosis.timeline import Floats, Ints, Timeline
 
 

@@ -44,7 +44,7 @@ class Quantile:
 
 @dataclass(frozen=True)
 class Victim:
-    """A tenant that waited: requests stalled of all that it had then, seconds lost, and percentiles then and usually."""
+    """A tenant that waited: requests stalled of all that it had then, seconds lost, percentiles then and usually."""
 
     tenant: str
     stalled_requests: int
@@ -59,7 +59,7 @@ class Victim:
 class Charge:
     """Seconds that a holder cost the victims beyond what it usually costs them, by one mechanism.
 
-    ``holder`` is a tenant, or "(engine)", "(frontend)", "(telemetry)". ``own`` marks what a victim's own tenant cost it.
+    ``holder`` is a tenant, or "(engine)", "(frontend)", "(telemetry)". ``own``: it is the victim's own tenant.
     ``share`` is of the incident's ``lost_s``.
     """
 

@@ -75,6 +75,7 @@ class State(IntEnum):
     PAUSED = 12
     PREEMPTED = 13
     UNSEEN = 14
+    BETWEEN = 15  # aborted between two steps: the gap after its last one
 
 
 _REASON_STATES = {
@@ -212,9 +213,7 @@ class Partition:
                 if not len(rows):
                     continue
                 for resource, mechanism in rules:
-                    values = (
-                        holder.head(group_of_head == code) if resource == "head" else getattr(holder, resource)
-                    )
+                    values = holder.head(group_of_head == code) if resource == "head" else getattr(holder, resource)
                     amount = over(values, rows)
                     if shared_state in (State.RUNNING, State.RECOMPUTE):
                         mine = (own_group[rows] == code) & (own_prefills[rows] == (resource == "prefill"))
@@ -328,14 +327,14 @@ def _between(rows: pd.DataFrame, arrival: Ints, last: Ints, timeline: Timeline) 
     first = np.searchsorted(code, present)
     after = np.searchsorted(code, present, side="right") - 1
     begin, end = rows["begin"].to_numpy(np.int64), rows["end"].to_numpy(np.int64)
-    beyond = np.append(timeline.start[1:], timeline.end[-1:])
+    beyond = np.append(np.where(timeline.observed[1:], timeline.start[1:], timeline.end[:-1]), timeline.end[-1:])
     next_start = beyond[np.searchsorted(timeline.end, end[after])]
     pieces = [
         (present, arrival[present], begin[first], State.BOUNDARY),
         (absent, arrival[absent], last[absent], State.BOUNDARY),
         (code[:-1], end[:-1], np.where(code[1:] == code[:-1], begin[1:], end[:-1]), State.UNSEEN),
         # An abort comes between two steps: up to the next slice it is the gap that passed, nothing was missed.
-        (present, end[after], np.minimum(last[present], next_start), State.BOUNDARY),
+        (present, end[after], np.minimum(last[present], next_start), State.BETWEEN),
         (present, np.maximum(end[after], next_start), last[present], State.UNSEEN),
     ]
     frames = []

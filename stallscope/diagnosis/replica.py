@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,20 @@ from stallscope.trace import Trace
 
 MOST_TENANTS = 50  # by tokens; the rest are analysed as one
 OTHER = "(other)"
+
+
+@dataclass(frozen=True)
+class RequestFacts:
+    """One request, as reports show it; times in ns, -1 where there is none."""
+
+    request: str
+    tenant: int
+    arrival: int
+    first_token: int
+    seen_until: int
+    prompt_tokens: int
+    output_tokens: int
+    state: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +63,11 @@ class Replica:
     def tenant_of_request(self) -> Ints:
         return self.requests["tenant"].to_numpy(np.int64)
 
+    def facts(self, request: int) -> RequestFacts:
+        """The request with this code."""
+        columns = (self.requests[field.name] for field in fields(RequestFacts))
+        return RequestFacts(*(column.iloc[request : request + 1].to_list()[0] for column in columns))
+
 
 def replicas(trace: Trace) -> Iterator[Replica]:
     """Each replica that has steps, one after the other."""
@@ -59,7 +78,8 @@ def replicas(trace: Trace) -> Iterator[Replica]:
 def _rows(table: pa.Table, replica: str) -> pd.DataFrame:
     # Nullable integers: as floats, times would be off by up to 128 ns in each column with a null.
     kept = table.filter(pc.equal(table["replica"].cast(pa.string()), replica))
-    return kept.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    frame: pd.DataFrame = kept.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    return frame
 
 
 def _read(trace: Trace, name: str) -> Replica:
@@ -98,13 +118,19 @@ def _read(trace: Trace, name: str) -> Replica:
     )
     life = requests[["arrival"]].assign(end=requests["seen_until"])
     partition = read_partition(Ledger(timeline, stretches), life, residency)
-    source = raw["tenant_source"].astype(object).fillna("").groupby(tenant_codes).agg(lambda s: s.mode().iat[0])
-    sources = tuple(str(source.get(code, "")) for code in range(len(tenants)))
+    sources = _commonest(raw["tenant_source"].astype(object).fillna("").astype(str), tenant_codes, len(tenants))
     return Replica(name, tenants, sources, requests, gaps, steps, partition)
 
 
-def _times(column: pd.Series) -> Ints:
-    return column.fillna(-1).to_numpy(np.int64)
+def _commonest(names: pd.Series[str], group: Ints, groups: int) -> tuple[str, ...]:
+    """In each of ``groups`` groups, the name that occurs most."""
+    counts = names.groupby([group, names.to_numpy()]).size().sort_values(kind="stable")
+    last = {int(str(code)): str(name) for code, name in counts.index.to_list()}
+    return tuple(last.get(code, "") for code in range(groups))
+
+
+def _times(column: pd.Series[int]) -> Ints:
+    return column.fillna(-1).to_numpy(np.int64).astype(np.int64)
 
 
 def _tenant_codes(requests: pd.DataFrame) -> tuple[tuple[str, ...], Ints]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.incidents import METRICS, TAIL_REQUESTS, TTFT, Waits, Window
+from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, victims
+from stallscope.diagnosis.incidents import TTFT, Waits, Window
 from stallscope.diagnosis.load import RESOURCE_OF, STEP_TIME, Load, Loads
-from stallscope.diagnosis.model import Charge, Confidence, Culprit, Incident, Quantile, SuspectRequest, Verdict, Victim
+from stallscope.diagnosis.model import Confidence, Culprit, Incident, Verdict
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.replica import Replica
-from stallscope.diagnosis.timeline import Floats, Ints
 
 CARRIES = 0.4  # share of the loss above which tenants, the engine or one's own tenant carry an incident
 LEAST_SHARE = 0.1  # share below which a tenant is not accused beside others
@@ -25,10 +25,7 @@ ENOUGH_OF_SET = 0.8  # culprits are the smallest set that makes up this share of
 UNUSUAL_SIGMAS = 5.0
 UNUSUAL_GROWTH = 1.5
 DOMINATES = 0.5
-SUSPECT_REQUESTS = 40  # of a culprit, the largest, that are looked at one by one
-SHOWN_REQUESTS = 5
 
-_PARTY_NAMES = {Party.ENGINE: "(engine)", Party.FRONTEND: "(frontend)", Party.UNSEEN: "(telemetry)"}
 _OWN_WORK, _STEP_FIXED = MECHANISMS.index(Mechanism.OWN_WORK), MECHANISMS.index(Mechanism.STEP_FIXED)
 
 
@@ -55,7 +52,7 @@ def judge(replica: Replica, waits: Waits, windows: list[Window]) -> list[Inciden
 # --- charges above usual ------------------------------------------------------------------------------------------
 
 
-def _usual_charges(waits: Waits, windows: list[Window]) -> pd.Series:
+def _usual_charges(waits: Waits, windows: list[Window]) -> pd.Series[float]:
     """Mean ns by (tenant, metric, holder, mechanism) that a healthy wait is charged: TTFT outside all windows."""
     table = waits.table
     calm = (table["metric"] == TTFT) & ~table["stalled"] & ~table["censored"]
@@ -65,10 +62,12 @@ def _usual_charges(waits: Waits, windows: list[Window]) -> pd.Series:
     count = healthy.groupby(["tenant", "metric"]).size()
     charges = waits.charges.merge(healthy[["tenant", "metric"]], left_on="query", right_index=True)
     total = charges.groupby(["tenant", "metric", "holder", "mechanism"])["ns"].sum()
-    return total / count.reindex(total.index.droplevel(["holder", "mechanism"])).to_numpy()
+    keys = total.index.to_frame()[["tenant", "metric"]]
+    mean: pd.Series[float] = total / count.reindex(pd.MultiIndex.from_frame(keys)).to_numpy()
+    return mean
 
 
-def _excess_charges(waits: Waits, window: Window, usual: pd.Series) -> pd.DataFrame:
+def _excess_charges(waits: Waits, window: Window, usual: pd.Series[float]) -> pd.DataFrame:
     """Charges of the window's stalled waits above usual: wait, victim (tenant), holder, mechanism, ns (float)."""
     stalled = waits.table.loc[window.waits]
     charges = waits.charges[waits.charges["query"].isin(window.waits)]
@@ -108,7 +107,7 @@ def _pass_on_head_of_line(excess: pd.DataFrame, waits: Waits, window: Window, un
 # --- the verdict --------------------------------------------------------------------------------------------------
 
 
-def _judge_window(replica: Replica, waits: Waits, window: Window, loads: Loads, usual: pd.Series) -> Incident:
+def _judge_window(replica: Replica, waits: Waits, window: Window, loads: Loads, usual: pd.Series[float]) -> Incident:
     everything = _excess_charges(waits, window, usual)
     # What a step costs whatever is in it is no tenant's doing and no fault: part of the loss, but of no one's share.
     excess = everything[everything["mechanism"] != _STEP_FIXED]
@@ -122,11 +121,11 @@ def _judge_window(replica: Replica, waits: Waits, window: Window, loads: Loads, 
     suspects = [s for tenant in tenants if (s := _suspect(to_others, tenant, loads, window)) is not None]
     suspects.sort(key=lambda suspect: -suspect.caused_ns)
     by_holder = excess.groupby("holder")["ns"].sum()
-    engine = _share(by_holder.get(int(Party.ENGINE), 0.0), charged)
-    unseen = _share(by_holder.get(int(Party.UNSEEN), 0.0), charged)
-    accused = [s for s in suspects if s.unusual and _share(s.caused_ns, charged) >= LEAST_SHARE]
-    carried = _share(sum(s.caused_ns for s in accused), charged)
-    own_share = _share(float(excess.loc[own, "ns"].sum()), charged)
+    engine = share(by_holder.get(int(Party.ENGINE), 0.0), charged)
+    unseen = share(by_holder.get(int(Party.UNSEEN), 0.0), charged)
+    accused = [s for s in suspects if s.unusual and share(s.caused_ns, charged) >= LEAST_SHARE]
+    carried = share(sum(s.caused_ns for s in accused), charged)
+    own_share = share(float(excess.loc[own, "ns"].sum()), charged)
 
     culprits: tuple[Culprit, ...] = ()
     mechanism: str | None = None
@@ -161,18 +160,14 @@ def _judge_window(replica: Replica, waits: Waits, window: Window, loads: Loads, 
         confidence=_confidence(verdict, carried, engine, culprits),
         mechanism=mechanism,
         culprits=culprits,
-        victims=_victims(replica, waits, window, everything),
+        victims=victims(replica, waits, window, everything),
         lost_s=float(everything["ns"].sum()) / 1e9,
         charged_s=charged / 1e9,
-        charges=_charges(replica, pd.concat([excess, everything[everything["mechanism"] == _STEP_FIXED]])),
+        charges=charges_of(replica, pd.concat([excess, everything[everything["mechanism"] == _STEP_FIXED]])),
         runner_up=replica.tenants[others[0].tenant] if others else None,
-        runner_up_share=_share(others[0].caused_ns, charged) if others else 0.0,
+        runner_up_share=share(others[0].caused_ns, charged) if others else 0.0,
         reasons=tuple(reasons),
     )
-
-
-def _share(part: float, whole: float) -> float:
-    return float(part) / whole if whole > 0 else 0.0
 
 
 def _suspect(excess: pd.DataFrame, tenant: int, loads: Loads, window: Window) -> _Suspect | None:
@@ -188,8 +183,9 @@ def _suspect(excess: pd.DataFrame, tenant: int, loads: Loads, window: Window) ->
 
 
 def _largest_mechanism(charges: pd.DataFrame) -> str | None:
-    by_mechanism = charges.groupby("mechanism")["ns"].sum()
-    return str(MECHANISMS[int(by_mechanism.idxmax())]) if len(by_mechanism) else None
+    if charges.empty:
+        return None
+    return str(MECHANISMS[int(np.bincount(charges["mechanism"], charges["ns"]).argmax())])
 
 
 def _smallest_set(accused: list[_Suspect]) -> list[_Suspect]:
@@ -205,7 +201,7 @@ def _smallest_set(accused: list[_Suspect]) -> list[_Suspect]:
 
 def _grown_victim(own: pd.DataFrame, loads: Loads, window: Window) -> _Suspect | None:
     """The tenant that lost most to itself, if its load was unusual."""
-    tenant = int(own.groupby("holder")["ns"].sum().idxmax())
+    tenant = int(np.bincount(own["holder"], own["ns"]).argmax())
     suspect = _suspect(own, tenant, loads, window)
     return suspect if suspect is not None and suspect.unusual else None
 
@@ -220,25 +216,15 @@ def _confidence(verdict: Verdict, carried: float, engine: float, culprits: tuple
     return Confidence.MEDIUM if sure else Confidence.LOW
 
 
-def _load_reason(replica: Replica, suspect: _Suspect) -> str:
-    load, tenant = suspect.load, replica.tenants[suspect.tenant]
-    if load.usual <= 0:
-        return f"{tenant} took {load.level:.0%} of the {suspect.resource}; outside incidents it takes none"
-    return f"{tenant} took {load.level:.0%} of the {suspect.resource}, usually {load.usual:.1%}"
-
-
-# --- evidence -----------------------------------------------------------------------------------------------------
-
-
-def _culprit(replica: Replica, waits: Waits, window: Window, suspect: _Suspect, lost: float) -> Culprit:
-    requests = _suspect_requests(replica, waits, window, suspect)
+def _culprit(replica: Replica, waits: Waits, window: Window, suspect: _Suspect, charged: float) -> Culprit:
+    requests = suspect_requests(replica, waits, window, suspect.tenant)
     top = requests[0] if requests else None
     return Culprit(
         tenant=replica.tenants[suspect.tenant],
         tenant_source=replica.sources[suspect.tenant],
         mechanism=str(suspect.mechanism),
         caused_s=suspect.caused_ns / 1e9,
-        share=_share(suspect.caused_ns, lost),
+        share=share(suspect.caused_ns, charged),
         load=suspect.load.level,
         usual_load=suspect.load.usual,
         load_of=suspect.resource,
@@ -247,101 +233,8 @@ def _culprit(replica: Replica, waits: Waits, window: Window, suspect: _Suspect, 
     )
 
 
-def _suspect_requests(
-    replica: Replica, waits: Waits, window: Window, suspect: _Suspect
-) -> tuple[SuspectRequest, ...]:
-    """The culprit's requests by what each cost the window's victims, the worst first."""
-    requests = replica.requests
-    present = (
-        (requests["tenant"] == suspect.tenant)
-        & (requests["arrival"] < window.end)
-        & (requests["seen_until"] > window.start)
-    )
-    size = (requests["prompt_tokens"] + requests["output_tokens"])[present]
-    chosen = size.nlargest(SUSPECT_REQUESTS).index.to_numpy(np.int64)
-    groups = np.full(len(requests), len(chosen), dtype=np.int64)  # one more group: everybody else
-    groups[chosen] = np.arange(len(chosen))
-    stalled = waits.table.loc[window.waits]
-    queries = stalled[["request", "begin", "end"]].assign(query=stalled.index)
-    charges = replica.partition.charge(queries, groups)
-    charges = charges[(charges["holder"] >= 0) & (charges["holder"] < len(chosen))]
-    # A request doesn't suspect itself; what it cost others of its own tenant is the tenant's own affair.
-    victim = stalled["tenant"].reindex(charges["query"]).to_numpy()
-    if (victim != suspect.tenant).any():
-        charges = charges[victim != suspect.tenant]
-    caused = charges.groupby("holder")["ns"].sum().sort_values(ascending=False, kind="stable")
-    total = float(caused.sum())
-    shown = []
-    for holder, ns in caused.head(SHOWN_REQUESTS).items():
-        row = requests.loc[chosen[int(str(holder))]]
-        shown.append(
-            SuspectRequest(
-                str(row["request"]),
-                int(row["arrival"]),
-                int(row["prompt_tokens"]),
-                int(row["output_tokens"]),
-                float(ns) / 1e9,
-                _share(float(ns), total),
-            )
-        )
-    return tuple(shown)
-
-
-def _victims(replica: Replica, waits: Waits, window: Window, excess: pd.DataFrame) -> tuple[Victim, ...]:
-    """Tenants by what they lost, the most first."""
-    stalled = waits.table.loc[window.waits]
-    lost = excess.groupby("victim")["ns"].sum().sort_values(ascending=False, kind="stable")
-    per_request = excess.merge(stalled[["request"]], left_on="wait", right_index=True)
-    table = waits.table
-    during = (table["begin"] >= window.start) & (table["begin"] <= window.end)
-    victims = []
-    for key, ns in lost.items():
-        tenant = int(str(key))
-        mine = table["tenant"] == tenant
-        worst = per_request[per_request["victim"] == tenant].groupby("request")["ns"].sum().idxmax()
-        in_window = table[mine & during & (table["metric"] == TTFT)]
-        victims.append(
-            Victim(
-                replica.tenants[tenant],
-                int(stalled.loc[stalled["tenant"] == tenant, "request"].nunique()),
-                int(max(len(in_window), stalled.loc[stalled["tenant"] == tenant, "request"].nunique())),
-                float(ns) / 1e9,
-                quantiles(table[mine & during]),
-                quantiles(table[mine & ~table["stalled"] & ~during]),
-                str(replica.requests.at[int(worst), "request"]),
-            )
-        )
-    return tuple(victims)
-
-
-def quantiles(waits: pd.DataFrame) -> tuple[Quantile, ...]:
-    """A percentile of each metric that the number of requests can bear: p99, else p90, else the worst.
-
-    For gaps, a request counts with its longest.
-    """
-    found = []
-    length = waits["end"] - waits["begin"]
-    for code, metric in enumerate(METRICS):
-        mine = waits["metric"] == code
-        values: Floats = length[mine].groupby(waits.loc[mine, "request"]).max().to_numpy(np.float64)
-        if not len(values):
-            continue
-        quantile = 0.99 if len(values) >= TAIL_REQUESTS else 0.9 if len(values) >= TAIL_REQUESTS // 10 else 1.0
-        value = float(np.quantile(values, quantile, method="higher")) / 1e9
-        found.append(Quantile(metric, quantile, value, len(values)))
-    return tuple(found)
-
-
-def _charges(replica: Replica, excess: pd.DataFrame) -> tuple[Charge, ...]:
-    """The incident's charges by holder and mechanism, the largest first."""
-    lost = float(excess["ns"].sum())
-    own: Ints = (excess["holder"] == excess["victim"]).to_numpy(np.int64)
-    total = excess.assign(own=own).groupby(["holder", "mechanism", "own"])["ns"].sum().sort_values(ascending=False)
-    return tuple(
-        Charge(_holder_name(replica, holder), str(MECHANISMS[mechanism]), float(ns) / 1e9, _share(ns, lost), bool(mine))
-        for (holder, mechanism, mine), ns in total[total > 0].items()
-    )
-
-
-def _holder_name(replica: Replica, holder: int) -> str:
-    return replica.tenants[holder] if holder >= 0 else _PARTY_NAMES.get(Party(holder), "(own)")
+def _load_reason(replica: Replica, suspect: _Suspect) -> str:
+    load, tenant = suspect.load, replica.tenants[suspect.tenant]
+    if load.usual <= 0:
+        return f"{tenant} took {load.level:.0%} of the {suspect.resource}; outside incidents it takes none"
+    return f"{tenant} took {load.level:.0%} of the {suspect.resource}, usually {load.usual:.1%}"

@@ -171,7 +171,8 @@ def print_waterfall(waterfall: Waterfall, console: Console) -> None:
     ttft = "no token yet" if waterfall.ttft_s is None else f"first token after {words.duration(waterfall.ttft_s)}"
     console.print(
         Text(
-            f"{waterfall.state} · arrived {words.clock(waterfall.arrival_ns, zone=True)} on {waterfall.replica} · {ttft} · "
+            f"{waterfall.state} · arrived {words.clock(waterfall.arrival_ns, zone=True)} on {waterfall.replica} · "
+            f"{ttft} · "
             f"{waterfall.prompt_tokens:,} prompt and {waterfall.output_tokens:,} output tokens",
             style="dim",
         ),

@@ -12,6 +12,7 @@ from stallscope.diagnosis.partition import MECHANISMS, Party, State
 from stallscope.diagnosis.replica import Replica, replicas
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
+from stallscope.trace.requests import GAP_FLOOR_STEPS
 
 OWN, ENGINE, FRONTEND, TELEMETRY = "(own)", "(engine)", "(frontend)", "(telemetry)"
 _PARTIES = {Party.OWN: OWN, Party.ENGINE: ENGINE, Party.FRONTEND: FRONTEND, Party.UNSEEN: TELEMETRY}
@@ -30,6 +31,7 @@ _DOING = {
     State.PAUSED: "paused",
     State.PREEMPTED: "preempted, waiting",
     State.UNSEEN: "not seen",
+    State.BETWEEN: "between two steps",
 }
 
 
@@ -86,32 +88,31 @@ def waterfall(trace: Trace, request: str) -> Waterfall:
 
 
 def _waterfall(replica: Replica, code: int) -> Waterfall:
-    row = replica.requests.loc[code]
-    arrival, end = int(row["arrival"]), int(row["seen_until"])
-    queries = _stretches(replica, code, arrival, end)
+    facts = replica.facts(code)
+    queries = _stretches(replica, code, facts.arrival, facts.seen_until)
     charges = replica.partition.charge(queries, replica.tenant_of_request)
+    columns = (queries[name].to_list() for name in ("query", "begin", "end", "doing", "stalled"))
     rows = tuple(
         Row(
-            (stretch.begin - arrival) / 1e9,
-            (stretch.end - stretch.begin) / 1e9,
-            str(stretch.doing),
-            bool(stretch.stalled),
-            _parts(replica, charges[charges["query"] == stretch.query]),
+            (begin - facts.arrival) / 1e9,
+            (end - begin) / 1e9,
+            doing,
+            stalled,
+            _parts(replica, charges[charges["query"] == query]),
         )
-        for stretch in queries.itertuples()
+        for query, begin, end, doing, stalled in zip(*columns, strict=True)
     )
-    first_token, tenant = int(row["first_token"]), int(row["tenant"])
     return Waterfall(
         replica=replica.name,
-        request=str(row["request"]),
-        tenant=replica.tenants[tenant],
-        tenant_source=replica.sources[tenant],
-        state=str(row["state"]),
-        arrival_ns=arrival,
-        prompt_tokens=int(row["prompt_tokens"]),
-        output_tokens=int(row["output_tokens"]),
-        ttft_s=(first_token - arrival) / 1e9 if first_token >= 0 else None,
-        length_s=(end - arrival) / 1e9,
+        request=facts.request,
+        tenant=replica.tenants[facts.tenant],
+        tenant_source=replica.sources[facts.tenant],
+        state=facts.state,
+        arrival_ns=facts.arrival,
+        prompt_tokens=facts.prompt_tokens,
+        output_tokens=facts.output_tokens,
+        ttft_s=(facts.first_token - facts.arrival) / 1e9 if facts.first_token >= 0 else None,
+        length_s=(facts.seen_until - facts.arrival) / 1e9,
         rows=rows,
         parts=_parts(replica, charges),
     )
@@ -126,7 +127,10 @@ def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFr
         _DOING.get(State(state), "prefill" if prefill[stretch] else "decoding")
         for state, stretch in zip(pieces["state"], pieces["stretch"], strict=True)
     ]
-    gaps = replica.gaps[(replica.gaps["request"] == code) & (replica.gaps["count"] == 1)]
+    # A short gap that has its bin for itself is single, too.
+    floor = GAP_FLOOR_STEPS * np.median(replica.steps["ready"] - replica.steps["scheduled"])
+    single = (replica.gaps["count"] == 1) & (replica.gaps["length_ns"] >= floor)
+    gaps = replica.gaps[(replica.gaps["request"] == code) & single]
     starts = gaps["start"].to_numpy(np.int64)
     ends = starts + gaps["length_ns"].to_numpy(np.int64)
     # Chunks of one prefill follow each other as rows of the same kind: shown as one.
@@ -150,10 +154,11 @@ def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFr
 
 
 def _parts(replica: Replica, charges: pd.DataFrame) -> tuple[Part, ...]:
-    total = charges.groupby(["holder", "mechanism"])["ns"].sum().sort_values(ascending=False, kind="stable")
+    total: pd.DataFrame = charges.groupby(["holder", "mechanism"])["ns"].sum().reset_index()
+    total = total.sort_values("ns", ascending=False, kind="stable")
     return tuple(
-        Part(_name(replica, holder), str(MECHANISMS[mechanism]), float(ns) / 1e9)
-        for (holder, mechanism), ns in total.items()
+        Part(_name(replica, holder), str(MECHANISMS[mechanism]), ns / 1e9)
+        for holder, mechanism, ns in zip(*(total[name].to_list() for name in total.columns), strict=True)
     )
 
 

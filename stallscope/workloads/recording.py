@@ -229,7 +229,7 @@ def _torch_engine(scenario: Scenario, seed: int) -> tuple[Engine, Prompts]:
         drawn = int(stream(seed, "token_ids", one.request_id).integers(2**63))
         return random_prompt(executor.model_config, one.prompt_tokens, drawn)
 
-    _warm_up(config, executor, prompt, max(one.prompt_tokens for one in plan(scenario, seed)))
+    _warm_up(config, executor, prompt, max((one.prompt_tokens for one in plan(scenario, seed)), default=1))
     return Engine(config, executor, WallClock()), prompt
 
 

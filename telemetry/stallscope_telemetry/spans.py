@@ -1,6 +1,6 @@
 """Records to spans: which attributes a step or a request carries, and nothing of how they travel.
 
-The inverse lives in ``stallscope.trace.rebuild``; ``names`` gives the meaning of each attribute.
+The inverse lives in ``stallscope.trace.decode``; ``names`` gives the meaning of each attribute.
 """
 
 from __future__ import annotations

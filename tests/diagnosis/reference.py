@@ -111,7 +111,8 @@ class Reference:
         for position, step in enumerate(self.steps):
             is_missed = (first < position or position > last) and request not in step.there
             whole = step.end - step.start
-            if is_missed and position != last + 1:  # right after its last step, a gap in which it was aborted
+            aborted_here = position == last + 1 and step.follows
+            if is_missed and not aborted_here:
                 add(TELEMETRY, Mechanism.UNOBSERVED, overlap(step.gap_start, step.start))
             else:
                 idle = overlap(step.idle_start, step.idle_end)

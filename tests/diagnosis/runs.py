@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -170,6 +170,56 @@ def _fits(config: EngineConfig, request: Request) -> bool:
     except RequestRejected:
         return False
     return True
+
+
+@dataclass(eq=False)
+class _Scripted:
+    """Executor, recorder and host of a run without noise; ``host`` may do something at each moment of a step."""
+
+    clock: VirtualClock
+    recording: Recording
+    host: Callable[[Engine, str], None] | None
+    engine: Engine | None = None
+
+    def at(self, moment: str) -> None:
+        if self.host is not None and self.engine is not None:
+            self.host(self.engine, moment)
+
+    def execute(self, batch: Batch) -> StepResult:
+        self.clock.wait_until(self.clock.now_ns() + MS + 1_000 * batch.prefill_tokens)
+        return StepResult()
+
+    def wants_keyframe(self, step: int) -> bool:
+        return step % 50 == 0
+
+    def step(self, record: StepRecord) -> None:
+        self.recording.steps.append(record)
+
+    def request(self, record: RequestRecord) -> None:
+        self.recording.ended.append(record)
+
+
+def scripted_lines(
+    requests: Sequence[tuple[str, int, int, int]], host: Callable[[Engine, str], None] | None = None, **config: int
+) -> list[bytes]:
+    """The spans of a run whose steps take exactly 1 ms, and 1 us more a prefill token.
+
+    ``requests``: tenant, arrival in ms, prompt tokens, output tokens; each is named by its position. ``host`` is called
+    "before step", "before dispatch" and "after step".
+    """
+    clock = VirtualClock(START_NS)
+    script = _Scripted(clock, Recording(EngineConfig(**config)), host)
+    script.engine = Engine(script.recording.config, script, clock, script, lambda _: script.at("before dispatch"))
+    infos = (
+        RequestInfo(code, str(code), START_NS + at_ms * MS, prompt, output, tenant)
+        for code, (tenant, at_ms, prompt, output) in enumerate(requests)
+    )
+    script.engine.run(
+        [Request(info) for info in infos],
+        before_step=lambda: script.at("before step"),
+        after_step=lambda _: script.at("after step"),
+    )
+    return script.recording.lines()
 
 
 def only_replica(trace: Trace) -> Replica:

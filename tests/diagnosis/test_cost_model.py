@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from stallscope.diagnosis.cost_model import fit_cost_model
 
 TRUE = np.array([2e6, 8e3, 0.5, 9e4, 12.0])
@@ -12,7 +13,13 @@ def some_steps(count: int, seed: int) -> np.ndarray:
     prefill = np.where(rng.random(count) < 0.2, rng.integers(50, 2000, count), 0)
     decodes = rng.integers(1, 32, count)
     return np.stack(
-        [np.ones(count), prefill, prefill * rng.integers(50, 5000, count), decodes, decodes * rng.integers(50, 800, count)],
+        [
+            np.ones(count),
+            prefill,
+            prefill * rng.integers(50, 5000, count),
+            decodes,
+            decodes * rng.integers(50, 800, count),
+        ],
         axis=1,
     ).astype(float)
 

@@ -41,6 +41,7 @@ INCIDENT = Incident(
     charged_s=3.0,
     charges=(Charge("archive", "kv_pinning", 2.5, 0.8, False), Charge("(engine)", "step_fixed", 0.625, 0.2, False)),
     runner_up=None,
+    runner_up_share=0.0,
     reasons=("archive took 70% of the KV cache; outside incidents it takes none",),
 )  # fmt: skip
 DIAGNOSIS = Diagnosis(

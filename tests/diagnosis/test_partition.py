@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import orjson
@@ -18,14 +18,12 @@ from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.replica import Replica
 from stallscope.trace import Trace
 from stallscope_engine.config import EngineConfig
-from stallscope_engine.engine import Engine, StepResult, VirtualClock
-from stallscope_engine.request import Request
-from stallscope_engine.scheduler import Batch
+from stallscope_engine.engine import Engine
 from stallscope_telemetry import names
-from stallscope_telemetry.records import RequestInfo
+from stallscope_telemetry.records import FinishReason
 from tests.diagnosis.reference import ENGINE, FRONTEND, OWN, TELEMETRY, Charges, Reference
-from tests.diagnosis.runs import MS, all_waits, only_replica, random_run
-from tests.trace.recording import START_NS, Arrival, Recording, Workload, read, run
+from tests.diagnosis.runs import MS, all_waits, only_replica, random_run, scripted_lines
+from tests.trace.recording import START_NS, Arrival, Workload, read, run
 
 seeds = st.integers(0, 2**32)
 PARTIES = {Party.OWN: OWN, Party.ENGINE: ENGINE, Party.FRONTEND: FRONTEND, Party.UNSEEN: TELEMETRY}
@@ -218,47 +216,10 @@ def test_a_step_whose_batch_is_not_known_is_unobserved_and_no_fault_of_the_engin
 # --- worked by hand -----------------------------------------------------------------------------------------------
 
 
-class Scripted:
-    """Executor and recorder of a run whose steps take exactly 1 ms + 1 us a prefill token, and pause where told."""
-
-    def __init__(self, clock: VirtualClock, recording: Recording, pause_before: int, pause_ns: int) -> None:
-        self.clock, self.recording, self.engine = clock, recording, None
-        self.pause_before, self.pause_ns = pause_before, pause_ns
-        self.steps = 0
-
-    def before_dispatch(self, batch: Batch) -> None:
-        if self.steps == self.pause_before:
-            self.clock.wait_until(self.clock.now_ns() + self.pause_ns)
-        self.steps += 1
-
-    def execute(self, batch: Batch) -> StepResult:
-        self.clock.wait_until(self.clock.now_ns() + MS + 1_000 * batch.prefill_tokens)
-        return StepResult()
-
-    def wants_keyframe(self, step: int) -> bool:
-        return step % 50 == 0
-
-    def step(self, record: object) -> None:
-        self.recording.steps.append(record)  # type: ignore[arg-type]
-
-    def request(self, record: object) -> None:
-        self.recording.ended.append(record)  # type: ignore[arg-type]
-
-
 def scripted(
-    requests: Sequence[tuple[str, int, int, int]], pause_before: int = -1, pause_ns: int = 0, **config: int
+    requests: list[tuple[str, int, int, int]], host: Callable[[Engine, str], None] | None = None, **config: int
 ) -> Replica:
-    """A run of requests (tenant, arrival in ms, prompt tokens, output tokens), named by their position."""
-    clock = VirtualClock(START_NS)
-    recording = Recording(EngineConfig(**config))
-    script = Scripted(clock, recording, pause_before, pause_ns)
-    engine = Engine(recording.config, script, clock, script, script.before_dispatch)
-    infos = (
-        RequestInfo(code, str(code), START_NS + at_ms * MS, prompt, output, tenant)
-        for code, (tenant, at_ms, prompt, output) in enumerate(requests)
-    )
-    engine.run([Request(info) for info in infos])
-    return only_replica(read(recording.lines()))
+    return only_replica(read(scripted_lines(requests, host, **config)))
 
 
 def ttft_of(replica: Replica, request: str) -> Charges:
@@ -290,31 +251,39 @@ def test_waiting_for_blocks_is_charged_to_those_who_hold_them() -> None:
 
 
 def test_a_pause_before_the_dispatch_is_the_engines_host_gap() -> None:
-    replica = scripted([("chat", 0, 20, 30), ("chat", 3, 30, 4)], pause_before=10, pause_ns=500 * MS)
-    whole = all_waits(replica)
-    charges = by_name(replica, whole[(whole["request"] == 0)].head(1))
-    assert next(iter(charges.values()))[ENGINE, "host_gap"] == 500 * MS
+    def pause(engine: Engine, moment: str) -> None:
+        if moment == "before dispatch" and engine.steps == 10:
+            engine.clock.wait_until(engine.clock.now_ns() + 500 * MS)
+
+    replica = scripted([("chat", 0, 20, 30), ("chat", 3, 30, 4)], pause)
+    first = all_waits(replica)[lambda waits: waits["request"] == 0]
+    assert by_name(replica, first.head(1))[0][ENGINE, "host_gap"] == 500 * MS
 
 
 def test_a_pause_that_holds_up_the_first_request_after_an_idle_time_is_no_idle_time() -> None:
-    replica = scripted([("chat", 0, 20, 2), ("chat", 900, 20, 2)])
-    idle_before = replica.steps.loc[2, "idle_ns"]
-    assert idle_before > 800 * MS
-    held_up = Recording(EngineConfig())
-    clock = VirtualClock(START_NS)
-    script = Scripted(clock, held_up, -1, 0)
-    engine = Engine(held_up.config, script, clock, script)
+    """The step says only how long the engine was idle; that this ended with the arrival must be put together."""
 
-    def before_step() -> None:
-        if START_NS + 900 * MS <= clock.now_ns() < START_NS + 1200 * MS:
-            clock.wait_until(START_NS + 1200 * MS)
+    def pause(engine: Engine, moment: str) -> None:
+        if moment == "before step" and START_NS + 900 * MS <= engine.clock.now_ns():
+            engine.clock.wait_until(START_NS + 1200 * MS)
 
-    engine.run(
-        [Request(RequestInfo(code, str(code), START_NS + 900 * MS * code, 20, 2, "chat")) for code in range(2)],
-        before_step=before_step,
-    )
-    charges = ttft_of(only_replica(read(held_up.lines())), "1")
+    replica = scripted([("chat", 0, 20, 2), ("chat", 900, 20, 2)], pause)
+    assert replica.steps["idle_ns"].max() > 800 * MS
+    charges = ttft_of(replica, "1")
     assert charges[ENGINE, "host_gap"] == 300 * MS
+    assert (FRONTEND, "intake") not in charges
+
+
+def test_an_abort_between_two_steps_leaves_the_time_since_the_last_one_to_the_engine() -> None:
+    def abort(engine: Engine, moment: str) -> None:
+        if moment == "after step" and engine.steps == 5:
+            engine.clock.wait_until(engine.clock.now_ns() + 7 * MS)
+            engine.abort(engine.scheduler.running[0], FinishReason.ABORT)
+
+    replica = scripted([("chat", 0, 20, 30), ("chat", 0, 30, 30)], abort)
+    first = all_waits(replica)[lambda waits: waits["request"] == 0]
+    charges = by_name(replica, first.head(1))[0]
+    assert charges[ENGINE, "host_gap"] == 7 * MS
     assert (FRONTEND, "intake") not in charges
 
 

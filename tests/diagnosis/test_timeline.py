@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stallscope.diagnosis.timeline import Timeline
 
 EPOCH = 1_800_000_000_000_000_000

@@ -12,7 +12,9 @@ from stallscope.errors import UsageError
 from stallscope.trace import Trace
 from stallscope.views.waterfall import OWN, TELEMETRY, Waterfall, waterfall
 from stallscope_engine.config import EngineConfig
-from tests.diagnosis.runs import MS, random_run
+from stallscope_engine.engine import Engine
+from stallscope_telemetry.records import FinishReason
+from tests.diagnosis.runs import MS, random_run, scripted_lines
 from tests.trace.recording import Arrival, Workload, read, run
 
 
@@ -36,13 +38,13 @@ def assert_sound(shown: Waterfall) -> None:
     assert list(shown.parts) == sorted(shown.parts, key=lambda part: -part.seconds)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.15]))
 def test_rows_tile_the_life_and_parts_add_up_to_each_row(seed: int, lost: float) -> None:
     rng = random.Random(seed)
     lines = [line for line in random_run(seed).recording.lines() if rng.random() >= lost]
     if any(b"engine.step" in line for line in lines):
-        for shown in lives(read(lines))[:6]:
+        for shown in lives(read(lines))[:4]:
             assert_sound(shown)
 
 
@@ -56,11 +58,10 @@ def stalled_run() -> Trace:
 def test_a_stalled_row_is_a_single_gap_from_token_to_token() -> None:
     trace = stalled_run()
     shown = waterfall(trace, "req-0")
-    gaps = [row for row in trace.gaps.to_pylist() if row["request"] == "req-0" and row["count"] == 1]
-    assert [(shown.arrival_ns + ns(row.offset_s), ns(row.length_s)) for row in shown.rows if row.stalled] == [
-        (gap["start"], gap["length_ns"]) for gap in gaps
-    ]
     (stalled,) = (row for row in shown.rows if row.stalled)
+    longest = max((row for row in trace.gaps.to_pylist() if row["request"] == "req-0"), key=lambda row: row["length_ns"])
+    assert shown.arrival_ns + ns(stalled.offset_s) == longest["start"]
+    assert ns(stalled.length_s) == longest["length_ns"] > 90 * MS
     assert stalled.doing == "decoding"
     assert (stalled.parts[0].holder, stalled.parts[0].mechanism) == ("hog", "prefill_interference")
 
@@ -102,6 +103,17 @@ def test_an_aborted_request_ends_where_it_was_aborted() -> None:
     assert_sound(shown)
     assert shown.output_tokens == 6
     assert [row.doing for row in shown.rows] == ["prefill", "decoding"]
+
+
+def test_the_time_from_the_last_step_to_an_abort_is_told_apart() -> None:
+    def abort(engine: Engine, moment: str) -> None:
+        if moment == "after step" and engine.steps == 5:
+            engine.clock.wait_until(engine.clock.now_ns() + 7 * MS)
+            engine.abort(engine.scheduler.running[0], FinishReason.ABORT)
+
+    shown = waterfall(read(scripted_lines([("chat", 0, 20, 30), ("chat", 0, 30, 30)], abort)), "0")
+    assert_sound(shown)
+    assert (shown.rows[-1].doing, ns(shown.rows[-1].length_s)) == ("between two steps", 7 * MS)
 
 
 def test_a_request_aborted_before_any_step_saw_it_is_shown() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from stallscope.workloads.scenario import (
     Every,
     Expect,
     Lengths,
+    Poisson,
     Scenario,
     Tenant,
     load_scenario,
@@ -92,8 +93,7 @@ def test_a_simulation_finishes_what_was_planned_at_the_planned_times() -> None:
 
 def gaps_ns(steps: list[StepRecord]) -> list[int]:
     """Between steps, less idle: what a diagnosis calls the host gap."""
-    pairs = zip(steps, steps[1:], strict=False)
-    return [later.scheduled_ns - sooner.ready_ns - later.idle_ns for sooner, later in pairs]
+    return [later.scheduled_ns - sooner.ready_ns - later.idle_ns for sooner, later in pairwise(steps)]
 
 
 def test_a_pause_is_a_gap_of_the_host_and_lasts_until_its_end() -> None:
@@ -125,8 +125,7 @@ def test_a_run_without_injections_has_no_pauses() -> None:
 
 
 def spans(path: Path) -> list[dict[str, object]]:
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
+    with path.open(encoding="utf-8") as lines:
         return [
             span
             for line in lines
@@ -174,6 +173,12 @@ def test_requests_that_do_not_finish_in_time_stay_open(tmp_path: Path) -> None:
     assert 35 * S <= summary.end_ns - summary.start_ns < 36 * S
 
 
+def test_a_run_in_which_nobody_came_is_a_recording_too(tmp_path: Path) -> None:
+    nobody = replace(SHORT, arrivals=Poisson(Literal(0)))
+    summary = record(replace(STORY, tenants=(nobody,)), tmp_path / "story.otlp.jsonl", seed=0, executor="virtual")
+    assert (summary.requests, summary.steps, spans(summary.path)) == (0, 0, [])
+
+
 def test_an_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:
     path = tmp_path / "story.otlp.jsonl"
     path.write_text("mine", encoding="utf-8")
@@ -195,7 +200,7 @@ def test_a_model_that_the_executor_does_not_know_is_an_error_before_any_file(tmp
     if executor == "torch":
         pytest.importorskip("torch")
     story = replace(STORY, engine=replace(STORY.engine, model="70b"))
-    with pytest.raises(UsageError, match="'70b'.*tiny-llama"):
+    with pytest.raises(UsageError, match=r"'70b'.*tiny-llama"):
         record(story, tmp_path / "story.otlp.jsonl", seed=0, executor=executor)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 

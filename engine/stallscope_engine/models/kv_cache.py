@@ -68,6 +68,7 @@ class PagedKVCache:
         self._heads = torch.arange(2 * self.kv_heads)
         self._scratch = torch.empty(0, dtype=dtype)
         self._causal = torch.full((PREFILL_TILE, 2 * PREFILL_TILE), -torch.inf, dtype=dtype).triu_(1)
+        self._nothing = torch.zeros(1, 1, 1, dtype=dtype)
         self._scale = self.head_dim**-0.5
 
     def span(self, first: int, tokens: int, start: int, table: Tensor, line: int) -> PrefillSpan:
@@ -126,8 +127,8 @@ class PagedKVCache:
             tokens = tile.shape[2]
             past = span.start + first
             end = _round_up(past + tokens, PREFILL_TILE)
-            scores = torch.bmm(tile.reshape(self.kv_heads, -1, self.head_dim), keys[:, :end].transpose(1, 2))
-            scores.mul_(self._scale)
+            query_rows = tile.reshape(self.kv_heads, -1, self.head_dim)
+            scores = torch.baddbmm(self._nothing, query_rows, keys[:, :end].transpose(1, 2), beta=0, alpha=self._scale)
             scores.view(self.kv_heads, self.group, tokens, end)[..., past:].add_(self._causal[:tokens, : end - past])
             torch.softmax(scores, -1, out=scores)
             tile.copy_(torch.bmm(scores, values[:, :end]).view_as(tile))
