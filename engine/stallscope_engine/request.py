@@ -55,8 +55,3 @@ class Request:
     def remaining_tokens(self) -> int:
         """Tokens to compute until the next output token."""
         return self.total_tokens - self.computed_tokens
-
-    @property
-    def is_prefilling(self) -> bool:
-        """More than the last token is missing from the KV cache: prompt, or recompute after a preemption."""
-        return self.remaining_tokens > 1 or self.output_tokens == 0

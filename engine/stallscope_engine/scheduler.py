@@ -183,14 +183,15 @@ class Scheduler:
         index = 0
         while index < len(running):
             request = running[index]
-            tokens = min(request.remaining_tokens, budget)
+            remaining = request.remaining_tokens
+            tokens = min(remaining, budget)
             if tokens == 0:
                 batch.paused.append((request.info.handle, 0))
                 index += 1
                 continue
             if not self._grow_or_preempt(request, request.computed_tokens + tokens, batch):
                 break  # it was the latest itself, and lost its own blocks
-            self._put(batch, request, tokens)
+            self._put(batch, request, tokens, remaining)
             budget -= tokens
             index += 1
         return budget
@@ -218,7 +219,7 @@ class Scheduler:
         """Admits from the head of the queue while slots, budget and blocks last; returns the budget left."""
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
-            tokens = request.remaining_tokens
+            tokens = remaining = request.remaining_tokens
             if tokens > budget:
                 if not self.config.chunked_prefill:
                     break
@@ -236,12 +237,13 @@ class Scheduler:
             request.state = RequestState.RUNNING
             request.scheduled_ns = request.scheduled_ns or batch.scheduled_ns
             request.wait_reason = None
-            self._put(batch, request, tokens)
+            self._put(batch, request, tokens, remaining)
             budget -= tokens
         return budget
 
-    def _put(self, batch: Batch, request: Request, tokens: int) -> None:
-        if request.is_prefilling:
+    def _put(self, batch: Batch, request: Request, tokens: int, remaining: int) -> None:
+        # More than the last token is missing from the KV cache: prompt, or recompute after a preemption.
+        if remaining > 1 or request.output_tokens == 0:
             batch.prefill_tokens += tokens
             batch.chunks.append((request.info.handle, tokens))
         else:
@@ -249,7 +251,7 @@ class Scheduler:
         batch.requests.append(request)
         batch.num_tokens.append(tokens)
         batch.starts.append(request.computed_tokens)
-        batch.samples.append(tokens == request.remaining_tokens)
+        batch.samples.append(tokens == remaining)
 
     def _available_blocks(self) -> int:
         """Free blocks for admission: the watermark is kept free unless nothing runs."""

@@ -1,10 +1,11 @@
-"""Small random runs for the tests of the diagnosis: the bundled engine in virtual time, with noise, pauses and aborts."""
+"""Small runs for the tests of the diagnosis: the bundled engine in virtual time, at random or by a script."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -227,15 +228,29 @@ def only_replica(trace: Trace) -> Replica:
     return replica
 
 
+class Wait(NamedTuple):
+    """A stretch of a request's life (times in ns), as a row of ``all_waits``."""
+
+    query: int
+    request: int
+    begin: int
+    end: int
+
+
 def all_waits(replica: Replica) -> pd.DataFrame:
     """Queries for every whole life, time to first token and single gap of a replica's requests."""
-    return pd.DataFrame(_stretches(replica), columns=["request", "begin", "end"]).rename_axis("query").reset_index()
+    requests, gaps = replica.requests, replica.gaps
+    life = pd.DataFrame({"request": requests.index, "begin": requests["arrival"], "end": requests["seen_until"]})
+    answered = requests[requests["first_token"] >= 0]
+    ttft = pd.DataFrame({"request": answered.index, "begin": answered["arrival"], "end": answered["first_token"]})
+    single = gaps[gaps["count"] == 1]
+    gap = pd.DataFrame(
+        {"request": single["request"], "begin": single["start"], "end": single["start"] + single["length_ns"]}
+    )
+    queries = pd.concat([life, ttft, gap], ignore_index=True).astype("int64")
+    queries.insert(0, "query", queries.index.to_numpy())
+    return queries
 
 
-def _stretches(replica: Replica) -> Iterator[tuple[int, int, int]]:
-    for row in replica.requests.itertuples():
-        yield int(row.Index), int(row.arrival), int(row.seen_until)
-        if row.first_token >= 0:
-            yield int(row.Index), int(row.arrival), int(row.first_token)
-    for gap in replica.gaps[replica.gaps["count"] == 1].itertuples():
-        yield int(gap.request), int(gap.start), int(gap.start + gap.length_ns)
+def each(queries: pd.DataFrame) -> list[Wait]:
+    return [Wait(*row) for row in queries[list(Wait._fields)].to_numpy().tolist()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import orjson
@@ -22,7 +23,7 @@ from stallscope_engine.engine import Engine
 from stallscope_telemetry import names
 from stallscope_telemetry.records import FinishReason
 from tests.diagnosis.reference import ENGINE, FRONTEND, OWN, TELEMETRY, Charges, Reference
-from tests.diagnosis.runs import MS, all_waits, only_replica, random_run, scripted_lines
+from tests.diagnosis.runs import MS, all_waits, each, only_replica, random_run, scripted_lines
 from tests.trace.recording import START_NS, Arrival, Workload, read, run
 
 seeds = st.integers(0, 2**32)
@@ -75,14 +76,15 @@ def test_every_charge_is_that_of_the_plain_reference(seed: int, lost: float) -> 
     trace, heads = read(some_lines(seed, lost)), random_run(seed).heads
     replica = only_replica(trace)
     requests = replica.requests
-    group = {row.request: replica.tenants[row.tenant] for row in requests.itertuples()}
+    tenants = [replica.tenants[code] for code in replica.tenant_of_request]
+    group = dict(zip(requests["request"], tenants, strict=True))
     reference = Reference(trace, "r0", replica.ledger.model.coefficients, group, heads)
     queries = all_waits(replica)
     pieces = rounding(replica, queries)
     charges = by_name(replica, queries)
-    for row in queries.itertuples():
+    for row in each(queries):
         length = row.end - row.begin
-        expected = reference.charge(requests.at[row.request, "request"], row.begin, row.end)
+        expected = reference.charge(str(requests.at[row.request, "request"]), row.begin, row.end)
         assert sum(expected.values()) == pytest.approx(length)
         assert_same(charges[row.query], expected, pieces.get(row.query, 0) + 1 + 1e-6 * length)
 
@@ -190,14 +192,14 @@ def test_neither_the_clock_nor_the_order_of_spans_matters(seed: int, shift_ns: i
 def test_time_in_which_steps_are_missing_is_unobserved(seed: int, lost: float) -> None:
     replica = only_replica(read(some_lines(seed, lost)))
     queries = all_waits(replica)
-    steps = replica.steps
+    seen = replica.steps[["step", "scheduled", "ready", "idle_ns"]].astype("int64").to_numpy().tolist()
     missing = [
-        (before.ready, after.scheduled - after.idle_ns)
-        for before, after in zip(steps[:-1].itertuples(), steps[1:].itertuples(), strict=True)
-        if after.step > before.step + 1
+        (ready, scheduled - idle)
+        for (before, _, ready, _), (step, scheduled, _, idle) in pairwise(seen)
+        if step > before + 1
     ]
     charges = by_name(replica, queries)
-    for row in queries.itertuples():
+    for row in each(queries):
         unseen = sum(max(0, min(row.end, high) - max(row.begin, low)) for low, high in missing)
         assert charges[row.query].get((TELEMETRY, "unobserved"), 0) >= unseen
 
@@ -264,7 +266,7 @@ def test_a_pause_that_holds_up_the_first_request_after_an_idle_time_is_no_idle_t
     """The step says only how long the engine was idle; that this ended with the arrival must be put together."""
 
     def pause(engine: Engine, moment: str) -> None:
-        if moment == "before step" and START_NS + 900 * MS <= engine.clock.now_ns():
+        if moment == "before step" and engine.clock.now_ns() >= START_NS + 900 * MS:
             engine.clock.wait_until(START_NS + 1200 * MS)
 
     replica = scripted([("chat", 0, 20, 2), ("chat", 900, 20, 2)], pause)
@@ -290,7 +292,7 @@ def test_an_abort_between_two_steps_leaves_the_time_since_the_last_one_to_the_en
 def test_without_a_known_head_what_is_due_to_the_head_is_unobserved() -> None:
     runs = (random_run(seed).recording for seed in range(100))
     trace = next(trace for one in runs if one.steps and "head" in reasons(trace := read(one.lines())))
-    nobody = {name: "encoder" for name in ("kv", "budget", "slots")}
+    nobody = dict.fromkeys(("kv", "budget", "slots"), "encoder")
     column = [nobody.get(reason, reason) for reason in trace.residency.column("reason").to_pylist()]
     phase = ["waiting" if one == "preempted" else one for one in trace.residency.column("phase").to_pylist()]
     schema = trace.residency.schema
@@ -301,8 +303,8 @@ def test_without_a_known_head_what_is_due_to_the_head_is_unobserved() -> None:
     charges = by_name(replica, queries)
     assert not [key for parts in charges.values() for key in parts if key[1] == Mechanism.HEAD_OF_LINE]
     assert [key for parts in charges.values() for key in parts if key == (TELEMETRY, "unobserved")]
-    assert [sum(charges[row.query].values()) for row in queries.itertuples()] == [
-        row.end - row.begin for row in queries.itertuples()
+    assert [sum(charges[row.query].values()) for row in each(queries)] == [
+        row.end - row.begin for row in each(queries)
     ]
 
 

@@ -147,7 +147,7 @@ class _NotingExecutor:
         for request, tokens, start in zip(batch.requests, batch.num_tokens, batch.starts, strict=True):
             name = request.info.request_id
             owner = self.owners.get(name, {})
-            prefills = request.is_prefilling
+            prefills = request.remaining_tokens > 1 or request.output_tokens == 0
             holder = owner.get(start) if prefills else None
             doing[name] = ("prefill" if prefills else "decode", tokens, start, None, holder)
             for position in range(start, start + tokens):

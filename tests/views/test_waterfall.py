@@ -59,7 +59,9 @@ def test_a_stalled_row_is_a_single_gap_from_token_to_token() -> None:
     trace = stalled_run()
     shown = waterfall(trace, "req-0")
     (stalled,) = (row for row in shown.rows if row.stalled)
-    longest = max((row for row in trace.gaps.to_pylist() if row["request"] == "req-0"), key=lambda row: row["length_ns"])
+    longest = max(
+        (row for row in trace.gaps.to_pylist() if row["request"] == "req-0"), key=lambda row: row["length_ns"]
+    )
     assert shown.arrival_ns + ns(stalled.offset_s) == longest["start"]
     assert ns(stalled.length_s) == longest["length_ns"] > 90 * MS
     assert stalled.doing == "decoding"
