@@ -78,8 +78,7 @@ def _summaries(replica: Replica, waits: pd.DataFrame) -> list[TenantSummary]:
     span = (int(timeline.before[0]), int(timeline.end[-1]))
     loads = Loads(replica, [])
     shares = {
-        resource: np.array([loads.of(code, resource, *span).level for code in range(len(replica.tenants))])
-        for resource in (STEP_TIME, KV)
+        resource: np.array([load.level for load in loads.of_all(resource, *span)]) for resource in (STEP_TIME, KV)
     }
     return [
         TenantSummary(

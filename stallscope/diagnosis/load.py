@@ -28,19 +28,30 @@ RESOURCE_OF = {
 
 @dataclass(frozen=True)
 class Load:
-    """Mean level of one tenant's load in a window, its usual level, and the distance in standard deviations.
+    """Mean level of one tenant's load in a window, and what is usual for it.
 
-    ``usual`` and ``sigmas`` are NaN where usual is unknown.
+    ``deviation`` is the standard deviation of the usual level in a window as long, ``usual_error`` that of the estimate
+    of ``usual``. All three are NaN where usual is unknown.
     """
 
     level: float
     usual: float
-    sigmas: float
+    deviation: float
+    usual_error: float
 
     @property
     def growth(self) -> float:
         """Level over usual; infinite for a newcomer."""
         return self.level / self.usual if self.usual > 0 else float("inf")
+
+    def sigmas_beyond(self, growth: float) -> float:
+        """How far the level is beyond ``growth`` times the usual, in standard deviations of such a load.
+
+        The variance of a Poisson process grows with its rate.
+        """
+        difference = self.level - growth * self.usual
+        deviation = (growth * self.deviation**2 + (growth * self.usual_error) ** 2) ** 0.5
+        return difference / deviation if deviation > 0 else (float("inf") if difference > 0 else 0.0)
 
 
 class Loads:
@@ -55,10 +66,28 @@ class Loads:
         rows = np.arange(len(self._stretches))
         self._begin = timeline.before[self._stretches.first]
         self._end = timeline.end[self._stretches.last]
+        self._known: dict[tuple[str, int, int], tuple[Load, ...]] = {}
         self._whole = {resource: self._amount(rows, resource, self._begin, self._end) for resource in RESOURCES}
 
-    def of(self, tenant: int, resource: str, start: int, end: int) -> Load:
-        """Load of ``tenant`` on ``resource`` between two times (ns), as a share of the engine's.
+    def of_all(self, resource: str, start: int, end: int) -> tuple[Load, ...]:
+        """Load of each tenant on ``resource`` between two times (ns), as a share of the engine's."""
+        key = (resource, start, end)
+        if key not in self._known:
+            tenants = range(len(self._replica.tenants))
+            self._known[key] = tuple(self._of(tenant, resource, start, end) for tenant in tenants)
+        return self._known[key]
+
+    def growth_of_others(self, tenant: int, resource: str, start: int, end: int) -> float:
+        """The growth that is common: the lower median among the other tenants, at least 1.
+
+        Where all have grown, none is unusual.
+        """
+        loads = self.of_all(resource, start, end)
+        growth = sorted(load.growth for code, load in enumerate(loads) if code != tenant and load.usual > 0)
+        return max(1.0, growth[(len(growth) - 1) // 2]) if growth else 1.0
+
+    def _of(self, tenant: int, resource: str, start: int, end: int) -> Load:
+        """Load of one tenant.
 
         Usual are the requests that arrived outside all windows, and before any request that was there in one: what
         pins the cache in a window came earlier. NaN where hardly any such time is left.
@@ -69,7 +98,7 @@ class Loads:
         level = float(self._amount(rows, resource, begin, finish).sum()) / length
         calm_requests, calm_ns = self._calm(tenant)
         if calm_ns < LEAST_CALM * (self._span[1] - self._span[0]):
-            return Load(level, float("nan"), float("nan"))
+            return Load(level, float("nan"), float("nan"), float("nan"))
         rows = rows[calm_requests[self._stretches.request[rows]]]
         request = self._stretches.request[rows]
         spent = np.bincount(request, self._whole[resource][rows], len(calm_requests))
@@ -80,9 +109,7 @@ class Loads:
         met = stay > 0
         weight = spent[met] / stay[met] * np.minimum(stay[met], length)
         deviation = float(np.sqrt(((stay[met] + length) * weight**2).sum() / calm_ns)) / length
-        difference = level - usual
-        sigmas = difference / deviation if deviation > 0 else (float("inf") if difference > 0 else 0.0)
-        return Load(level, usual, sigmas)
+        return Load(level, usual, deviation, float(np.sqrt((spent**2).sum())) / calm_ns)
 
     def _calm(self, tenant: int) -> tuple[NDArray[np.bool_], int]:
         """Which requests are the tenant's usual ones, and the time (ns) in which they arrived."""

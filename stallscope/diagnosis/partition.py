@@ -171,12 +171,11 @@ class Partition:
         seen = every[state != State.UNSEEN]
         unseen = every[state == State.UNSEEN]
         out.add(unseen, Party.UNSEEN, Mechanism.UNOBSERVED, (end - begin)[unseen].astype(np.float64))
-        gap, hidden = over(timeline.host_gap, seen), over(ledger.unobserved, seen)
         fixed, marginal, unexplained = (
             over(values, seen) for values in (ledger.fixed, ledger.marginal, ledger.unexplained)
         )
-        out.add(seen, Party.ENGINE, Mechanism.HOST_GAP, gap)
-        out.add(seen, Party.UNSEEN, Mechanism.UNOBSERVED, hidden)
+        out.add(seen, Party.ENGINE, Mechanism.HOST_GAP, over(timeline.host_gap, seen))
+        out.add(seen, Party.UNSEEN, Mechanism.UNOBSERVED, over(ledger.unobserved, seen))
         # The engine was idle although the request had arrived: it was not in the engine's queue yet.
         out.add(seen, Party.FRONTEND, Mechanism.INTAKE, over(timeline.idle, seen))
 
@@ -193,14 +192,12 @@ class Partition:
         own = ledger.own_cost(stretch[running], begin[running], end[running])
         own = np.minimum(own, marginal[runs])
         redo = state[running] == State.RECOMPUTE
-        taker_group = np.where(taker >= 0, group_of_request[taker], -1)
         # Work done a second time is charged to who took the blocks; to nobody seen where that was lost.
-        redo_holder = np.where(taker_group[running] >= 0, taker_group[running], int(Party.UNSEEN))
-        out.add_each(running[redo], redo_holder[redo], Mechanism.RECOMPUTE, (own + fixed[runs])[redo])
+        taken_by = np.append(group_of_request, int(Party.UNSEEN))[taker]
+        out.add_each(running[redo], taken_by[running[redo]], Mechanism.RECOMPUTE, (own + fixed[runs])[redo])
         out.add(running[~redo], Party.OWN, Mechanism.OWN_WORK, (own + fixed[runs])[~redo])
-        lost = state == State.PREEMPTED
-        lost_holder = np.where(taker_group >= 0, taker_group, int(Party.UNSEEN))
-        out.add_each(every[lost], lost_holder[lost], Mechanism.PREEMPTION, over(ledger.marginal, every[lost]))
+        lost = every[state == State.PREEMPTED]
+        out.add_each(lost, taken_by[lost], Mechanism.PREEMPTION, over(ledger.marginal, lost))
 
         own_of = np.zeros(len(pieces))
         own_of[running] = own

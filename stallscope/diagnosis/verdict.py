@@ -35,11 +35,16 @@ class _Suspect:
     caused_ns: float
     mechanism: Mechanism
     load: Load
+    common_growth: float
     resource: str
 
     @property
     def unusual(self) -> bool:
-        return self.load.sigmas >= UNUSUAL_SIGMAS and self.load.growth >= UNUSUAL_GROWTH
+        """Its load has grown beyond chance, and beyond what all have grown."""
+        return (
+            self.load.sigmas_beyond(self.common_growth) >= UNUSUAL_SIGMAS
+            and self.load.growth >= UNUSUAL_GROWTH * self.common_growth
+        )
 
 
 def judge(replica: Replica, waits: Waits, windows: list[Window]) -> list[Incident]:
@@ -178,8 +183,9 @@ def _suspect(excess: pd.DataFrame, tenant: int, loads: Loads, window: Window) ->
     name = _largest_mechanism(caused)
     mechanism = Mechanism(name) if name else Mechanism.UNEXPLAINED
     resource = RESOURCE_OF.get(mechanism, STEP_TIME)
-    load = loads.of(tenant, resource, window.start, window.end)
-    return _Suspect(tenant, float(caused["ns"].sum()), mechanism, load, resource)
+    load = loads.of_all(resource, window.start, window.end)[tenant]
+    common = loads.growth_of_others(tenant, resource, window.start, window.end)
+    return _Suspect(tenant, float(caused["ns"].sum()), mechanism, load, common, resource)
 
 
 def _largest_mechanism(charges: pd.DataFrame) -> str | None:

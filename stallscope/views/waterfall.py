@@ -122,7 +122,7 @@ def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFr
     """The life cut where its state changes and around each single gap: query, request, begin, end, doing, stalled."""
     whole = pd.DataFrame({"query": [0], "request": [code], "begin": [arrival], "end": [end]})
     pieces = replica.partition.cut(whole)
-    prefill = replica.ledger.stretches.prefill
+    prefill = np.append(replica.ledger.stretches.prefill, False)  # a piece outside all stretches has row -1
     doing = [
         _DOING.get(State(state), "prefill" if prefill[stretch] else "decoding")
         for state, stretch in zip(pieces["state"], pieces["stretch"], strict=True)

@@ -19,6 +19,7 @@ from stallscope_telemetry.records import FinishReason, RequestInfo, RequestRecor
 from tests.trace.recording import START_NS, Arrival, Recording, Workload
 
 MS = 1_000_000
+Host = Callable[[Engine, str], None]  # is told the moment of a step
 # Reasons that the bundled scheduler never gives, in place of HEAD, so that every rule is met.
 OTHER_REASONS = (
     WaitReason.HEAD,
@@ -179,7 +180,7 @@ class _Scripted:
 
     clock: VirtualClock
     recording: Recording
-    host: Callable[[Engine, str], None] | None
+    host: Host | None
     engine: Engine | None = None
 
     def at(self, moment: str) -> None:
@@ -187,7 +188,7 @@ class _Scripted:
             self.host(self.engine, moment)
 
     def execute(self, batch: Batch) -> StepResult:
-        self.clock.wait_until(self.clock.now_ns() + MS + 1_000 * batch.prefill_tokens)
+        self.clock.wait_until(self.clock.now_ns() + MS + 1_000 * batch.prefill_tokens + 100_000 * batch.decode_tokens)
         return StepResult()
 
     def wants_keyframe(self, step: int) -> bool:
@@ -201,15 +202,15 @@ class _Scripted:
 
 
 def scripted_lines(
-    requests: Sequence[tuple[str, int, int, int]], host: Callable[[Engine, str], None] | None = None, **config: int
+    requests: Sequence[tuple[str, int, int, int]], host: Host | None = None, config: EngineConfig | None = None
 ) -> list[bytes]:
-    """The spans of a run whose steps take exactly 1 ms, and 1 us more a prefill token.
+    """The spans of a run whose steps take 1 ms, 1 us more a prefill token and 100 us more a decode.
 
     ``requests``: tenant, arrival in ms, prompt tokens, output tokens; each is named by its position. ``host`` is called
     "before step", "before dispatch" and "after step".
     """
     clock = VirtualClock(START_NS)
-    script = _Scripted(clock, Recording(EngineConfig(**config)), host)
+    script = _Scripted(clock, Recording(config or EngineConfig()), host)
     script.engine = Engine(script.recording.config, script, clock, script, lambda _: script.at("before dispatch"))
     infos = (
         RequestInfo(code, str(code), START_NS + at_ms * MS, prompt, output, tenant)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +23,7 @@ from stallscope_engine.engine import Engine
 from stallscope_telemetry import names
 from stallscope_telemetry.records import FinishReason
 from tests.diagnosis.reference import ENGINE, FRONTEND, OWN, TELEMETRY, Charges, Reference
-from tests.diagnosis.runs import MS, all_waits, each, only_replica, random_run, scripted_lines
+from tests.diagnosis.runs import MS, Host, all_waits, each, only_replica, random_run, scripted_lines
 from tests.trace.recording import START_NS, Arrival, Workload, read, run
 
 seeds = st.integers(0, 2**32)
@@ -47,15 +47,29 @@ def charge(replica: Replica, queries: pd.DataFrame, group: np.ndarray | None = N
 def by_name(replica: Replica, queries: pd.DataFrame) -> dict[int, Charges]:
     """Each query's charges by the names of holder and mechanism."""
     result: dict[int, Charges] = {int(query): {} for query in queries["query"]}
-    for (query, holder, mechanism), ns in charge(replica, queries).items():
+    for query, holder, mechanism, ns in charge(replica, queries).reset_index().to_numpy().tolist():
         name = replica.tenants[holder] if holder >= 0 else PARTIES[Party(holder)]
-        result[query][name, str(MECHANISMS[mechanism])] = int(ns)
+        result[query][name, str(MECHANISMS[mechanism])] = ns
     return result
 
 
 def rounding(replica: Replica, queries: pd.DataFrame) -> dict[int, int]:
     """By how many ns a charge of each query may be off: one for each piece of the life, since each is rounded."""
-    return {int(query): int(count) for query, count in replica.partition.cut(queries).groupby("query").size().items()}
+    return dict(Counter(replica.partition.cut(queries)["query"].tolist()))
+
+
+def charges_until(replica: Replica, request: str, column: str) -> Charges:
+    row = replica.requests[replica.requests["request"] == request]
+    query = pd.DataFrame({"query": [0], "request": row.index, "begin": row["arrival"], "end": row[column]})
+    return by_name(replica, query.reset_index(drop=True))[0]
+
+
+def ttft_of(replica: Replica, request: str) -> Charges:
+    return charges_until(replica, request, "first_token")
+
+
+def life_of(replica: Replica, request: str) -> Charges:
+    return charges_until(replica, request, "seen_until")
 
 
 def assert_same(one: Charges, other: Charges, tolerance: float) -> None:
@@ -208,8 +222,7 @@ def test_a_step_whose_batch_is_not_known_is_unobserved_and_no_fault_of_the_engin
     """After a lost step, a request that came before the next keyframe is not known to wait or to run."""
     lines = run(Workload(EngineConfig(), [Arrival(0, 8, 40, "a"), Arrival(5 * MS, 8, 4, "b")], 12, 10_000)).lines()
     replica = only_replica(read([one for index, one in enumerate(lines) if index != 2]))
-    second = all_waits(replica)[lambda waits: waits["request"] == 1]
-    charges = by_name(replica, second.head(1))[int(second["query"].iloc[0])]
+    charges = life_of(replica, "req-1")
     assert charges[TELEMETRY, "unobserved"] > 0
     assert (ENGINE, "unexplained") not in charges
     assert not [key for key in charges if key[1] == "step_boundary"]
@@ -219,16 +232,9 @@ def test_a_step_whose_batch_is_not_known_is_unobserved_and_no_fault_of_the_engin
 
 
 def scripted(
-    requests: list[tuple[str, int, int, int]], host: Callable[[Engine, str], None] | None = None, **config: int
+    requests: list[tuple[str, int, int, int]], host: Host | None = None, config: EngineConfig | None = None
 ) -> Replica:
-    return only_replica(read(scripted_lines(requests, host, **config)))
-
-
-def ttft_of(replica: Replica, request: str) -> Charges:
-    row = replica.requests[replica.requests["request"] == request].iloc[0]
-    code = int(replica.requests.index[replica.requests["request"] == request][0])
-    query = pd.DataFrame({"query": [0], "request": [code], "begin": [row["arrival"]], "end": [row["first_token"]]})
-    return by_name(replica, query)[0]
+    return only_replica(read(scripted_lines(requests, host, config)))
 
 
 def test_a_request_that_arrives_during_a_huge_prefill_waits_for_its_owner() -> None:
@@ -243,13 +249,14 @@ def test_a_request_that_arrives_during_a_huge_prefill_waits_for_its_owner() -> N
 
 
 def test_waiting_for_blocks_is_charged_to_those_who_hold_them() -> None:
-    replica = scripted([("hog", 0, 600, 50), ("chat", 5, 200, 4)], kv_blocks=45, max_num_batched_tokens=1000)
-    charges = ttft_of(replica, "1")
-    assert {holder for holder, mechanism in charges if mechanism == "kv_pinning"} <= {"hog"}
-    assert charges.keys() <= {
-        ("hog", "kv_pinning"), ("hog", "step_boundary"), (ENGINE, "step_fixed"), (ENGINE, "unexplained"),
-        (OWN, "own_work"),
-    }  # fmt: skip
+    quiet = [("chat", 3 * number, 20 + number, 3 + number % 5) for number in range(20)]
+    config = EngineConfig(kv_blocks=45, max_num_batched_tokens=1000)
+    replica = scripted([*quiet, ("hog", 100, 600, 50), ("chat", 105, 200, 4)], config=config)
+    charges = ttft_of(replica, "21")
+    assert {holder for holder, mechanism in charges if mechanism == "kv_pinning"} == {"hog"}
+    # The holder's decode is a tenth of what each step costs anyhow.
+    assert charges["hog", "kv_pinning"] == pytest.approx(charges[ENGINE, "step_fixed"] / 10, rel=0.05)
+    assert charges["hog", "kv_pinning"] > 4 * MS
 
 
 def test_a_pause_before_the_dispatch_is_the_engines_host_gap() -> None:
@@ -258,8 +265,7 @@ def test_a_pause_before_the_dispatch_is_the_engines_host_gap() -> None:
             engine.clock.wait_until(engine.clock.now_ns() + 500 * MS)
 
     replica = scripted([("chat", 0, 20, 30), ("chat", 3, 30, 4)], pause)
-    first = all_waits(replica)[lambda waits: waits["request"] == 0]
-    assert by_name(replica, first.head(1))[0][ENGINE, "host_gap"] == 500 * MS
+    assert life_of(replica, "0")[ENGINE, "host_gap"] == 500 * MS
 
 
 def test_a_pause_that_holds_up_the_first_request_after_an_idle_time_is_no_idle_time() -> None:
@@ -283,8 +289,7 @@ def test_an_abort_between_two_steps_leaves_the_time_since_the_last_one_to_the_en
             engine.abort(engine.scheduler.running[0], FinishReason.ABORT)
 
     replica = scripted([("chat", 0, 20, 30), ("chat", 0, 30, 30)], abort)
-    first = all_waits(replica)[lambda waits: waits["request"] == 0]
-    charges = by_name(replica, first.head(1))[0]
+    charges = life_of(replica, "0")
     assert charges[ENGINE, "host_gap"] == 7 * MS
     assert (FRONTEND, "intake") not in charges
 
@@ -303,9 +308,7 @@ def test_without_a_known_head_what_is_due_to_the_head_is_unobserved() -> None:
     charges = by_name(replica, queries)
     assert not [key for parts in charges.values() for key in parts if key[1] == Mechanism.HEAD_OF_LINE]
     assert [key for parts in charges.values() for key in parts if key == (TELEMETRY, "unobserved")]
-    assert [sum(charges[row.query].values()) for row in each(queries)] == [
-        row.end - row.begin for row in each(queries)
-    ]
+    assert [sum(charges[row.query].values()) for row in each(queries)] == [row.end - row.begin for row in each(queries)]
 
 
 def reasons(trace: Trace) -> set[str]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
-from stallscope.views.waterfall import OWN, TELEMETRY, Waterfall, waterfall
+from stallscope.views.waterfall import ENGINE, OWN, TELEMETRY, Waterfall, waterfall
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import Engine
 from stallscope_telemetry.records import FinishReason
@@ -138,3 +138,11 @@ def test_a_request_lost_from_sight_is_shown_as_far_as_it_was_seen() -> None:
     assert ended.state == "finished"
     assert ended.rows[-1].doing == "not seen"
     assert {part.holder for part in ended.rows[-1].parts} == {TELEMETRY}
+
+
+def test_a_request_of_a_trace_without_any_known_batch_is_shown_as_unseen() -> None:
+    """Recording began late, and no keyframe came before its end."""
+    recording = run(Workload(EngineConfig(), [Arrival(0, 8, 30, "a")], 100, 10_000))
+    shown = waterfall(read([*recording.step_lines()[5:], *recording.request_lines()]), "req-0")
+    assert_sound(shown)
+    assert {part.holder for part in shown.parts} <= {TELEMETRY, ENGINE}

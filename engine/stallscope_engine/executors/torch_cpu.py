@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import StepResult
-from stallscope_engine.models.configs import ModelConfig, load_config
+from stallscope_engine.models.configs import NAMED, ModelConfig, load_config
 from stallscope_engine.models.kv_cache import PagedKVCache, PrefillSpan
 from stallscope_engine.models.llama import ForwardPlan, Llama
 from stallscope_engine.models.weights import load_weights, random_weights
@@ -37,10 +37,10 @@ class TorchExecutor:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
         self.model_config = model if isinstance(model, ModelConfig) else load_config(model)
         kind = DTYPES[dtype]
-        if not isinstance(model, ModelConfig) and Path(model).is_dir():
-            weights = load_weights(Path(model), self.model_config, kind)
-        else:
+        if isinstance(model, ModelConfig) or str(model) in NAMED:
             weights = random_weights(self.model_config, kind, seed)
+        else:
+            weights = load_weights(Path(model), self.model_config, kind)
         self._cache = PagedKVCache(self.model_config, config.kv_blocks, config.block_size, kind)
         self._llama = Llama(self.model_config, weights, self._cache)
         self._table = _BlockTable(config.max_num_seqs, self._cache.table_width(config.kv_blocks))
