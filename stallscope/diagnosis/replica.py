@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stallscope.diagnosis.ledger import Ledger, read_stretches
-from stallscope.diagnosis.partition import Partition, read_partition
+from stallscope.diagnosis.lives import read_lives
+from stallscope.diagnosis.partition import Partition
 from stallscope.diagnosis.timeline import Ints, Timeline
 from stallscope.trace import Trace
 
@@ -117,7 +118,8 @@ def _read(trace: Trace, name: str) -> Replica:
         }
     )
     life = requests[["arrival"]].assign(end=requests["seen_until"])
-    partition = read_partition(Ledger(timeline, stretches), life, residency)
+    ledger = Ledger(timeline, stretches)
+    partition = Partition(ledger, read_lives(ledger, life, residency))
     sources = _commonest(raw["tenant_source"].astype(object).fillna("").astype(str), tenant_codes, len(tenants))
     return Replica(name, tenants, sources, requests, gaps, steps, partition)
 

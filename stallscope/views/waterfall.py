@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.partition import MECHANISMS, Party, State
+from stallscope.diagnosis.lives import State
+from stallscope.diagnosis.partition import MECHANISMS, Party
 from stallscope.diagnosis.replica import Replica, replicas
 from stallscope.errors import UsageError
 from stallscope.trace import Trace

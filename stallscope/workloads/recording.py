@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -214,11 +215,16 @@ def _virtual_engine(config: EngineConfig, seed: int, recorder: Recorder | None =
 def _torch_engine(scenario: Scenario, seed: int) -> tuple[Engine, Prompts]:
     """An engine that computes, warm, and the token ids of each prompt."""
     try:
+        import torch
+
         from stallscope_engine.executors.torch_cpu import TorchExecutor
     except ModuleNotFoundError as error:
         raise UsageError(
             f"the torch executor needs {error.name}: pip install 'stallscope[engine]', or use --executor virtual"
         ) from error
+    # Threads work in step, so one that another program holds up stalls the whole step: a tenth of a second in every
+    # decode on two busy cores. Half of the cores are left to whatever else runs.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     config = scenario.engine
     try:
         executor = TorchExecutor(config, config.model, seed=seed)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stallscope.diagnosis.partition import round_to_sum
+from stallscope.diagnosis.rounding import round_to_sum
 
 
 @given(
