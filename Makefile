@@ -8,8 +8,10 @@ PIP_ARGS ?=
 
 BIN := .venv/bin
 PINS := pyproject.toml telemetry/pyproject.toml constraints.txt
-# Without --no-compile pip spends half of its time on modules that nobody will import.
+# pip compiles modules one after the other, COMPILE on all cores. Uncompiled, importing pandas alone takes two seconds in
+# each command where Python may not write its caches (PYTHONDONTWRITEBYTECODE, a read-only file system).
 INSTALL = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+COMPILE = $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 PYTHON_IS_NEW = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 
 LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -67,9 +69,11 @@ clean:
 	  echo "PyTorch could not be installed: going on without it, the demo will run in virtual time."; \
 	  $(INSTALL) -e telemetry -e .; \
 	fi
+	@$(COMPILE)
 
 # All that the demo needs is among it.
 .venv/.installed-dev: $(PINS) | .venv/bin/pip
 	@echo "Installing stallscope, PyTorch and the test tools into .venv: two minutes, longer where PyTorch comes with CUDA (PIP_ARGS in the README)."
 	@$(INSTALL) -e telemetry -e '.[all,dev]'
+	@$(COMPILE)
 	@touch .venv/.installed-demo $@
