@@ -79,14 +79,13 @@ class Llama:
         pairs = torch.view_as_complex(qkv[:, : heads + kv_heads].float().view(rows, heads + kv_heads, -1, 2))
         rotated = torch.view_as_real(pairs * rotation).flatten(2).to(hidden.dtype)
         self.cache.write(number, plan.slots, torch.cat((rotated[:, heads:], qkv[:, heads + kv_heads :]), 1))
-        return rotated[:, :heads]
+        return rotated[:, :heads].contiguous()
 
     def _mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
         return layer.down(layer.gate(hidden).mul_(layer.up(hidden)))
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        # In float32, as the model was trained; in place, since F.rms_norm makes more copies and takes longer.
-        exact = hidden.to(torch.float32, copy=True)
-        size = self.config.hidden_size
-        mean_square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(size)
-        return exact.mul_(mean_square.add_(self.config.rms_norm_eps).rsqrt_()).to(hidden.dtype).mul_(weight)
+        # In float32, as the model was trained. F.rms_norm makes more copies and takes longer in bfloat16.
+        exact = hidden.float()
+        mean_square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(self.config.hidden_size)
+        return exact.mul(mean_square.add_(self.config.rms_norm_eps).rsqrt_()).to(hidden.dtype).mul_(weight)
