@@ -10,12 +10,11 @@ from torch import Tensor
 
 from stallscope_engine.models.configs import ModelConfig
 
-#: Context lengths are padded up to a multiple of this (tokens): oneDNN compiles a kernel for each new shape, which
-#: costs more than the padding.
-CONTEXT_ROUND = 64
+#: Context lengths are padded up to a multiple of the first, a prefill's queries up to one of the second (tokens): in
+#: bfloat16 oneDNN compiles a kernel for each new shape, which costs more than the padding; MKL, in float32, does not.
+ROUNDING = {torch.bfloat16: (64, 32), torch.float32: (16, 8)}
 #: Queries of a prefill that are attended to at once (tokens): their scores stay in the processor's cache.
 PREFILL_TILE = 128
-_TILE_ROUND = 32
 #: What another group of decodes costs, in tokens of padding that would take as long.
 GROUP_COST = 2000
 #: Keys and values that are gathered at once (bytes): what was just written is then read from the processor's cache,
@@ -63,6 +62,7 @@ class PagedKVCache:
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.head_dim = config.head_dim
         self.dtype = dtype
+        self._context_round, self._queries_round = ROUNDING[dtype]
         # Zeros, since a padded position is read before it is masked, and a NaN would outlive the mask.
         self._layers = [
             torch.zeros(num_blocks * 2 * self.kv_heads, block_size * self.head_dim, dtype=dtype)
@@ -77,7 +77,7 @@ class PagedKVCache:
 
     def span(self, first: int, tokens: int, start: int, table: Tensor, line: int) -> PrefillSpan:
         """The prefill of ``tokens`` tokens from position ``start`` on, whose blocks are on ``line`` of the table."""
-        padded = _round_up(start + _round_up(tokens, _TILE_ROUND), PREFILL_TILE)
+        padded = _round_up(start + _round_up(tokens, self._queries_round), PREFILL_TILE)
         return PrefillSpan(first, tokens, start, self._rows_of(table, [line], padded).flatten())
 
     def groups(self, contexts: list[int], table: Tensor, lines: list[int], first: int) -> list[DecodeGroup]:
@@ -127,7 +127,7 @@ class PagedKVCache:
         rows = slice(span.first, span.first + span.tokens)
         shape = (span.tokens, self.kv_heads, self.group, self.head_dim)
         keys, values = self._gather(layer, span.blocks, self.kv_heads)
-        padded = _round_up(span.tokens, _TILE_ROUND)
+        padded = _round_up(span.tokens, self._queries_round)
         query = queries.new_zeros(self.kv_heads, self.group, padded, self.head_dim)
         query[:, :, : span.tokens] = queries[rows].view(shape).permute(1, 2, 0, 3)
         for first in range(0, padded, PREFILL_TILE):
@@ -145,7 +145,7 @@ class PagedKVCache:
     def _cached(self, contexts: list[int], begin: int, end: int) -> list[tuple[int, int]]:
         """Cuts a group into equal parts whose keys and values stay in the processor's cache."""
         request_bytes = (
-            2 * self.kv_heads * _round_up(contexts[begin], CONTEXT_ROUND) * self.head_dim * self.dtype.itemsize
+            2 * self.kv_heads * _round_up(contexts[begin], self._context_round) * self.head_dim * self.dtype.itemsize
         )
         parts = min(-(-(end - begin) * request_bytes // GATHER_BYTES), end - begin)
         edges = [begin + (end - begin) * part // parts for part in range(parts + 1)]
@@ -165,7 +165,7 @@ class PagedKVCache:
 
     def _blocks_of(self, tokens: int) -> int:
         """Blocks to read for ``tokens`` tokens, padded."""
-        return -(-_round_up(tokens, CONTEXT_ROUND) // self.block_size)
+        return -(-_round_up(tokens, self._context_round) // self.block_size)
 
     def _gather(self, layer: int, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values [batch, context, head_dim] of cache rows, in memory that the next call overwrites."""
