@@ -95,7 +95,7 @@ class PagedKVCache:
                     DecodeGroup(
                         first + top,
                         bottom - top,
-                        rows[:, part, :, :blocks].flatten(),
+                        rows[part, :, :, :blocks].flatten(),
                         bias[part, :, :, : blocks * self.block_size].flatten(0, 1),
                     )
                 )
@@ -152,9 +152,9 @@ class PagedKVCache:
         return list(pairwise(edges))
 
     def _rows_of(self, table: Tensor, lines: list[int], tokens: int) -> Tensor:
-        """Cache rows [key or value, line, KV head, block] of the first ``tokens`` tokens, padded, of each line."""
+        """Cache rows [line, KV head, key or value, block] of the first ``tokens`` tokens, padded, of each line."""
         blocks = table[:, : self._blocks_of(tokens)][lines]
-        return blocks[None, :, None] * len(self._heads) + self._heads.view(2, 1, self.kv_heads, 1)
+        return blocks[:, None, None] * len(self._heads) + self._heads.view(2, self.kv_heads).t()[:, :, None]
 
     def _bias_of(self, contexts: list[int]) -> Tensor:
         """-inf beyond each context: [request, KV head, 1, padded context]."""
@@ -174,7 +174,7 @@ class PagedKVCache:
             self._scratch = torch.empty(size, dtype=self.dtype)
         gathered = self._scratch[:size].view(rows.numel(), -1)
         torch.index_select(self._layers[layer], 0, rows, out=gathered)
-        keys, values = gathered.view(2, batch, -1, self.head_dim)
+        keys, values = gathered.view(batch, 2, -1, self.head_dim).unbind(1)
         return keys, values
 
 
