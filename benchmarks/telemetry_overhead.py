@@ -219,7 +219,7 @@ def sweep(folder: Path) -> None:
 def torch_executor(config: EngineConfig) -> Executor:
     from stallscope_engine.executors.torch_cpu import TorchExecutor
 
-    return TorchExecutor(config, "tiny-llama", dtype="bfloat16", seed=0)
+    return TorchExecutor(config, "tiny-llama")
 
 
 def main() -> None:

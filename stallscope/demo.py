@@ -14,16 +14,17 @@ from stallscope.diagnosis.model import Quantile
 from stallscope.reports.text import print_diagnosis
 from stallscope.trace import read_trace
 from stallscope.views import words
-from stallscope.workloads.recording import ExecutorName, record
-from stallscope.workloads.scenario import load_scenario
+from stallscope.workloads.recording import ExecutorName, record, time_prefill
+from stallscope.workloads.scenario import Scenario, load_scenario
 
-SCENARIO, VARIANT, WATCHED = "reasoning_prompt", "demo", "chat"
+SCENARIO, VARIANT, SLOW_VARIANT, WATCHED = "reasoning_prompt", "demo", "demo_slow", "chat"
+PROBE_TOKENS, SLOW_S = 3000, 0.3  # beyond, the demo's own prompts would stall the engine for longer than anyone waits
 Progress = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 
 
 def run_demo(seed: int | None, executor: ExecutorName, out: Path, console: Console, progress: Progress) -> None:
     """Records control and stall into ``out``, and prints the comparison and the diagnosis of the stall."""
-    scenario = load_scenario(SCENARIO, VARIANT)
+    scenario = _scenario(executor, console)
     chosen = scenario.seed if seed is None else seed
     out.mkdir(parents=True, exist_ok=True)
     clock = "in real time on torch" if executor == "torch" else "in virtual time"
@@ -41,6 +42,17 @@ def run_demo(seed: int | None, executor: ExecutorName, out: Path, console: Conso
     _compare(diagnoses["control"], diagnoses["stall"], console)
     console.print()
     print_diagnosis(diagnoses["stall"], console)
+
+
+def _scenario(executor: ExecutorName, console: Console) -> Scenario:
+    """The demo's scenario: with shorter prompts where this machine would take too long for them, and a word on it."""
+    scenario = load_scenario(SCENARIO, VARIANT)
+    if executor != "torch" or (seconds := time_prefill(scenario.engine, PROBE_TOKENS)) <= SLOW_S:
+        return scenario
+    console.print(
+        Text(f"A slow processor ({PROBE_TOKENS:,} tokens of prompt in {seconds:.1f} s): 6,000 tokens a prompt will do.")
+    )
+    return load_scenario(SCENARIO, SLOW_VARIANT)
 
 
 def _compare(control: Diagnosis, stall: Diagnosis, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -113,7 +114,7 @@ def record(
     if out.exists() and not force:
         raise UsageError(f"{out} exists: choose another name, or overwrite it with --force")
     if executor == "torch":
-        engine, prompts = _torch_engine(scenario, seed)
+        engine, prompts = _torch_engine(scenario, seed, inject)
     else:
         engine, prompts = _virtual_engine(scenario.engine, seed), _no_prompt
     try:
@@ -212,8 +213,26 @@ def _virtual_engine(config: EngineConfig, seed: int, recorder: Recorder | None =
     return Engine(config, executor, clock, recorder, executor.spend_host_time)
 
 
-def _torch_engine(scenario: Scenario, seed: int) -> tuple[Engine, Prompts]:
+def time_prefill(config: EngineConfig, tokens: int) -> float:
+    """Seconds that a prompt of ``tokens`` tokens takes on the torch executor of this machine, once it is warm."""
+    executor, prompts = _torch_executor(config, 0)
+    _warm_up(config, executor, prompts, tokens)
+    started = time.perf_counter()
+    _run_alone(config, executor, prompts, PlannedRequest(0, "", tokens, 1, "timed"))
+    return time.perf_counter() - started
+
+
+def _torch_engine(scenario: Scenario, seed: int, inject: bool) -> tuple[Engine, Prompts]:
     """An engine that computes, warm, and the token ids of each prompt."""
+    config = scenario.engine
+    executor, prompts = _torch_executor(config, seed)
+    longest = max((one.prompt_tokens for one in plan(scenario, seed, inject)), default=1)
+    _warm_up(config, executor, prompts, longest)
+    return Engine(config, executor, WallClock()), prompts
+
+
+def _torch_executor(config: EngineConfig, seed: int) -> tuple[Executor, Prompts]:
+    """An executor and the token ids of each prompt."""
     try:
         import torch
 
@@ -225,7 +244,6 @@ def _torch_engine(scenario: Scenario, seed: int) -> tuple[Engine, Prompts]:
     # Threads work in step, so one that another program holds up stalls the whole step: a tenth of a second in every
     # decode on two busy cores. Half of the cores are left to whatever else runs.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    config = scenario.engine
     try:
         executor = TorchExecutor(config, config.model, seed=seed)
     except ValueError as error:
@@ -235,8 +253,7 @@ def _torch_engine(scenario: Scenario, seed: int) -> tuple[Engine, Prompts]:
         drawn = int(stream(seed, "token_ids", one.request_id).integers(2**63))
         return random_prompt(executor.model_config, one.prompt_tokens, drawn)
 
-    _warm_up(config, executor, prompt, max((one.prompt_tokens for one in plan(scenario, seed)), default=1))
-    return Engine(config, executor, WallClock()), prompt
+    return executor, prompt
 
 
 def _warm_up(config: EngineConfig, executor: Executor, prompts: Prompts, longest_tokens: int) -> None:
@@ -247,7 +264,11 @@ def _warm_up(config: EngineConfig, executor: Executor, prompts: Prompts, longest
         engine.submit(_request(handle, planned, 0, prompts(planned)))
     while engine.scheduler.has_work:
         engine.step()
-    longest = PlannedRequest(0, "", longest_tokens, 1, "warm-up-longest")
-    engine.submit(_request(len(_WARM_UP_TOKENS) + 1, longest, 0, prompts(longest)))
+    _run_alone(config, executor, prompts, PlannedRequest(0, "", longest_tokens, 1, "warm-up-longest"))
+
+
+def _run_alone(config: EngineConfig, executor: Executor, prompts: Prompts, planned: PlannedRequest) -> None:
+    engine = Engine(config, executor, WallClock())
+    engine.submit(_request(1, planned, 0, prompts(planned)))
     while engine.scheduler.has_work:
         engine.step()
