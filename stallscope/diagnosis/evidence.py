@@ -46,8 +46,10 @@ def suspect_requests(replica: Replica, waits: Waits, window: Window, tenant: int
     )
 
 
-def victims(replica: Replica, waits: Waits, window: Window, excess: pd.DataFrame) -> tuple[Victim, ...]:
-    """Tenants by what they lost, the most first."""
+def victims(
+    replica: Replica, waits: Waits, window: Window, healthy: pd.DataFrame, excess: pd.DataFrame
+) -> tuple[Victim, ...]:
+    """Tenants by what they lost, the most first; ``healthy``: the waits that are their usual."""
     table, stalled = waits.table, waits.table.loc[window.waits]
     during = (table["begin"] >= window.start) & (table["begin"] <= window.end)
     request = stalled["request"].reindex(excess["wait"]).to_numpy()
@@ -68,7 +70,7 @@ def victims(replica: Replica, waits: Waits, window: Window, excess: pd.DataFrame
                 max(arrived, stalled_requests),
                 float(lost[tenant]) / 1e9,
                 quantiles(table[mine & during]),
-                quantiles(table[mine & ~table["stalled"] & ~during]),
+                quantiles(healthy[healthy["tenant"] == tenant]),
                 replica.facts(worst).request,
             )
         )

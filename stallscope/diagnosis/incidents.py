@@ -24,6 +24,7 @@ BIN_NS = 1_000_000_000  # shortest bin; longer in long traces
 _MOST_BINS = 500
 _SIGMAS = 5.0
 _TIMES_USUAL = (3.0, 10.0)  # the bar lies between these multiples of the usual
+_MOST_BEYOND_NS = 500_000_000  # and where the usual is long, no further above it than this, or the lower multiple
 FEWEST_STALLED = 3
 TAIL_SHARE = 0.01  # p99: what fewer than one in a hundred meet does not move it
 TAIL_REQUESTS = 300  # requests that a p99 needs behind it
@@ -109,7 +110,8 @@ def _bars(table: pd.DataFrame, bin_ns: int) -> Floats:
     sigma = (calm - low) / 0.757  # distance of the normal distribution's 10% and 30% points, in sigmas
     median = calm + 0.524 * sigma
     # Where next to nothing is the usual, the spread of its logarithm says little: hence the bounds.
-    bars = np.exp(median + np.clip(_SIGMAS * sigma, np.log(_TIMES_USUAL[0]), np.log(_TIMES_USUAL[1])))
+    usual, times = np.exp(median), np.exp(np.clip(_SIGMAS * sigma, *np.log(_TIMES_USUAL)))
+    bars = np.minimum(usual * times, np.maximum(usual * _TIMES_USUAL[0], usual + _MOST_BEYOND_NS))
     keys = pd.MultiIndex.from_frame(table[["tenant", "metric"]])
     found: Floats = bars.reindex(keys).to_numpy(np.float64)
     return found

@@ -22,10 +22,15 @@ from stallscope.diagnosis.replica import Replica
 CARRIES = 0.4  # share of the loss above which tenants, the engine or one's own tenant carry an incident
 LEAST_SHARE = 0.1  # share below which a tenant is not accused beside others
 ENOUGH_OF_SET = 0.8  # culprits are the smallest set that makes up this share of what the accused caused
+# After a stall those who are as usual queue for one another: that backlog is part of the loss, and no cause of it. Who
+# carries this much of the whole and that much of what is no backlog carries the incident too.
+CARRIES_WITH_BACKLOG, CARRIES_BUT_BACKLOG = 0.25, 0.6
+BACKLOG_WORTH_SAYING = 0.1
 UNUSUAL_SIGMAS = 5.0
 UNUSUAL_GROWTH = 1.5
 DOMINATES = 0.5
 
+_QUEUES = [MECHANISMS.index(m) for m in (Mechanism.KV_PINNING, Mechanism.PREFILL_QUEUE, Mechanism.SLOT_EXHAUSTION)]
 _OWN_WORK, _STEP_FIXED = MECHANISMS.index(Mechanism.OWN_WORK), MECHANISMS.index(Mechanism.STEP_FIXED)
 
 
@@ -50,20 +55,26 @@ class _Suspect:
 def judge(replica: Replica, waits: Waits, windows: list[Window]) -> list[Incident]:
     """One incident for each window, in their order."""
     loads = Loads(replica, [(window.start, window.end) for window in windows])
-    usual = _usual_charges(waits, windows)
-    return [_judge_window(replica, waits, window, loads, usual) for window in windows]
+    healthy = _healthy_waits(waits, windows)
+    usual = _usual_charges(waits, healthy)
+    return [_judge_window(replica, waits, window, loads, healthy, usual) for window in windows]
 
 
 # --- charges above usual ------------------------------------------------------------------------------------------
 
 
-def _usual_charges(waits: Waits, windows: list[Window]) -> pd.Series[float]:
-    """Mean ns by (tenant, metric, holder, mechanism) that a healthy wait is charged: TTFT outside all windows."""
+def _healthy_waits(waits: Waits, windows: list[Window]) -> pd.DataFrame:
+    """Waits that were not stalled, outside of all windows."""
     table = waits.table
-    calm = (table["metric"] == TTFT) & ~table["stalled"] & ~table["censored"]
+    calm = ~table["stalled"] & ~table["censored"]
     for window in windows:
         calm &= (table["end"] < window.start) | (table["begin"] > window.end)
-    healthy = table[calm]
+    return table[calm]
+
+
+def _usual_charges(waits: Waits, healthy: pd.DataFrame) -> pd.Series[float]:
+    """Mean ns by (tenant, metric, holder, mechanism) that a healthy wait is charged: TTFT only."""
+    healthy = healthy[healthy["metric"] == TTFT]
     count = healthy.groupby(["tenant", "metric"]).size()
     charges = waits.charges.merge(healthy[["tenant", "metric"]], left_on="query", right_index=True)
     total = charges.groupby(["tenant", "metric", "holder", "mechanism"])["ns"].sum()
@@ -95,10 +106,7 @@ def _pass_on_head_of_line(excess: pd.DataFrame, waits: Waits, window: Window, un
     table = waits.table
     overlapping = table[(table["metric"] == TTFT) & (table["end"] > window.start) & (table["begin"] < window.end)]
     behind = waits.charges.merge(overlapping[["tenant"]], left_on="query", right_index=True)
-    resources = [
-        MECHANISMS.index(m) for m in (Mechanism.KV_PINNING, Mechanism.PREFILL_QUEUE, Mechanism.SLOT_EXHAUSTION)
-    ]
-    behind = behind[behind["mechanism"].isin(resources)]
+    behind = behind[behind["mechanism"].isin(_QUEUES)]
     cause = behind.groupby(["tenant", "holder", "mechanism"])["ns"].sum()
     share = (cause / cause.groupby(level="tenant").sum()).rename("share").reset_index()
     moved = excess[is_head].merge(share, left_on="holder", right_on="tenant", how="left", suffixes=("", "_cause"))
@@ -112,7 +120,9 @@ def _pass_on_head_of_line(excess: pd.DataFrame, waits: Waits, window: Window, un
 # --- the verdict --------------------------------------------------------------------------------------------------
 
 
-def _judge_window(replica: Replica, waits: Waits, window: Window, loads: Loads, usual: pd.Series[float]) -> Incident:
+def _judge_window(
+    replica: Replica, waits: Waits, window: Window, loads: Loads, healthy: pd.DataFrame, usual: pd.Series[float]
+) -> Incident:
     everything = _excess_charges(waits, window, usual)
     # What a step costs whatever is in it is no tenant's doing and no fault: part of the loss, but of no one's share.
     excess = everything[everything["mechanism"] != _STEP_FIXED]
@@ -131,19 +141,21 @@ def _judge_window(replica: Replica, waits: Waits, window: Window, loads: Loads, 
     accused = [s for s in suspects if s.unusual and share(s.caused_ns, charged) >= LEAST_SHARE]
     carried = share(sum(s.caused_ns for s in accused), charged)
     own_share = share(float(excess.loc[own, "ns"].sum()), charged)
+    queued = excess["mechanism"].isin(_QUEUES) & (excess["holder"] >= 0) & ~excess["holder"].isin(unusual)
+    backlog = share(float(excess.loc[queued, "ns"].sum()), charged)
 
     culprits: tuple[Culprit, ...] = ()
     mechanism: str | None = None
     if unseen >= 0.5:
         verdict = Verdict.INSUFFICIENT_DATA
         reasons = [f"{unseen:.0%} of the victims' loss lies in stretches without telemetry"]
-    elif accused and carried >= CARRIES and carried >= engine:
+    elif accused and _carries(carried, backlog) and carried >= engine:
         verdict = Verdict.NOISY_NEIGHBOR
         chosen = _smallest_set(accused)
         culprits = tuple(_culprit(replica, waits, window, suspect, charged) for suspect in chosen)
         mechanism = culprits[0].mechanism
         reasons = [_load_reason(replica, suspect) for suspect in chosen]
-    elif engine >= CARRIES:
+    elif _carries(engine, backlog):
         verdict = Verdict.ENGINE_STALL
         mechanism = _largest_mechanism(excess[excess["holder"] == int(Party.ENGINE)])
         reasons = [f"{engine:.0%} of the loss is time that no request's work explains"]
@@ -156,16 +168,18 @@ def _judge_window(replica: Replica, waits: Waits, window: Window, loads: Loads, 
         verdict = Verdict.OVERLOAD
         mechanism = _largest_mechanism(excess[excess["holder"] >= 0])
         reasons = ["no tenant's load is beyond what chance makes of its usual: together they were too much"]
+    if verdict in (Verdict.NOISY_NEIGHBOR, Verdict.ENGINE_STALL) and backlog >= BACKLOG_WORTH_SAYING:
+        reasons.append(f"{backlog:.0%} of the loss is backlog: requests of tenants as usual queued for one another")
     others = [s for s in suspects if all(replica.tenants[s.tenant] != c.tenant for c in culprits)]
     return Incident(
         replica=replica.name,
         start_ns=window.start,
         end_ns=window.end,
         verdict=verdict,
-        confidence=_confidence(verdict, carried, engine, culprits),
+        confidence=_confidence(verdict, share(carried, 1 - backlog), share(engine, 1 - backlog), culprits),
         mechanism=mechanism,
         culprits=culprits,
-        victims=victims(replica, waits, window, everything),
+        victims=victims(replica, waits, window, healthy, everything),
         lost_s=float(everything["ns"].sum()) / 1e9,
         charged_s=charged / 1e9,
         charges=charges_of(replica, pd.concat([excess, everything[everything["mechanism"] == _STEP_FIXED]])),
@@ -212,7 +226,13 @@ def _grown_victim(own: pd.DataFrame, loads: Loads, window: Window) -> _Suspect |
     return suspect if suspect is not None and suspect.unusual else None
 
 
+def _carries(part: float, backlog: float) -> bool:
+    """Whether who has this share of the loss carries the incident; ``backlog``: share that has no cause of its own."""
+    return part >= CARRIES or (part >= CARRIES_WITH_BACKLOG and share(part, 1 - backlog) >= CARRIES_BUT_BACKLOG)
+
+
 def _confidence(verdict: Verdict, carried: float, engine: float, culprits: tuple[Culprit, ...]) -> Confidence:
+    """At most medium without a replay; the shares are those of what is no backlog."""
     if verdict is Verdict.NOISY_NEIGHBOR:
         sure = carried >= 0.6 and all(culprit.tenant != "(unknown)" for culprit in culprits)
     elif verdict is Verdict.ENGINE_STALL:
