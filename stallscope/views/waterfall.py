@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from stallscope.diagnosis.incidents import NOTICEABLE_NS
 from stallscope.diagnosis.lives import State
 from stallscope.diagnosis.partition import MECHANISMS, Party
 from stallscope.diagnosis.replica import Replica, replicas
@@ -128,8 +129,8 @@ def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFr
         _DOING.get(State(state), "prefill" if prefill[stretch] else "decoding")
         for state, stretch in zip(pieces["state"], pieces["stretch"], strict=True)
     ]
-    # A short gap that has its bin for itself is single, too.
-    floor = GAP_FLOOR_STEPS * np.median(replica.steps["ready"] - replica.steps["scheduled"])
+    # A short gap that has its bin for itself is single, too; and hundreds of rows that nobody noticed hide the one.
+    floor = max(GAP_FLOOR_STEPS * np.median(replica.steps["ready"] - replica.steps["scheduled"]), NOTICEABLE_NS)
     single = (replica.gaps["count"] == 1) & (replica.gaps["length_ns"] >= floor)
     gaps = replica.gaps[(replica.gaps["request"] == code) & single]
     starts = gaps["start"].to_numpy(np.int64)
