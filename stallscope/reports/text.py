@@ -84,10 +84,10 @@ def _incident(number: int, incident: Incident) -> RenderableType:
 
 
 def _table(*columns: tuple[str, str]) -> Table:
-    """A plain table: columns are (heading, "left", "right" or "wrap": left, and the one that gives way)."""
+    """A plain table: columns are (heading, "left" or "right"). Where it is too wide, the widest wrap."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading, side in columns:
-        table.add_column(heading, justify="right" if side == "right" else "left", no_wrap=side != "wrap")
+        table.add_column(heading, justify="right" if side == "right" else "left", overflow="fold")
     return table
 
 
@@ -179,7 +179,7 @@ def print_waterfall(waterfall: Waterfall, console: Console) -> None:
         soft_wrap=True,
     )
     console.print()
-    rows = _table(("after", "right"), ("for", "right"), ("", "left"), ("doing", "left"), ("charged to", "wrap"))
+    rows = _table(("after", "right"), ("for", "right"), ("", "left"), ("doing", "left"), ("charged to", "left"))
     longest = max((row.length_s for row in waterfall.rows), default=1.0)
     for row in waterfall.rows:
         bar = "█" * max(1, round(16 * row.length_s / longest))
@@ -192,7 +192,7 @@ def print_waterfall(waterfall: Waterfall, console: Console) -> None:
         )
     console.print(rows)
     console.print()
-    sums = _table(("in sum", "right"), ("share", "right"), ("charged to", "left"), ("by", "wrap"))
+    sums = _table(("in sum", "right"), ("share", "right"), ("charged to", "left"), ("by", "left"))
     for part in waterfall.parts:
         share = part.seconds / waterfall.length_s if waterfall.length_s else 0.0
         if share < 0.005:
