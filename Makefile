@@ -64,7 +64,7 @@ clean:
 
 # Without PyTorch the demo still runs, in virtual time. No stamp then, so that the next run tries again.
 .venv/.installed-demo: $(PINS) | .venv/bin/pip
-	@echo "Installing stallscope and PyTorch into .venv: about a minute, longer where PyTorch comes with CUDA (PIP_ARGS in the README)."
+	@echo "Installing stallscope and PyTorch into .venv: a minute or two, longer where PyTorch comes with CUDA (PIP_ARGS in the README)."
 	@if $(INSTALL) -e telemetry -e '.[engine]'; then touch $@; else \
 	  echo "PyTorch could not be installed: going on without it, the demo will run in virtual time."; \
 	  $(INSTALL) -e telemetry -e .; \

@@ -75,7 +75,7 @@ def demo(
 ) -> None:
     """Record a stall on the bundled engine, diagnose it, and say who did it.
 
-    Two recordings of the same traffic: once with one tenant's 15,000-token prompts in it, once without.
+    Two recordings of the same traffic: once with one tenant's huge prompts in it, once without.
     """
     from stallscope.demo import run_demo
 

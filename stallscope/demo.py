@@ -24,7 +24,7 @@ Progress = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 
 def run_demo(seed: int | None, executor: ExecutorName, out: Path, console: Console, progress: Progress) -> None:
     """Records control and stall into ``out``, and prints the comparison and the diagnosis of the stall."""
-    scenario = _scenario(executor, console)
+    scenario = choose_scenario(executor, console)
     chosen = scenario.seed if seed is None else seed
     out.mkdir(parents=True, exist_ok=True)
     clock = "in real time on torch" if executor == "torch" else "in virtual time"
@@ -44,7 +44,7 @@ def run_demo(seed: int | None, executor: ExecutorName, out: Path, console: Conso
     print_diagnosis(diagnoses["stall"], console)
 
 
-def _scenario(executor: ExecutorName, console: Console) -> Scenario:
+def choose_scenario(executor: ExecutorName, console: Console) -> Scenario:
     """The demo's scenario: with shorter prompts where this machine would take too long for them, and a word on it."""
     scenario = load_scenario(SCENARIO, VARIANT)
     if executor != "torch" or (seconds := time_prefill(scenario.engine, PROBE_TOKENS)) <= SLOW_S:

@@ -28,6 +28,15 @@ tenants:
   reports: {arrivals: {poisson_per_s: 0.5}, prompt_tokens: {uniform: [900, 1500]}, output_tokens: {uniform: [40, 80]}}
 """
 PAUSE = "inject: [{engine: pause, at_s: 22, for_s: 2}]"
+# Prompts fill four fifths of each second, so that what a pause holds up takes long to work off.
+NEARLY_FULL = """
+name: NAME
+duration_s: 40
+engine: {max_num_seqs: 32, max_num_batched_tokens: 2048, kv_blocks: 4096}
+tenants:
+  chat: {arrivals: {poisson_per_s: 27}, prompt_tokens: {uniform: [700, 900]}, output_tokens: 4}
+  search: {arrivals: {poisson_per_s: 1}, prompt_tokens: {uniform: [200, 600]}, output_tokens: {uniform: [5, 15]}}
+"""
 EVERYONE_GROWS = """
 inject:
   - {tenant: chat, from_s: 18, to_s: 30, arrivals: {poisson_per_s: FACTOR6}}
@@ -182,3 +191,12 @@ def test_the_scenarios_own_answer_plays_no_part() -> None:
     assert scenario.expect is not None
     lying = replace(scenario, name="other", about="", expect=replace(scenario.expect, culprits=("search",)))
     assert diagnosed(lying, SEEDS[0]) == diagnosed(scenario, SEEDS[0])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_backlog_of_a_pause_does_not_make_it_an_overload(story: Callable[..., Scenario], seed: int) -> None:
+    incident = diagnosed(story(PAUSE, NEARLY_FULL), seed).incidents[0]
+    queued = sum(charge.share for charge in incident.charges if charge.mechanism == "prefill_queue")
+    assert queued > 0.35
+    assert (incident.verdict, incident.culprits) == (Verdict.ENGINE_STALL, ())
+    assert "backlog" in incident.reasons[-1]
