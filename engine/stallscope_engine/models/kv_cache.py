@@ -17,7 +17,7 @@ ROUNDING = {torch.bfloat16: (64, 32), torch.float32: (16, 8)}
 #: Queries of a prefill that are attended to at once (tokens): their scores stay in the processor's cache.
 PREFILL_TILE = 128
 #: What another group of decodes costs, in tokens of padding that would take as long.
-GROUP_COST = 2000
+GROUP_COST = 1000
 #: Keys and values that are gathered at once (bytes): what was just written is then read from the processor's cache,
 #: which took a third off the attention of 25 decodes.
 GATHER_BYTES = 4_000_000
