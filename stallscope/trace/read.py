@@ -94,8 +94,9 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
             f"{path}: no OTLP in it; expected JSON lines of the OpenTelemetry file exporter, plain, gzip or zstd"
         )
     if collected.step_count == 0:
+        spans = "request span" if collected.request_count == 1 else "request spans"
         raise UsageError(
-            f"{path} has {collected.request_count} request spans but no engine.step spans; "
+            f"{path} has {collected.request_count} {spans} but no engine.step spans; "
             "record with the bundled engine, or turn on stallscope's telemetry hook in yours"
         )
     findings.add(

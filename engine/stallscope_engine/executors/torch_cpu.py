@@ -23,7 +23,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def fastest_dtype() -> str:
-    """bfloat16 where the processor multiplies it, else float32: emulated, bfloat16 took ten times as long."""
+    """bfloat16 where the processor multiplies it, else float32: emulated, bfloat16 took four times as long."""
     return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 

@@ -128,7 +128,7 @@ class PagedKVCache:
         rows = slice(span.first, span.first + span.tokens)
         keys, values = self._gather(layer, span.blocks, self.kv_heads)
         if span.start == 0 and self.dtype is torch.float32:
-            # A whole prompt needs no mask but the causal one. In bfloat16 the tiles below are faster.
+            # A whole prompt needs no mask but the causal one. The tiles below were measured in bfloat16, this was not.
             query = queries[rows].transpose(0, 1)[None]
             keys, values = keys[None, :, : span.tokens], values[None, :, : span.tokens]
             whole = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
