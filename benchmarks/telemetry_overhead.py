@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stallscope_engine.config import EngineConfig
-from stallscope_engine.engine import Engine, Executor, Recorder, StepResult, WallClock
+from stallscope_engine.engine import Engine, Executor, Recorder, StepInFlight, StepResult, WallClock
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Batch
 from stallscope_telemetry.emitter import Emitter
@@ -47,44 +47,40 @@ class TimedEngine(Engine):
         self.telemetry_ns: list[int] = []
         self._keyframe_ns = 0
 
-    def _keyframe(self) -> list[RequestSnapshot] | None:
+    def _keyframe(self, batch: Batch) -> list[RequestSnapshot] | None:
         start = time.perf_counter_ns()
-        snapshot = super()._keyframe()
+        snapshot = super()._keyframe(batch)
         self._keyframe_ns = time.perf_counter_ns() - start
         return snapshot
 
-    def _record(
-        self,
-        batch: Batch,
-        finished: list[Request],
-        keyframe: list[RequestSnapshot] | None,
-        *,
-        dispatched_ns: int,
-        ready_ns: int,
-        device_ns: int,
-    ) -> None:
+    def _record(self, step: StepInFlight, finished: list[Request], ready_ns: int, device_ns: int) -> None:
         start = time.perf_counter_ns()
-        super()._record(batch, finished, keyframe, dispatched_ns=dispatched_ns, ready_ns=ready_ns, device_ns=device_ns)
+        super()._record(step, finished, ready_ns, device_ns)
         self.telemetry_ns.append(self._keyframe_ns + time.perf_counter_ns() - start)
 
 
 class BusyExecutor:
     """Takes 5 ms, and in turns holds the GIL and lets it go, as an executor of many small operations does."""
 
-    def execute(self, batch: Batch) -> StepResult:
+    def dispatch(self, batch: Batch) -> None:
         end = time.perf_counter() + STEP_S
         while time.perf_counter() < end:
             time.sleep(SLICE_S)
             busy = time.perf_counter() + SLICE_S
             while time.perf_counter() < min(busy, end):
                 pass
+
+    def collect(self, batch: Batch) -> StepResult:
         return StepResult()
 
 
 class NoExecutor:
     """Does nothing: all time is the scheduler's and telemetry's."""
 
-    def execute(self, batch: Batch) -> StepResult:
+    def dispatch(self, batch: Batch) -> None:
+        pass
+
+    def collect(self, batch: Batch) -> StepResult:
         return StepResult()
 
 

@@ -49,13 +49,15 @@ class VirtualClock:
 
 
 class Executor(Protocol):
-    """Runs a batch to its outputs: by computing it, or by letting virtual time pass.
+    """Runs batches to their outputs: by computing them, or by letting virtual time pass.
 
-    ``execute`` returns when the outputs are ready on the engine's clock, and has appended the sampled token ids
-    where it computes any.
+    ``dispatch`` starts a batch and may return before it is done; batches run in the order of their dispatch.
+    ``collect`` returns when the outputs of ``batch``, the oldest in flight, are ready on the engine's clock, and has
+    appended the sampled token ids to each request where it computes any.
     """
 
-    def execute(self, batch: Batch) -> StepResult: ...
+    def dispatch(self, batch: Batch) -> None: ...
+    def collect(self, batch: Batch) -> StepResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,22 @@ class Recorder(Protocol):
     def request(self, record: RequestRecord) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A dispatched batch, and what its record says of the time before."""
+
+    batch: Batch
+    step: int
+    idle_ns: int
+    dispatched_ns: int
+    keyframe: list[RequestSnapshot] | None
+
+
 class Engine:
     """One replica: a scheduler, an executor and a clock. Everything happens on the thread that calls ``step``.
 
-    ``before_dispatch`` is host work that belongs to a batch: in virtual time, what scheduling it costs.
+    With ``async_scheduling`` one batch is in flight while the next is scheduled, so the device need not wait for the
+    host. ``before_dispatch`` is host work that belongs to a batch: in virtual time, what scheduling it costs.
     """
 
     def __init__(
@@ -95,7 +109,14 @@ class Engine:
         self.recorder = recorder
         self.before_dispatch = before_dispatch
         self.steps = 0
+        self._in_flight: deque[StepInFlight] = deque()
+        self._most_in_flight = 1 if config.async_scheduling else 0
         self._idle_ns = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits, runs, or has outputs in flight."""
+        return self.scheduler.has_work or bool(self._in_flight)
 
     def submit(self, request: Request) -> None:
         """Queues a request for the next step. Raises RequestRejected where it could never run."""
@@ -109,52 +130,51 @@ class Engine:
             self.recorder.request(_request_record(request, now_ns))
 
     def step(self) -> list[Request]:
-        """Schedules, executes and completes one batch; returns the requests that finished with it."""
-        if not self.scheduler.has_work:
-            return []
-        scheduled_ns = self.clock.now_ns()
-        batch = self.scheduler.schedule(scheduled_ns)
-        keyframe = self._keyframe()
+        """Schedules and dispatches one batch and completes the oldest that is due; returns who finished with it."""
+        scheduled = self.scheduler.has_work and self._dispatch_next()
+        if self._in_flight and (len(self._in_flight) > self._most_in_flight or not scheduled):
+            return self._complete_oldest()
+        return []
+
+    def _dispatch_next(self) -> bool:
+        batch = self.scheduler.schedule(self.clock.now_ns())
+        if batch is None:
+            return False
+        keyframe = self._keyframe(batch)
         if self.before_dispatch is not None:
             self.before_dispatch(batch)
-        dispatched_ns = self.clock.now_ns()
-        result = self.executor.execute(batch)
-        ready_ns = self.clock.now_ns()
-        finished = self.scheduler.complete(batch, ready_ns, result.stopped)
-        self._record(
-            batch, finished, keyframe, dispatched_ns=dispatched_ns, ready_ns=ready_ns, device_ns=result.device_ns
-        )
+        self._in_flight.append(StepInFlight(batch, self.steps, self._idle_ns, self.clock.now_ns(), keyframe))
+        self.executor.dispatch(batch)
         self._idle_ns = 0
         self.steps += 1
+        return True
+
+    def _complete_oldest(self) -> list[Request]:
+        oldest = self._in_flight.popleft()
+        result = self.executor.collect(oldest.batch)
+        ready_ns = self.clock.now_ns()
+        finished = self.scheduler.complete(oldest.batch, ready_ns, result.stopped)
+        self._record(oldest, finished, ready_ns, result.device_ns)
         return finished
 
     # What telemetry costs this thread is in the two methods below (benchmarks/telemetry_overhead.py times them).
 
-    def _keyframe(self) -> list[RequestSnapshot] | None:
+    def _keyframe(self, batch: Batch) -> list[RequestSnapshot] | None:
         recorder = self.recorder
-        return self.scheduler.snapshot() if recorder is not None and recorder.wants_keyframe(self.steps) else None
+        return self.scheduler.snapshot(batch) if recorder is not None and recorder.wants_keyframe(self.steps) else None
 
-    def _record(
-        self,
-        batch: Batch,
-        finished: list[Request],
-        keyframe: list[RequestSnapshot] | None,
-        *,
-        dispatched_ns: int,
-        ready_ns: int,
-        device_ns: int,
-    ) -> None:
-        recorder = self.recorder
+    def _record(self, step: StepInFlight, finished: list[Request], ready_ns: int, device_ns: int) -> None:
+        recorder, batch = self.recorder, step.batch
         if recorder is None:
             return
         recorder.step(
             StepRecord(
-                self.steps,
+                step.step,
                 batch.scheduled_ns,
-                dispatched_ns,
+                step.dispatched_ns,
                 ready_ns,
-                self._idle_ns,
-                dispatched_ns - batch.scheduled_ns,
+                step.idle_ns,
+                step.dispatched_ns - batch.scheduled_ns,
                 device_ns,
                 batch.prefill_tokens,
                 batch.decode_tokens,
@@ -162,14 +182,16 @@ class Engine:
                 batch.running,
                 batch.waiting,
                 batch.kv_used,
-                0,
+                batch.kv_cached,
                 [request.info for request in batch.joined] if batch.joined else (),
+                batch.cached,
                 batch.chunks,
                 batch.paused,
                 batch.waits,
                 batch.preempted,
+                batch.evicted,
                 batch.left,
-                keyframe,
+                step.keyframe,
             )
         )
         for request in finished:
@@ -189,7 +211,7 @@ class Engine:
         queued: whatever holds the host up there is a gap between steps. ``after_step`` sees who finished.
         """
         pending = deque(arrivals)
-        while pending or self.scheduler.has_work:
+        while pending or self.has_work:
             if before_step is not None:
                 before_step()
             now_ns = self.clock.now_ns()
@@ -197,7 +219,7 @@ class Engine:
                 return
             while pending and pending[0].info.arrival_ns <= now_ns:
                 self.submit(pending.popleft())
-            if self.scheduler.has_work:
+            if self.has_work:
                 finished = self.step()
                 if after_step is not None:
                     after_step(finished)

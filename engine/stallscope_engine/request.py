@@ -22,20 +22,28 @@ class Request:
     """One request; identity is the object. The scheduler changes the counters, nobody else does.
 
     The scheduler works on counts alone. ``prompt_token_ids`` and ``output_token_ids`` are there for executors
-    that compute tokens; a virtual one leaves them empty.
+    that compute tokens; a virtual one leaves them empty. ``stop_after`` is where the answer ends by itself, as at an
+    end-of-sequence token (0: not before ``max_tokens``); the scheduler does not look ahead at it.
+    ``block_hashes`` name the content of the first full blocks of its tokens, for prefix caching: made from the token
+    ids where there are any, else given by who knows the content.
     """
 
     info: RequestInfo
     prompt_token_ids: Sequence[int] = ()
     sampling: Sampling = Sampling()
+    stop_after: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
 
     state: RequestState = RequestState.WAITING
-    computed_tokens: int = 0  # in the KV cache
+    computed_tokens: int = 0  # in the KV cache once all steps in flight are done
     output_tokens: int = 0
-    cached_tokens: int = 0
+    pending_tokens: int = 0  # output tokens that steps in flight will bring
+    cached_tokens: int = 0  # of its prompt, found in the prefix cache when it was first admitted
+    cached_now: int = 0  # of its tokens, found there when it was last admitted
     preemptions: int = 0
     blocks: list[int] = field(default_factory=list)
+    kept_blocks: int = 0  # of its first ones, known to the prefix cache by their content
     wait_reason: WaitReason | None = None
     lacking: int = 0
 
@@ -49,9 +57,26 @@ class Request:
     @property
     def total_tokens(self) -> int:
         """Prompt and output so far: what must be in the KV cache before the next token can be sampled."""
-        return self.info.prompt_tokens + self.output_tokens
+        return self.info.prompt_tokens + self.output_tokens + self.pending_tokens
 
     @property
     def remaining_tokens(self) -> int:
         """Tokens to compute until the next output token."""
         return self.total_tokens - self.computed_tokens
+
+    @property
+    def prefills(self) -> bool:
+        """Whether it fills its KV cache still: prompt, or what a preemption threw away, from its admission on."""
+        if self.remaining_tokens > 1 or self.computed_tokens == self.cached_now:
+            return True
+        return not (self.output_tokens or self.pending_tokens)
+
+    @property
+    def all_scheduled(self) -> bool:
+        """Whether steps in flight bring its last token."""
+        return self.output_tokens + self.pending_tokens >= self.info.max_tokens
+
+    @property
+    def tokens_to_go(self) -> int:
+        """Tokens that are still to compute if it makes as many as it may."""
+        return self.info.prompt_tokens + self.info.max_tokens - self.computed_tokens

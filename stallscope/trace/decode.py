@@ -40,7 +40,17 @@ _SCALARS = (
 )
 _scalars = itemgetter(*_SCALARS)
 _COMPOSITION = frozenset(
-    (names.KEYFRAME, names.R_HANDLE, names.CHUNKS, names.DECODES, names.WAITS, names.PREEMPTED, names.LEFT)
+    (
+        names.KEYFRAME,
+        names.R_HANDLE,
+        names.CACHED,
+        names.CHUNKS,
+        names.DECODES,
+        names.WAITS,
+        names.PREEMPTED,
+        names.EVICTED,
+        names.LEFT,
+    )
 )
 COLUMNS = (
     "scheduled",

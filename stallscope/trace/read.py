@@ -19,6 +19,7 @@ from stallscope.trace.model import Trace
 from stallscope.trace.otlp import Progress, Reader, Resource, find_files
 from stallscope.trace.rebuild import Rebuilt, rebuild
 from stallscope.trace.requests import (
+    KnownRequest,
     StepTimes,
     gap_table,
     match_requests,
@@ -28,7 +29,7 @@ from stallscope.trace.requests import (
 )
 from stallscope.trace.residency import residency_columns, residency_table
 from stallscope.trace.schema import TABLES
-from stallscope.trace.tables import Column, encode, plain_table, same
+from stallscope.trace.tables import Column, encode, names_at, plain_table, same
 from stallscope.trace.validate import check_times
 from stallscope_telemetry import names
 
@@ -51,6 +52,10 @@ _RESOURCE_COLUMNS = {
     "watermark": names.WATERMARK,
     "prefix_caching": names.PREFIX_CACHING,
     "async_scheduling": names.ASYNC_SCHEDULING,
+    "preemption": names.PREEMPTION,
+    "long_prefill_token_threshold": names.LONG_PREFILL_THRESHOLD,
+    "tenant_kv_share": names.TENANT_KV_SHARE,
+    "tenant_token_share": names.TENANT_TOKEN_SHARE,
     "tp_size": names.TENSOR_PARALLEL,
     "pp_size": names.PIPELINE_PARALLEL,
     "dp_size": names.DATA_PARALLEL,
@@ -230,6 +235,7 @@ def _tables_of(life: _Life, findings: Findings) -> Plain:
             life.name, known, [served if one.span is None else models[one.span.resource] for one in known], times, told
         ),
         "gaps": gap_table(life.name, known, [told, seen_token_times(rows, untold, times)], times),
+        "evictions": _eviction_table(life.name, rebuilt, positions, known),
         "coverage": _coverage_table(life.name, rebuilt, times, columns["dropped"]),
     }
 
@@ -266,6 +272,22 @@ def _step_table(life: _Life) -> pa.Table:
     for column, name in (("kv_total", names.KV_TOTAL), ("budget", names.MAX_NUM_BATCHED_TOKENS)):
         given[column] = pa.array([_integer(one, name) for one in life.resources], pa.int64()).take(pa.array(resource))
     return plain_table("steps", given, len(life.steps))
+
+
+def _eviction_table(replica: str, rebuilt: Rebuilt, positions: Ints, known: Sequence[KnownRequest]) -> pa.Table:
+    """``positions[i]`` is where request i of ``rebuilt`` stands among the known requests."""
+    rows = np.array(rebuilt.evictions, dtype=np.int64).reshape(len(rebuilt.evictions), 4)
+    taker, owner = (np.where(who < 0, -1, np.append(positions, -1)[who]) for who in (rows[:, 1], rows[:, 2]))
+    names_of, tenants = [one.name for one in known], [one.tenant for one in known]
+    columns: dict[str, Column] = {
+        "replica": same(replica, len(rows)),
+        "step": rows[:, 0],
+        "evicting_request": names_at(names_of, taker),
+        "owner_request": names_at(names_of, owner),
+        "owner_tenant": names_at(tenants, owner),
+        "blocks": rows[:, 3],
+    }
+    return plain_table("evictions", columns, len(rows))
 
 
 def _coverage_table(replica: str, rebuilt: Rebuilt, times: StepTimes, dropped: Ints) -> pa.Table:

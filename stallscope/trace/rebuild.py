@@ -8,7 +8,7 @@ known any more: all rows end at the last step seen, and the next keyframe opens 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -49,6 +49,15 @@ class Row(NamedTuple):
     context_start: int
     holder: int
     samples: bool
+
+
+class Eviction(NamedTuple):
+    """A row of ``evictions``; ``taker`` and ``owner`` are positions in ``Rebuilt.requests`` (-1: not known)."""
+
+    step: int
+    taker: int
+    owner: int
+    blocks: int
 
 
 @dataclass(eq=False, slots=True)
@@ -115,6 +124,7 @@ class Rebuilt:
 
     requests: list[SeenRequest] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    evictions: list[Eviction] = field(default_factory=list)
     stretches: list[Stretch] = field(default_factory=list)
     unknown_left: dict[int, int] = field(default_factory=dict)  # handle never described: the step that says it left
 
@@ -191,10 +201,15 @@ class _Machine:
         left = self._groups(step, attributes, names.LEFT, 2)
         preempted = self._groups(step, attributes, names.PREEMPTED, 2)
         chunks = self._groups(step, attributes, names.CHUNKS, 2)
+        cached = {pair[0]: pair[1] for pair in self._groups(step, attributes, names.CACHED, 2)}
         left_before = [pair for pair in left if _ends_before_step(pair[1])]
         described = self._describe(step, scheduled_ns, attributes)
         keyframe = described if attributes.get(names.KEYFRAME) is True else None
-        if keyframe is not None and self.known and not self._agrees(step, keyframe, left_before, preempted, chunks):
+        if (
+            keyframe is not None
+            and self.known
+            and not self._agrees(step, keyframe, left_before, preempted, chunks, cached)
+        ):
             text = "what changed in the steps before a keyframe does not lead to it; the keyframe counts from there on"
             self._note("keyframe_differs", step, text)
             self._forget(step - 1)
@@ -206,7 +221,9 @@ class _Machine:
             joined = self._adopt(keyframe)
         if self.known:
             queued = self._change_queue(step, attributes, joined, preempted)
-            self._change_batch(step, attributes, queued, chunks)
+            self._change_batch(step, attributes, queued, chunks, cached)
+        for taker, owner, blocks in self._groups(step, attributes, names.EVICTED, 3):
+            self.rebuilt.evictions.append(Eviction(step, self._position_of(taker), self._position_of(owner), blocks))
         for handle, reason in left:
             if not _ends_before_step(reason):
                 self._leave(handle, reason, step, step)
@@ -245,13 +262,18 @@ class _Machine:
         return queued
 
     def _change_batch(
-        self, step: int, attributes: Attributes, queued: list[SeenRequest], chunks: list[tuple[int, ...]]
+        self,
+        step: int,
+        attributes: Attributes,
+        queued: list[SeenRequest],
+        chunks: list[tuple[int, ...]],
+        cached: Mapping[int, int],
     ) -> None:
         """Admits and runs who takes a chunk, several tokens or none; all else that runs decodes one token."""
         special: list[SeenRequest] = []
         for handle, tokens in chunks:
             if (request := self._find(handle, step)) is not None:
-                self._prefill(request, step, tokens)
+                self._prefill(request, step, tokens, cached.get(handle, 0))
                 special.append(request)
         for handle, tokens in self._groups(step, attributes, names.DECODES, 2):
             if (request := self._find(handle, step)) is not None:
@@ -334,6 +356,7 @@ class _Machine:
         left_before: list[tuple[int, ...]],
         preempted: list[tuple[int, ...]],
         chunks: list[tuple[int, ...]],
+        cached: Mapping[int, int],
     ) -> bool:
         """Whether the keyframe shows what is known already, but for what this very step changed."""
         lost_blocks = {handle for handle, _ in preempted}
@@ -350,8 +373,8 @@ class _Machine:
                 continue
             runs = handle in admitted or (request.state is RequestState.RUNNING and handle not in lost_blocks)
             computed, output, _ = request.progress(step - 1)
-            if handle in lost_blocks:
-                computed = 0
+            if handle in lost_blocks or handle in cached:
+                computed = cached.get(handle, 0)
             if (runs, computed, output) != (
                 snapshot.state is RequestState.RUNNING,
                 snapshot.computed_tokens,
@@ -362,17 +385,19 @@ class _Machine:
 
     # --- what a request does --------------------------------------------------------------------------------
 
-    def _admit(self, request: SeenRequest, step: int) -> None:
+    def _admit(self, request: SeenRequest, step: int, cached: int = 0) -> None:
         if request.state is RequestState.RUNNING:
             return
         self._close(request, step - 1)
         if request.state is RequestState.WAITING:
             request.scheduled_step = step
+            request.cached_tokens = cached
+        request.computed_tokens = cached
         request.state = RequestState.RUNNING
         request.wait = NOT_WAITING
 
-    def _prefill(self, request: SeenRequest, step: int, tokens: int) -> None:
-        self._admit(request, step)
+    def _prefill(self, request: SeenRequest, step: int, tokens: int, cached: int) -> None:
+        self._admit(request, step, cached)
         position, _, _ = request.progress(step - 1)
         debts = request.debts
         while debts and debts[-1][0] <= position:
@@ -458,6 +483,10 @@ class _Machine:
         except Unsound as error:
             self._note("unsound_attribute", step, f"{error}; its values count as absent")
             return _NO_GROUPS
+
+    def _position_of(self, handle: int) -> int:
+        request = self._by_handle.get(handle)
+        return -1 if request is None else request.index
 
     def _find(self, handle: int, step: int) -> SeenRequest | None:
         request = self._alive.get(handle)

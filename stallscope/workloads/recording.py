@@ -200,6 +200,12 @@ def _describe(config: EngineConfig, executor: ExecutorName) -> EngineDescription
         chunked_prefill=config.chunked_prefill,
         policy=config.policy,
         watermark=config.watermark,
+        prefix_caching=config.prefix_caching,
+        async_scheduling=config.async_scheduling,
+        preemption=config.preemption,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        tenant_kv_share=config.tenant_kv_share,
+        tenant_token_share=config.tenant_token_share,
     )
 
 
@@ -262,7 +268,7 @@ def _warm_up(config: EngineConfig, executor: Executor, prompts: Prompts, longest
     for handle, (prompt_tokens, output_tokens) in enumerate(_WARM_UP_TOKENS, start=1):
         planned = PlannedRequest(0, "", prompt_tokens, output_tokens, f"warm-up-{handle}")
         engine.submit(_request(handle, planned, 0, prompts(planned)))
-    while engine.scheduler.has_work:
+    while engine.has_work:
         engine.step()
     _run_alone(config, executor, prompts, PlannedRequest(0, "", longest_tokens, 1, "warm-up-longest"))
 
@@ -270,5 +276,5 @@ def _warm_up(config: EngineConfig, executor: Executor, prompts: Prompts, longest
 def _run_alone(config: EngineConfig, executor: Executor, prompts: Prompts, planned: PlannedRequest) -> None:
     engine = Engine(config, executor, WallClock())
     engine.submit(_request(1, planned, 0, prompts(planned)))
-    while engine.scheduler.has_work:
+    while engine.has_work:
         engine.step()

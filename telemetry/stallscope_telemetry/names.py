@@ -46,6 +46,26 @@ ENGINE = _declare("resource", "stallscope.engine.name", "str", "", "engine: stal
 ENGINE_VERSION = _declare("resource", "stallscope.engine.version", "str", "", "version of the engine")
 EXECUTOR = _declare("resource", "stallscope.engine.executor", "str", "", "what ran the batches: torch or virtual")
 POLICY = _declare("resource", "stallscope.scheduler.policy", "str", "", "scheduling policy: fcfs, ...")
+PREEMPTION = _declare(
+    "resource", "stallscope.scheduler.preemption", "str", "", "who loses its blocks: latest or least_work"
+)
+LONG_PREFILL_THRESHOLD = _declare(
+    "resource",
+    "stallscope.scheduler.long_prefill_token_threshold",
+    "int",
+    "tokens",
+    "most prompt tokens of one request in a step; 0: no limit of its own",
+)
+TENANT_KV_SHARE = _declare(
+    "resource", "stallscope.scheduler.tenant_kv_share", "float", "", "share of the KV blocks one tenant may hold"
+)
+TENANT_TOKEN_SHARE = _declare(
+    "resource",
+    "stallscope.scheduler.tenant_token_share",
+    "float",
+    "",
+    "share of a step's token budget one tenant's prompts may take",
+)
 BLOCK_SIZE = _declare("resource", "stallscope.kv.block_size", "int", "tokens", "tokens a KV block holds")
 KV_TOTAL = _declare("resource", "stallscope.kv.total_blocks", "int", "blocks", "KV blocks there are")
 MAX_NUM_SEQS = _declare("resource", "stallscope.scheduler.max_num_seqs", "int", "requests", "slots of a batch")
@@ -125,12 +145,22 @@ R_RETRY_OF = _declare(
 R_WAITS = _declare(
     "step", "stallscope.request.wait", "int[]", "", "keyframe only: triples as in stallscope.wait, of all who wait"
 )
+CACHED = _declare(
+    "step", "stallscope.cached", "int[]", "tokens", "pairs: handle, tokens found in the prefix cache at its admission"
+)
 CHUNKS = _declare("step", "stallscope.prefill", "int[]", "tokens", "pairs: handle, prefill tokens")
 DECODES = _declare(
     "step", "stallscope.decode", "int[]", "tokens", "pairs: handle, tokens, of who takes none or several"
 )
 WAITS = _declare("step", "stallscope.wait", "int[]", "", "triples: handle, WaitReason, amount lacking; changes only")
 PREEMPTED = _declare("step", "stallscope.preempted", "int[]", "", "pairs: handle, handle of who took the blocks")
+EVICTED = _declare(
+    "step",
+    "stallscope.evicted",
+    "int[]",
+    "blocks",
+    "triples: handle whose admission or growth took cached blocks, handle of their last holder, blocks",
+)
 LEFT = _declare("step", "stallscope.left", "int[]", "", "pairs: handle, FinishReason")
 
 # Request span: from arrival to the last token. What vLLM emits keeps its names.

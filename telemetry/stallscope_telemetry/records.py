@@ -106,10 +106,12 @@ class StepRecord:
     kv_used: int
     kv_cached: int
     joined: Sequence[RequestInfo] = ()  # considered by the scheduler for the first time
+    cached: Sequence[tuple[int, int]] = ()  # (handle, tokens): admitted with so many found in the prefix cache
     chunks: Sequence[tuple[int, int]] = ()  # (handle, prefill tokens); recomputed tokens are prefill
     decodes: Sequence[tuple[int, int]] = ()  # (handle, tokens): running requests that take none or several
     waits: Sequence[tuple[int, int, int]] = ()  # (handle, WaitReason, lacking): changes only
     preempted: Sequence[tuple[int, int]] = ()  # (handle, handle of the request that took the blocks)
+    evicted: Sequence[tuple[int, int, int]] = ()  # (handle that took them, handle of the last holder, cached blocks)
     left: Sequence[tuple[int, int]] = ()  # (handle, FinishReason)
     keyframe: Sequence[RequestSnapshot] | None = None  # everybody, when this step is a keyframe
 

@@ -40,6 +40,10 @@ class EngineDescription:
     watermark: float = 0.0  # share of blocks kept free at admission
     prefix_caching: bool = False
     async_scheduling: bool = False
+    preemption: str = "latest"
+    long_prefill_token_threshold: int = 0
+    tenant_kv_share: float = 1.0
+    tenant_token_share: float = 1.0
     service_name: str = "stallscope-engine"
     engine: str = "stallscope"
     tensor_parallel: int = 1
@@ -70,6 +74,10 @@ def resource_attributes(engine: EngineDescription) -> Attributes:
         names.WATERMARK: float(engine.watermark),
         names.PREFIX_CACHING: engine.prefix_caching,
         names.ASYNC_SCHEDULING: engine.async_scheduling,
+        names.PREEMPTION: engine.preemption,
+        names.LONG_PREFILL_THRESHOLD: engine.long_prefill_token_threshold,
+        names.TENANT_KV_SHARE: float(engine.tenant_kv_share),
+        names.TENANT_TOKEN_SHARE: float(engine.tenant_token_share),
         names.TENSOR_PARALLEL: engine.tensor_parallel,
         names.PIPELINE_PARALLEL: engine.pipeline_parallel,
         names.DATA_PARALLEL: engine.data_parallel,
@@ -107,10 +115,12 @@ def step_attributes(record: StepRecord, dropped: int) -> Attributes:
     elif record.joined:
         _describe_requests(attributes, record.joined, record.scheduled_ns)
     for name, groups in (
+        (names.CACHED, record.cached),
         (names.CHUNKS, record.chunks),
         (names.DECODES, record.decodes),
         (names.WAITS, record.waits),
         (names.PREEMPTED, record.preempted),
+        (names.EVICTED, record.evicted),
         (names.LEFT, record.left),
     ):
         if groups:

@@ -86,13 +86,15 @@ class _RandomTime:
     def before_dispatch(self, batch: Batch) -> None:
         assert self.engine is not None
         if self.engine.scheduler.waiting:
-            self.run.heads[self.engine.steps] = self.engine.scheduler.waiting[0].info.request_id
+            self.run.heads[self.engine.steps] = next(iter(self.engine.scheduler.waiting)).info.request_id
         self.clock.advance(self.rng.randrange(MS // 5) if self.rng.random() < 0.95 else self.rng.randrange(40 * MS))
 
-    def execute(self, batch: Batch) -> StepResult:
+    def dispatch(self, batch: Batch) -> None:
         work = sum(tokens * (start + tokens) for tokens, start in zip(batch.num_tokens, batch.starts, strict=True))
         cost = MS + 30_000 * batch.prefill_tokens + 150_000 * batch.decode_tokens + 700 * work
         self.clock.advance(cost * self.rng.lognormvariate(0, 0.2) * self.rng.choice([1] * 15 + [10]))
+
+    def collect(self, batch: Batch) -> StepResult:
         return StepResult()
 
     def wants_keyframe(self, step: int) -> bool:
@@ -187,8 +189,10 @@ class _Scripted:
         if self.host is not None and self.engine is not None:
             self.host(self.engine, moment)
 
-    def execute(self, batch: Batch) -> StepResult:
+    def dispatch(self, batch: Batch) -> None:
         self.clock.wait_until(self.clock.now_ns() + MS + 1_000 * batch.prefill_tokens + 100_000 * batch.decode_tokens)
+
+    def collect(self, batch: Batch) -> StepResult:
         return StepResult()
 
     def wants_keyframe(self, step: int) -> bool:

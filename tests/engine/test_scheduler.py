@@ -109,7 +109,7 @@ def test_everybody_ends_with_its_tokens_and_without_blocks(case: Case) -> None:
         joined += batch.joined
     left = [pair for batch in batches for pair in batch.left]
     assert run.scheduler.blocks.used_blocks == 0
-    assert not run.scheduler.snapshot()
+    assert not run.scheduler.has_work
     for request in run.requests:
         ended = request.finish_reason
         assert ended in (FinishReason.LENGTH, FinishReason.ABORT)
@@ -236,8 +236,11 @@ def test_a_request_that_could_never_run_is_rejected_and_leaves_no_trace(
     with pytest.raises(RequestRejected, match=says):
         scheduler.add(Request(RequestInfo(0, "req-0", 0, prompt, most)))
     assert not scheduler.has_work
+    assert scheduler.schedule(0) is None
+    accepted = Request(RequestInfo(1, "req-1", 0, 5, 5))
+    scheduler.add(accepted)
     batch = scheduler.schedule(0)
-    assert (batch.joined, batch.left, batch.requests) == ([], [], [])
+    assert (batch.joined, batch.left, batch.requests) == ([accepted], [], [accepted])
 
 
 def test_aborting_twice_is_told_once_and_frees_the_blocks() -> None:

@@ -162,6 +162,7 @@ def make_step(step: int, *, keyframe: bool = False, full: bool = False) -> StepR
     if full:
         record.idle_ns, record.device_ns, record.kv_cached = 77, 4_000_000, 12
         record.joined = [full_info(7), make_info(8)]
+        record.cached, record.evicted = [(7, 16)], [(7, 3, 2)]
         record.chunks, record.decodes = [(7, 512)], [(8, 0)]
         record.waits = [(8, WaitReason.SLOTS, 1)]
         record.preempted, record.left = [(8, 7)], [(6, FinishReason.LENGTH), (5, FinishReason.ABORT)]

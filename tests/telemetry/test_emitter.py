@@ -234,8 +234,10 @@ class Jump:
     def __init__(self, clock: VirtualClock) -> None:
         self.clock = clock
 
-    def execute(self, batch: Batch) -> StepResult:
+    def dispatch(self, batch: Batch) -> None:
         self.clock.wait_until(self.clock.now_ns() + 1_000_000 + 1_000 * sum(batch.num_tokens))
+
+    def collect(self, batch: Batch) -> StepResult:
         return StepResult()
 
 

@@ -135,7 +135,7 @@ class _NotingExecutor:
     computed: dict[str, int] = field(default_factory=dict)
     owners: dict[str, dict[int, str]] = field(default_factory=dict)  # of tokens thrown away: who took their blocks
 
-    def execute(self, batch: Batch) -> StepResult:
+    def dispatch(self, batch: Batch) -> None:
         assert self.engine is not None
         by_handle = {request.info.handle: request.info.request_id for request in self.recording.requests}
         takers = {by_handle[handle]: by_handle[taker] for handle, taker in batch.preempted}
@@ -147,7 +147,7 @@ class _NotingExecutor:
         for request, tokens, start in zip(batch.requests, batch.num_tokens, batch.starts, strict=True):
             name = request.info.request_id
             owner = self.owners.get(name, {})
-            prefills = request.remaining_tokens > 1 or request.output_tokens == 0
+            prefills = request.info.prompt_tokens + request.output_tokens - start > 1 or request.output_tokens == 0
             holder = owner.get(start) if prefills else None
             doing[name] = ("prefill" if prefills else "decode", tokens, start, None, holder)
             for position in range(start, start + tokens):
@@ -165,6 +165,8 @@ class _NotingExecutor:
                 doing[name] = ("waiting", 0, 0, reason, None)
         self.recording.truth[self.engine.steps] = doing
         self.clock.wait_until(self.clock.now_ns() + 1_000_000 + 10_000 * sum(batch.num_tokens))
+
+    def collect(self, batch: Batch) -> StepResult:
         return StepResult()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +52,20 @@ class TorchExecutor:
         self._llama = Llama(self.model_config, weights, self._cache)
         self._table = _BlockTable(config.max_num_seqs, self._cache.table_width(config.kv_blocks))
         self._eos = frozenset(self.model_config.eos_token_ids)
+        self._results: deque[StepResult] = deque()
 
-    @torch.inference_mode()
-    def execute(self, batch: Batch) -> StepResult:
-        """Computes the batch's tokens, and appends one to each request that samples.
+    def dispatch(self, batch: Batch) -> None:
+        """Computes the batch's tokens, all of them before it returns, and appends one to each request that samples.
 
         Raises ValueError where a request's prompt token ids are not as many as its record says.
         """
+        self._results.append(self._compute(batch))
+
+    def collect(self, batch: Batch) -> StepResult:
+        return self._results.popleft()
+
+    @torch.inference_mode()
+    def _compute(self, batch: Batch) -> StepResult:
         plan, sampled = self._plan(batch)
         logits = self._llama.forward(plan)
         if not sampled:

@@ -7,6 +7,7 @@ against its own assumptions learns nothing.
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import dataclass
 from operator import mul
 
@@ -122,19 +123,28 @@ class Noise:
 
 
 class VirtualExecutor:
-    """Lets ``clock`` pass by each batch's cost; appends no tokens, and no token ends a request."""
+    """Lets ``clock`` pass by each batch's cost; appends no tokens, and no token ends a request.
+
+    The device runs one batch after the other; what it is given while busy waits for it.
+    """
 
     def __init__(self, clock: VirtualClock, cost: StepCost, seed: int) -> None:
         self._clock = clock
         self._cost = cost
         self._noise = Noise(seed)
+        self._free_at_ns = 0
+        self._ready_at_ns: deque[int] = deque()
 
     def spend_host_time(self, batch: Batch) -> None:
         """The host's part of a step: the engine's ``before_dispatch``."""
         now_ns = self._clock.now_ns()
         self._clock.wait_until(now_ns + int(self._cost.dispatch_ns(batch) * self._noise.at(now_ns)))
 
-    def execute(self, batch: Batch) -> StepResult:
-        now_ns = self._clock.now_ns()
-        self._clock.wait_until(now_ns + int(self._cost.step_ns(batch) * self._noise.at(now_ns)))
+    def dispatch(self, batch: Batch) -> None:
+        start_ns = max(self._clock.now_ns(), self._free_at_ns)
+        self._free_at_ns = start_ns + int(self._cost.step_ns(batch) * self._noise.at(start_ns))
+        self._ready_at_ns.append(self._free_at_ns)
+
+    def collect(self, batch: Batch) -> StepResult:
+        self._clock.wait_until(self._ready_at_ns.popleft())
         return _NOTHING
