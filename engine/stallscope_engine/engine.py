@@ -111,19 +111,27 @@ class Engine:
         self.steps = 0
         self._in_flight: deque[StepInFlight] = deque()
         self._most_in_flight = 1 if config.async_scheduling else 0
+        self._finished: list[Request] = []  # by an abort's wait, to be returned by the next step
         self._idle_ns = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a request waits, runs, or has outputs in flight."""
-        return self.scheduler.has_work or bool(self._in_flight)
+        return self.scheduler.has_work or bool(self._in_flight or self._finished)
 
     def submit(self, request: Request) -> None:
         """Queues a request for the next step. Raises RequestRejected where it could never run."""
         self.scheduler.add(request)
 
     def abort(self, request: Request, reason: FinishReason) -> None:
-        """Ends a request before the next step."""
+        """Ends a request before the next step; no-op if it has ended.
+
+        Waits for the steps in flight, so that what they compute for it is told truly.
+        """
+        while self._in_flight:
+            self._finished += self._complete_oldest()
+        if request.finish_reason is not None:
+            return
         now_ns = self.clock.now_ns()
         self.scheduler.abort(request, reason, now_ns)
         if self.recorder is not None:
@@ -132,9 +140,10 @@ class Engine:
     def step(self) -> list[Request]:
         """Schedules and dispatches one batch and completes the oldest that is due; returns who finished with it."""
         scheduled = self.scheduler.has_work and self._dispatch_next()
+        finished, self._finished = self._finished, []
         if self._in_flight and (len(self._in_flight) > self._most_in_flight or not scheduled):
-            return self._complete_oldest()
-        return []
+            finished += self._complete_oldest()
+        return finished
 
     def _dispatch_next(self) -> bool:
         batch = self.scheduler.schedule(self.clock.now_ns())
@@ -178,7 +187,7 @@ class Engine:
                 device_ns,
                 batch.prefill_tokens,
                 batch.decode_tokens,
-                len(batch.requests),
+                batch.size,
                 batch.running,
                 batch.waiting,
                 batch.kv_used,
@@ -238,7 +247,7 @@ def _request_record(request: Request, delivered_ns: int) -> RequestRecord:
         delivered_ns,
         request.cached_tokens,
         request.preemptions,
-        request.finish_reason or FinishReason.ERROR,
+        FinishReason.ERROR if request.finish_reason is None else request.finish_reason,
         request.token_times_ns,
         request.events,
     )

@@ -48,6 +48,7 @@ class Batch:
     preempted: list[tuple[int, int]] = field(default_factory=list)
     evicted: list[tuple[int, int, int]] = field(default_factory=list)
     left: list[tuple[int, int]] = field(default_factory=list)
+    size: int = 0
     running: int = 0
     waiting: int = 0
     kv_used: int = 0
@@ -150,14 +151,21 @@ class Scheduler:
         """Counts the output of the oldest ``batch`` in flight, ready at ``now_ns``; returns who finished.
 
         ``stopped`` are requests whose sampled token ends them; others end at ``stop_after`` or ``max_tokens``. Where
-        a later step was scheduled already, that one says who left, for they still stand in it.
+        a later step was scheduled already, that one says who left, for they still stand in it, and a token that it
+        decodes for them counts for nothing.
         """
         if self._in_flight.popleft() is not batch:
             raise ValueError("batches are completed in the order in which they were scheduled")
         told_by = self._in_flight[-1] if self._in_flight else batch
         finished: list[Request] = []
-        for request, samples in zip(batch.requests, batch.samples, strict=True):
-            if not samples or request.finish_reason is not None:  # aborted, or stopped, while the step was in flight
+        for request, tokens, samples in zip(batch.requests, batch.num_tokens, batch.samples, strict=True):
+            if request.finish_reason is not None:  # aborted, or stopped, while the step was in flight
+                if (request.info.handle, tokens) not in batch.chunks:
+                    batch.decode_tokens -= tokens
+                    batch.size -= 1
+                    batch.paused.append((request.info.handle, 0))
+                continue
+            if not samples:
                 continue
             request.pending_tokens -= 1
             request.output_tokens += 1
@@ -345,6 +353,7 @@ class Scheduler:
             batch.paused = [(request.info.handle, 0) for request in self.running if request not in taking]
         batch.evicted = [(*pair, blocks) for pair, blocks in self.blocks.evicted.items()]
         self.blocks.evicted.clear()
+        batch.size = len(batch.requests)
         batch.running = len(self.running)
         batch.waiting = len(self.policy.waiting)
         batch.kv_used = self.blocks.used_blocks

@@ -15,7 +15,7 @@ import orjson
 from hypothesis import strategies as st
 
 from stallscope.trace import Trace, batches, read_trace
-from stallscope_engine.config import EngineConfig
+from stallscope_engine.config import POLICIES, PREEMPTION, EngineConfig
 from stallscope_engine.engine import Engine, StepResult, VirtualClock
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Batch, RequestRejected
@@ -36,6 +36,7 @@ class Arrival:
     max_tokens: int
     tenant: str
     abort_after: int | None = None
+    stop_after: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def line(
         names.MAX_NUM_BATCHED_TOKENS: config.max_num_batched_tokens,
         names.CHUNKED_PREFILL: config.chunked_prefill,
         names.WATERMARK: config.watermark,
+        names.ASYNC_SCHEDULING: config.async_scheduling,
     }
     span = {
         "traceId": f"{trace_id or 1:032x}",
@@ -133,6 +135,8 @@ class _NotingExecutor:
     recording: Recording
     engine: Engine | None = None
     computed: dict[str, int] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+    steps: dict[int, int] = field(default_factory=dict)  # by identity of the batch
     owners: dict[str, dict[int, str]] = field(default_factory=dict)  # of tokens thrown away: who took their blocks
 
     def dispatch(self, batch: Batch) -> None:
@@ -144,10 +148,14 @@ class _NotingExecutor:
             self.computed[victim] = 0
             self.owners[victim][-1] = taker  # of its wait
         doing: dict[str, Doing] = {}
-        for request, tokens, start in zip(batch.requests, batch.num_tokens, batch.starts, strict=True):
+        self.ran -= takers.keys()
+        for request, tokens, start, samples in zip(
+            batch.requests, batch.num_tokens, batch.starts, batch.samples, strict=True
+        ):
             name = request.info.request_id
             owner = self.owners.get(name, {})
-            prefills = request.info.prompt_tokens + request.output_tokens - start > 1 or request.output_tokens == 0
+            output = request.output_tokens + request.pending_tokens - samples  # before this step
+            prefills = request.info.prompt_tokens + output - start > 1 or output == 0 or name not in self.ran
             holder = owner.get(start) if prefills else None
             doing[name] = ("prefill" if prefills else "decode", tokens, start, None, holder)
             for position in range(start, start + tokens):
@@ -163,10 +171,17 @@ class _NotingExecutor:
                 doing[name] = ("preempted", 0, 0, reason, self.owners[name][-1])
             else:
                 doing[name] = ("waiting", 0, 0, reason, None)
+        self.ran = {request.info.request_id for request in self.engine.scheduler.running}
         self.recording.truth[self.engine.steps] = doing
+        self.steps[id(batch)] = self.engine.steps
         self.clock.wait_until(self.clock.now_ns() + 1_000_000 + 10_000 * sum(batch.num_tokens))
 
     def collect(self, batch: Batch) -> StepResult:
+        """What a step decodes for a request that the step before it ended counts for nothing."""
+        for request, start in zip(batch.requests, batch.starts, strict=True):
+            if request.finish_reason is not None:
+                doing = self.recording.truth[self.steps[id(batch)]]
+                doing[request.info.request_id] = ("paused", 0, start, None, None)
         return StepResult()
 
 
@@ -199,9 +214,11 @@ def run(workload: Workload) -> Recording:
         info = RequestInfo(
             handle, f"req-{handle}", time_ns, arrival.prompt_tokens, arrival.max_tokens, arrival.tenant, trace_id=handle
         )
-        pending.append((Request(info), arrival.abort_after))
+        prompt = [handle % 3] * 20 + [4] * 40  # three beginnings that others have had before
+        request = Request(info, prompt[: arrival.prompt_tokens], stop_after=arrival.stop_after)
+        pending.append((request, arrival.abort_after))
     pending.reverse()
-    while engine.steps < workload.steps and (pending or engine.scheduler.has_work):
+    while engine.steps < workload.steps and (pending or engine.has_work):
         while pending and pending[-1][0].info.arrival_ns <= clock.now_ns():
             request, abort_after = pending.pop()
             try:
@@ -214,16 +231,18 @@ def run(workload: Workload) -> Recording:
         for at, request in aborts:
             if at <= engine.steps and request.finish_reason is None:
                 engine.abort(request, FinishReason.ABORT)
-        if engine.scheduler.has_work:
+        if engine.has_work:
             engine.step()
         elif pending:
             clock.wait_until(pending[-1][0].info.arrival_ns)
+    told = {one.step for one in recording.steps}  # one may be in flight still
+    recording.truth = {step: doing for step, doing in recording.truth.items() if step in told}
     return recording
 
 
 @st.composite
 def workloads(draw: st.DrawFn, most_requests: int = 14) -> Workload:
-    """Small engines under pressure: few blocks (preemptions), few slots, chunked prefill on and off, aborts."""
+    """Small engines of every policy under pressure: few blocks (preemptions), few slots, aborts."""
     chunked = draw(st.booleans())
     config = EngineConfig(
         max_num_seqs=draw(st.integers(1, 6)),
@@ -232,6 +251,12 @@ def workloads(draw: st.DrawFn, most_requests: int = 14) -> Workload:
         block_size=draw(st.sampled_from([1, 4, 16])),
         kv_blocks=draw(st.integers(4, 40)),
         watermark=draw(st.sampled_from([0.0, 0.1])),
+        prefix_caching=draw(st.booleans()),
+        policy=draw(st.sampled_from(["fcfs", *POLICIES])),
+        preemption=draw(st.sampled_from(PREEMPTION)),
+        tenant_kv_share=draw(st.sampled_from([1.0, 0.6])),
+        tenant_token_share=draw(st.sampled_from([1.0, 0.5])),
+        async_scheduling=draw(st.booleans()),
     )
     arrival = st.builds(
         Arrival,
@@ -240,6 +265,7 @@ def workloads(draw: st.DrawFn, most_requests: int = 14) -> Workload:
         max_tokens=st.integers(1, 20),
         tenant=st.sampled_from(["", "chat", "batch"]),
         abort_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+        stop_after=st.sampled_from([0, 0, 3]),
     )
     arrivals = draw(st.lists(arrival, min_size=1, max_size=most_requests))
     return Workload(config, arrivals, draw(st.integers(1, 40)), draw(st.sampled_from([7, 40, 10_000])))

@@ -120,7 +120,9 @@ def test_requests_are_told_alike_by_steps_and_by_their_spans(workload: Workload,
         assert row["output_tokens"] == request.output_tokens
         assert row["preemptions"] == request.preemptions
         assert row["state"] == ("finished" if ended else "open")
-        assert row["finish_reason"] == (request.finish_reason.name.lower() if ended and request.finish_reason else None)
+        assert row["finish_reason"] == (
+            request.finish_reason.name.lower() if ended and request.finish_reason is not None else None
+        )
         if ended and row["finish_reason"] == "length":
             assert row["end"] == request.end_ns
     assert rows == {}
