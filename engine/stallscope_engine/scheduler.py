@@ -8,7 +8,7 @@ the same code. Here is the mechanism: slots, token budget, KV blocks, preemption
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from stallscope_engine.block_manager import BlockManager
@@ -225,13 +225,16 @@ class Scheduler:
             if tokens and self._grow_or_preempt(request, request.computed_tokens + tokens, batch):
                 self._put(batch, request, tokens)
 
-    def admit(self, batch: Batch) -> WaitReason | None:
+    def admit(self, batch: Batch, wanted: Callable[[Request], bool] | None = None) -> WaitReason | None:
         """Admits from the queue while slots, budget, blocks and quotas last; returns what was short, if anything.
 
-        Who is over its quota is passed over, with all of its tenant, and the next one is looked at.
+        ``wanted`` ends it at the first request for which it is false. Who is over its quota is passed over, with all
+        of its tenant, and the next one is looked at.
         """
         waiting = self.policy.waiting
         while (request := waiting.head(self._over_quota)) is not None:
+            if wanted is not None and not wanted(request):
+                return None
             if len(self.running) >= self.config.max_num_seqs:
                 return WaitReason.SLOTS
             if batch.budget <= 0:

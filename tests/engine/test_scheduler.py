@@ -1,18 +1,20 @@
 """The scheduler keeps its limits, serves first come first, finishes everybody, and says truly why others wait."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stallscope_engine.config import EngineConfig
+from stallscope_engine.config import POLICIES, PREEMPTION, EngineConfig
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Batch, RequestRejected, Scheduler
 from stallscope_telemetry.records import FinishReason, RequestInfo, RequestState, WaitReason
 
 STEP_NS = 1_000
+TENANTS = ("chat", "batch", "chat")
+TENANT_SOURCES = ("api_key", "api_key", "claim:user")
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
-    """Small engines under pressure, so that slots, budget and blocks all run out."""
+def cases(draw: st.DrawFn, aborts: bool = True, any_policy: bool = False) -> Case:
+    """Small engines under pressure, so that slots, budget and blocks all run out; first come first served, or any."""
     chunked = draw(st.booleans())
     config = EngineConfig(
         max_num_seqs=draw(st.integers(1, 6)),
@@ -35,6 +37,16 @@ def cases(draw: st.DrawFn, aborts: bool = True) -> Case:
         kv_blocks=draw(st.integers(4, 40)),
         watermark=draw(st.sampled_from([0.0, 0.1])),
     )
+    if any_policy:
+        config = replace(
+            config,
+            policy=draw(st.sampled_from(POLICIES)),
+            preemption=draw(st.sampled_from(PREEMPTION)),
+            prefix_caching=draw(st.booleans()),
+            tenant_kv_share=draw(st.sampled_from([1.0, 0.5])),
+            tenant_token_share=draw(st.sampled_from([1.0, 0.3])),
+            long_prefill_token_threshold=draw(st.sampled_from([0, 7])) if chunked else 0,
+        )
     aborted = st.one_of(st.none(), st.integers(0, 15)) if aborts else st.none()
     arrival = st.tuples(st.integers(0, 8), st.integers(1, 60), st.integers(1, 20), aborted)
     return Case(config, sorted(draw(st.lists(arrival, min_size=1, max_size=14)), key=lambda one: one[0]))
@@ -67,7 +79,10 @@ class Run:
             assert step < 10_000, "no end in sight"
 
     def _submit(self, at: int, prompt: int, most: int, abort_after: int | None, handle: int) -> None:
-        request = Request(RequestInfo(handle, f"req-{handle}", at, prompt, most))
+        info = RequestInfo(
+            handle, f"req-{handle}", at, prompt, most, TENANTS[handle % 3], TENANT_SOURCES[handle % 3], handle % 4
+        )
+        request = Request(info, ([handle % 2] * 20 + [2] * 40)[:prompt])
         try:
             self.scheduler.add(request)
         except RequestRejected:
@@ -77,29 +92,32 @@ class Run:
             self._aborts.append((at + abort_after, request))
 
 
-@given(cases())
+@given(cases(any_policy=True))
 def test_a_step_keeps_within_budget_slots_and_blocks(case: Case) -> None:
     run, config = Run(case), case.config
     for batch, _ in run.steps():
         held = [block for request in run.requests for block in request.blocks]
         assert sum(batch.num_tokens) == batch.prefill_tokens + batch.decode_tokens <= config.max_num_batched_tokens
         assert len(batch.requests) <= len(run.scheduler.running) == batch.running <= config.max_num_seqs
-        assert len(held) == len(set(held)) == batch.kv_used <= config.kv_blocks
+        assert len(set(held)) == batch.kv_used <= config.kv_blocks - batch.kv_cached
+        assert config.prefix_caching or len(held) == len(set(held))
         for request, tokens, start in zip(batch.requests, batch.num_tokens, batch.starts, strict=True):
-            assert len(request.blocks) == -(-(start + tokens) // config.block_size)
+            need = -(-(start + tokens) // config.block_size)
+            assert len(request.blocks) == need or (config.policy == "static" and len(request.blocks) > need)
         assert all(not request.blocks for request in run.scheduler.waiting)
 
 
-@given(cases())
+@given(cases(any_policy=True))
 def test_a_batch_has_work_as_long_as_there_is_a_request(case: Case) -> None:
     run = Run(case)
     for batch, _ in run.steps():
+        assert batch is not None
         assert batch.requests
         assert all(tokens >= 1 for tokens in batch.num_tokens)
         assert len(set(batch.requests)) == len(batch.requests)
 
 
-@given(cases())
+@given(cases(any_policy=True))
 def test_everybody_ends_with_its_tokens_and_without_blocks(case: Case) -> None:
     run = Run(case)
     joined: list[Request] = []
@@ -119,6 +137,7 @@ def test_everybody_ends_with_its_tokens_and_without_blocks(case: Case) -> None:
             assert (request.info.handle, FinishReason.LENGTH) in left
     assert len(left) == len(set(left))
     assert [request for request in joined if request in run.requests] == joined
+    assert run.scheduler.blocks.free_blocks == case.config.kv_blocks
 
 
 @given(cases(aborts=False))

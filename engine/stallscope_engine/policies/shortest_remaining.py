@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stallscope_engine.config import EngineConfig
@@ -24,14 +25,25 @@ class ShortestRemaining(Policy):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        self.waiting = SortedQueue(lambda request: request.tokens_to_go)
+        self.waiting = SortedQueue(_tokens_to_go)
 
     def compose(self, scheduler: Scheduler, batch: Batch) -> None:
-        decodes = [request for request in scheduler.running if not request.prefills]
         prefills = [request for request in scheduler.running if request.prefills]
-        scheduler.go_on(batch, decodes + sorted(prefills, key=lambda request: request.tokens_to_go))
+        scheduler.go_on(batch, [request for request in scheduler.running if not request.prefills])
+        for request in sorted(prefills, key=_tokens_to_go):
+            if not batch.preempts:
+                scheduler.admit(batch, partial(_is_shorter, request))
+            scheduler.go_on(batch, [request])
         if not batch.preempts:
             scheduler.admit(batch)
 
     def victim(self, running: Sequence[Request]) -> Request:
-        return max(running, key=lambda request: request.tokens_to_go)
+        return max(running, key=_tokens_to_go)
+
+
+def _tokens_to_go(request: Request) -> int:
+    return request.tokens_to_go
+
+
+def _is_shorter(than: Request, request: Request) -> bool:
+    return request.tokens_to_go < than.tokens_to_go
