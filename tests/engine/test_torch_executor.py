@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stallscope_engine.config import EngineConfig
+from stallscope_engine.config import POLICIES, PREEMPTION, EngineConfig
 from stallscope_engine.engine import Engine, VirtualClock
 from stallscope_engine.models.configs import ModelConfig, random_prompt
 from stallscope_engine.request import Request, Sampling
@@ -98,7 +98,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 
 def make_request(handle: int, prompt: int, output: int, arrival_ns: int = 0, sampling: Sampling = GREEDY) -> Request:
     info = RequestInfo(handle, f"r{handle}", arrival_ns, prompt, output)
-    return Request(info, random_prompt(TINY, prompt, seed=handle), sampling)
+    return Request(info, random_prompt(TINY, prompt, seed=handle % 3), sampling)  # some begin alike
 
 
 def serve(executor: TorchExecutor, config: EngineConfig, requests: list[Request]) -> None:
@@ -111,7 +111,7 @@ def serve(executor: TorchExecutor, config: EngineConfig, requests: list[Request]
         while waiting and waiting[0].info.arrival_ns <= step:
             engine.submit(waiting.pop(0))
         engine.step()
-        if not waiting and not engine.scheduler.has_work:
+        if not waiting and not engine.has_work:
             return
 
 
@@ -133,6 +133,10 @@ def workloads(draw: st.DrawFn) -> tuple[EngineConfig, list[tuple[int, int, int]]
         block_size=block_size,
         kv_blocks=draw(st.integers(least, 2 * least)),
         watermark=draw(st.sampled_from([0.0, 0.1])),
+        policy=draw(st.sampled_from(["fcfs", *POLICIES])),
+        preemption=draw(st.sampled_from(PREEMPTION)),
+        prefix_caching=draw(st.booleans()),
+        async_scheduling=draw(st.booleans()),
     )
     return config, shapes
 
@@ -224,6 +228,8 @@ def test_an_end_of_text_token_ends_a_request_unless_it_is_ignored(references: di
         return request
 
     whole, stopped = run(ignore_eos=True), run(ignore_eos=False)
+    config = replace(config, async_scheduling=True)
+    assert run(ignore_eos=False).output_token_ids == stopped.output_token_ids
     assert whole.finish_reason is FinishReason.LENGTH
     assert 2 in whole.output_token_ids
     assert stopped.finish_reason is FinishReason.STOP
