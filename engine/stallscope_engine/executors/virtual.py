@@ -7,6 +7,7 @@ against its own assumptions learns nothing.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import mul
 
@@ -122,12 +123,18 @@ class Noise:
 
 
 class VirtualExecutor:
-    """Lets ``clock`` pass by each batch's cost; appends no tokens, and no token ends a request."""
+    """Lets ``clock`` pass by each batch's cost; appends no tokens, and no token ends a request.
 
-    def __init__(self, clock: VirtualClock, cost: StepCost, seed: int) -> None:
+    ``slowdown`` is a factor on a batch's time on the device, by when it is dispatched (ns): clocks that drop.
+    """
+
+    def __init__(
+        self, clock: VirtualClock, cost: StepCost, seed: int, slowdown: Callable[[int], float] | None = None
+    ) -> None:
         self._clock = clock
         self._cost = cost
         self._noise = Noise(seed)
+        self._slowdown = slowdown
 
     def spend_host_time(self, batch: Batch) -> None:
         """The host's part of a step: the engine's ``before_dispatch``."""
@@ -136,5 +143,8 @@ class VirtualExecutor:
 
     def execute(self, batch: Batch) -> StepResult:
         now_ns = self._clock.now_ns()
-        self._clock.wait_until(now_ns + int(self._cost.step_ns(batch) * self._noise.at(now_ns)))
+        duration_ns = self._cost.step_ns(batch) * self._noise.at(now_ns)
+        if self._slowdown is not None:
+            duration_ns *= self._slowdown(now_ns)
+        self._clock.wait_until(now_ns + int(duration_ns))
         return _NOTHING
