@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stallscope_telemetry.names import ATTRIBUTES, REQUEST_SPAN, SCOPE, STEP_SPAN
+from stallscope_telemetry.names import ATTRIBUTES, GPU_SPAN, REQUEST_SPAN, SCOPE, STEP_SPAN
 
 FOLDER = Path(__file__).parent
 HEADINGS = {
     "resource": "Resource: what a replica is",
     "step": f"Span `{STEP_SPAN}`: one engine iteration",
     "request": f"Span `{REQUEST_SPAN}`: one request",
+    "gpu": f"Span `{GPU_SPAN}`: what a GPU said at one time",
 }
 
 

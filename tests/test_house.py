@@ -24,7 +24,7 @@ from stallscope_telemetry.names import ATTRIBUTES
 ROOT = Path(__file__).parent.parent
 HEAVY = {"dash", "numpy", "opentelemetry", "pandas", "plotly", "pyarrow", "torch"}
 BROUGHT_BY_THE_ENGINE = {"vllm"}  # a hook imports the engine that it is loaded by
-UNITS = {"", "ns", "s", "tokens", "blocks", "requests", "records"}
+UNITS = {"", "ns", "s", "tokens", "blocks", "requests", "records", "MHz", "W", "°C", "bytes"}
 
 
 def loaded_by(code: str) -> set[str]:

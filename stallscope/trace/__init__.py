@@ -1,9 +1,9 @@
 """Reads telemetry into one `Trace` of columnar tables, and tells what it could not read.
 
-Flow: files → spans (``otlp``) → steps, joins and request spans (``decode``) → every batch, by a state machine per
-replica (``rebuild``) → requests and gaps (``requests``) → Arrow tables (``tables``, declared in ``schema``) → `Trace`
-(``model``), which checks itself (``validate``) and is kept as Parquet (``parquet``). ``read`` ties them together;
-``batches`` expands residency to the batch of each step.
+Flow: files → spans (``otlp``) → steps, joins, request spans and samples (``decode``) → every batch, by a state machine
+per replica (``rebuild``) → requests and gaps (``requests``), GPU samples (``gpu``) → Arrow tables (``tables``, declared
+in ``schema``) → `Trace` (``model``), which checks itself (``validate``) and is kept as Parquet (``parquet``). ``read``
+ties them together; ``batches`` expands residency to the batch of each step.
 """
 
 from stallscope.trace.batches import batches

@@ -1,4 +1,4 @@
-"""Spans to steps, joining requests and ended requests: the inverse of ``stallscope_telemetry.spans``.
+"""Spans to steps, joining requests, ended requests and GPU samples: the inverse of ``stallscope_telemetry.spans``.
 
 Soundness is settled here: behind this module every time, index and amount is an int within bounds, and every name a
 string, so that the state machine (``rebuild``) can count without looking back.
@@ -100,6 +100,15 @@ class RequestSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuSpan:
+    """What a GPU said at ``time``. ``attributes`` are as they came."""
+
+    device: str
+    time: int
+    attributes: Attributes
+
+
+@dataclass(frozen=True, slots=True)
 class Steps:
     """Steps of a replica as columns, with the composition of those that have one (None: nothing changed)."""
 
@@ -127,6 +136,7 @@ class ReplicaSpans:
     rows: list[_Row] = field(default_factory=list)
     composition: list[Attributes | None] = field(default_factory=list)
     requests: list[RequestSpan] = field(default_factory=list)
+    samples: list[GpuSpan] = field(default_factory=list)
 
     def steps(self, findings: Findings) -> Steps:
         """All sound steps as columns. Steps without sound times or index are left out, other values become 0."""
@@ -178,7 +188,7 @@ class Collected:
 
 
 def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
-    """Sorts spans by replica and takes steps and requests apart; damaged spans become findings."""
+    """Sorts spans by replica and takes steps, requests and samples apart; damaged spans become findings."""
     collected = Collected()
     for group in groups:
         replica = _replica_of(group.resource, collected)
@@ -190,6 +200,8 @@ def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
                     bad = _add_step(replica, resource, span)
                 elif name == names.REQUEST_SPAN:
                     bad = _add_request(replica, resource, span)
+                elif name == names.GPU_SPAN:
+                    bad = _add_sample(replica, span)
                 else:
                     collected.foreign += 1
                     continue
@@ -238,6 +250,15 @@ def _add_request(replica: ReplicaSpans, resource: int, span: Span) -> int:
     trace_id = span.get("traceId", "")
     trace_id = trace_id.lower() if isinstance(trace_id, str) else ""
     replica.requests.append(RequestSpan(request_id, start, end, trace_id, resource, attributes))
+    return bad
+
+
+def _add_sample(replica: ReplicaSpans, span: Span) -> int:
+    attributes, bad = read_attributes(span.get("attributes", []))
+    device, time = attributes[names.GPU_DEVICE], int(span["startTimeUnixNano"])
+    if not isinstance(device, str) or not device or not 0 <= time < LATEST:
+        raise ValueError("no identity or time")
+    replica.samples.append(GpuSpan(device, time, attributes))
     return bad
 
 

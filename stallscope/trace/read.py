@@ -13,8 +13,19 @@ import pyarrow as pa
 
 from stallscope.errors import UsageError
 from stallscope.trace import parquet
-from stallscope.trace.decode import MOST, NOT_MEASURED, Collected, Ints, RequestSpan, Steps, collect
+from stallscope.trace.decode import (
+    MOST,
+    NOT_MEASURED,
+    Collected,
+    GpuSpan,
+    Ints,
+    ReplicaSpans,
+    RequestSpan,
+    Steps,
+    collect,
+)
 from stallscope.trace.findings import Findings
+from stallscope.trace.gpu import gpu_table
 from stallscope.trace.model import Trace
 from stallscope.trace.otlp import Progress, Reader, Resource, find_files
 from stallscope.trace.rebuild import Rebuilt, rebuild
@@ -104,15 +115,15 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
             f"{path} has {collected.request_count} {spans} but no engine.step spans; "
             "record with the bundled engine, or turn on stallscope's telemetry hook in yours"
         )
-    findings.add(
-        "foreign_spans", str(path), "", "spans that are neither engine.step nor llm_request", collected.foreign
-    )
+    text = "spans that are neither engine.step nor llm_request nor gpu.sample"
+    findings.add("foreign_spans", str(path), "", text, collected.foreign)
     lives = list(_lives(collected, findings))
     if not any(len(life.steps) for life in lives):
         raise UsageError(
             f"{path}: none of its {collected.step_count} engine.step spans has sound times and index; record it again"
         )
     parts = [_tables_of(life, findings) for life in lives]
+    parts += [{"gpu": gpu_table(one.name, one.samples, findings)} for one in _samplers(collected)]
     tables = {name: encode(name, [part[name] for part in parts if name in part]) for name in TABLES}
     for finding in check_times(tables):
         findings.add(finding.kind, finding.where, "", finding.text, finding.count)
@@ -129,6 +140,7 @@ class _Life:
     name: str
     steps: Steps
     requests: list[RequestSpan]
+    samples: list[GpuSpan]
     resources: list[Resource]
 
 
@@ -143,14 +155,22 @@ def _lives(collected: Collected, findings: Findings) -> Iterator[_Life]:
         life = _life_numbers(steps.columns["step"], steps.columns["scheduled"])
         starts = steps.columns["scheduled"][np.flatnonzero(np.diff(life, prepend=-1))]
         belongs = np.searchsorted(starts, [request.end for request in spans.requests], side="right") - 1
+        sampled = np.searchsorted(starts, [sample.time for sample in spans.samples], side="right") - 1
         resources = list(spans.resources)
         for number in range(max(len(starts), 1)):
             yield _Life(
                 name if number == 0 else f"{name} #{number + 1}",
                 _without_duplicates(steps.take(life == number), resources, name, findings),
                 [one for one, at in zip(spans.requests, belongs, strict=True) if max(at, 0) == number],
+                [one for one, at in zip(spans.samples, sampled, strict=True) if max(at, 0) == number],
                 resources,
             )
+
+
+def _samplers(collected: Collected) -> list[ReplicaSpans]:
+    """Replicas that sent GPU samples and nothing else: a sampler that is a process of its own."""
+    only = [one for one in collected.replicas.values() if one.samples and not one.rows and not one.requests]
+    return sorted(only, key=lambda one: one.name)
 
 
 def _life_numbers(steps: Ints, scheduled: Ints) -> Ints:
@@ -236,6 +256,7 @@ def _tables_of(life: _Life, findings: Findings) -> Plain:
         ),
         "gaps": gap_table(life.name, known, [told, seen_token_times(rows, untold, times)], times),
         "evictions": _eviction_table(life.name, rebuilt, positions, known),
+        "gpu": gpu_table(life.name, life.samples, findings),
         "coverage": _coverage_table(life.name, rebuilt, times, columns["dropped"]),
     }
 

@@ -138,7 +138,8 @@ def rebuild(
 ) -> Rebuilt:
     """Runs the state machine over steps in ascending order without duplicates.
 
-    A replica that is seen from its step 0 starts empty and known; any other is unknown until its first keyframe.
+    A replica that is seen from its step 0, and tells of batches there, starts empty and known; any other is unknown
+    until its first keyframe.
     Steps before the first one seen do not count as lost: telemetry may have been switched on late.
     """
     machine = _Machine(replica, findings)
@@ -147,7 +148,7 @@ def rebuild(
     for first, last in _contiguous(steps):
         if first:
             lost += steps[first] - steps[first - 1] - 1
-        machine.known = steps[first] == 0
+        machine.known = steps[first] == 0 and composition[first] is not None  # a first step has somebody to tell of
         known_from = first if machine.known else None
         for position in changed[bisect_left(changed, first) : bisect_left(changed, last + 1)]:
             attributes = composition[position]

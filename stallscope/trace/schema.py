@@ -143,6 +143,8 @@ CLIENTS = pa.schema(
     ]
 )
 
+# A value is null where the device doesn't have it or it may not be read. ``device``: UUID. ``utilization``: share in
+# [0, 1]; clocks in MHz, temperature in °C, memory in bytes. ``throttle``: reasons joined by |, "" where there is none.
 GPU = pa.schema(
     [
         ("replica", NAME),

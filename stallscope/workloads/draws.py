@@ -15,12 +15,23 @@ from numpy.typing import NDArray
 from stallscope.errors import UsageError
 
 _LOGNORMAL_CUT = 3.0  # standard deviations: a draw without bounds could not be checked against the engine
+_DIGEST_BYTES = 16
+_FLOAT_BITS = 53
 
 
 def stream(seed: int, *key: str | int) -> np.random.Generator:
     """A random stream of its own for ``key``: what others draw, or whether they do, does not change it."""
-    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=16).digest()
-    return np.random.default_rng(int.from_bytes(digest, "big"))
+    return np.random.default_rng(_digest(seed, *key))
+
+
+def chance(seed: int, *key: str | int) -> float:
+    """A number in [0, 1) of its own for ``key``: a draw from ``stream``, at a twentieth of its price."""
+    return (_digest(seed, *key) >> (8 * _DIGEST_BYTES - _FLOAT_BITS)) / 2.0**_FLOAT_BITS
+
+
+def _digest(seed: int, *key: str | int) -> int:
+    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=_DIGEST_BYTES).digest()
+    return int.from_bytes(digest, "big")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,11 @@ class Lognormal:
 
 
 Draw = Literal | Uniform | Choice | Lognormal
+
+
+def draw_one(draw: Draw, seed: int, *key: str | int) -> float:
+    """The number that a run takes from ``draw`` once."""
+    return float(draw.sample(stream(seed, *key), 1)[0])
 
 
 def read_column(path: Path, column: str) -> tuple[float, ...]:

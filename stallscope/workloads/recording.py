@@ -14,10 +14,11 @@ from typing import Literal
 import stallscope
 from stallscope.errors import UsageError
 from stallscope.workloads.draws import stream
+from stallscope.workloads.faults import Collector, EngineFaults, FaultPlan, plan_faults, slowdown
 from stallscope.workloads.scenario import Scenario
-from stallscope.workloads.traffic import PlannedPause, PlannedRequest, plan, plan_pauses
+from stallscope.workloads.traffic import PlannedRequest, plan
 from stallscope_engine.config import EngineConfig
-from stallscope_engine.engine import Clock, Engine, Executor, Recorder, VirtualClock, WallClock
+from stallscope_engine.engine import Engine, Executor, Recorder, VirtualClock, WallClock
 from stallscope_engine.executors.virtual import VirtualExecutor, cost_for
 from stallscope_engine.models.configs import random_prompt
 from stallscope_engine.request import Request
@@ -71,27 +72,12 @@ class Simulation:
         self.requests.append(record)
 
 
-class Pauses:
-    """Holds the engine's host up when a step would begin within a pause (``Engine.run``'s ``before_step``).
-
-    A pause that passes while a batch is in flight ends with it unnoticed, as on real hardware.
-    """
-
-    def __init__(self, clock: Clock, start_ns: int, pauses: Sequence[PlannedPause]) -> None:
-        self._clock = clock
-        self._pauses = [(start_ns + pause.start_ns, start_ns + pause.end_ns) for pause in pauses]
-
-    def __call__(self) -> None:
-        for begin_ns, end_ns in self._pauses:
-            if begin_ns <= self._clock.now_ns() < end_ns:
-                self._clock.wait_until(end_ns)
-
-
 def simulate(scenario: Scenario, seed: int, inject: bool = True) -> Simulation:
     """Runs the scenario in virtual time, without a file. Raises UsageError where its model has no cost profile."""
     simulation = Simulation()
-    engine = _virtual_engine(scenario.engine, seed, simulation)
-    _run(engine, scenario, seed, inject)
+    faults = plan_faults(scenario, seed, inject)
+    engine = _virtual_engine(scenario.engine, seed, faults, simulation)
+    _run(engine, scenario, seed, inject, faults)
     return simulation
 
 
@@ -109,29 +95,35 @@ def record(
 
     In virtual time the same scenario and seed give the same bytes. ``progress`` hears the share that is done, in
     [0, 1]. Raises UsageError where ``out`` exists (unless ``force``) or can't be written, or the executor can't run
-    the scenario's model.
+    the scenario's model or do what it injects.
     """
     if out.exists() and not force:
         raise UsageError(f"{out} exists: choose another name, or overwrite it with --force")
+    faults = plan_faults(scenario, seed, inject)
     if executor == "torch":
+        if faults.throttles:
+            raise UsageError(f"{scenario.name}: a throttle needs virtual time; record it with --executor virtual")
         engine, prompts = _torch_engine(scenario, seed, inject)
     else:
-        engine, prompts = _virtual_engine(scenario.engine, seed), _no_prompt
+        engine, prompts = _virtual_engine(scenario.engine, seed, faults), _no_prompt
     try:
         if force:
             out.unlink(missing_ok=True)
         file = OtlpFileExporter(out)
     except (OSError, ValueError) as error:
         raise UsageError(f"{out} can't be written: {error}") from error
+    collector = Collector(faults, engine.clock)
     emitter = Emitter(
         resource_attributes(_describe(scenario.engine, executor)),
-        [file, *exporters_from_environment()],
+        collector.exporters([file, *exporters_from_environment()], blocking=executor == "torch"),
         random.Random(f"{scenario.name}/{seed}/{inject}") if executor == "virtual" else random.Random(),
         background=executor == "torch",
     )
-    with emitter:
-        engine.recorder = emitter
-        start_ns, requests, finished = _run(engine, scenario, seed, inject, prompts=prompts, progress=progress)
+    with emitter, collector:
+        engine.recorder = emitter if executor == "torch" else collector.recorder(emitter)
+        start_ns, requests, finished = _run(
+            engine, scenario, seed, inject, faults, collector, prompts=prompts, progress=progress
+        )
         end_ns = engine.clock.now_ns()
     return RecordingSummary(out, requests, finished, engine.steps, start_ns, end_ns, emitter.dropped)
 
@@ -145,6 +137,8 @@ def _run(
     scenario: Scenario,
     seed: int,
     inject: bool,
+    faults: FaultPlan,
+    collector: Collector | None = None,
     *,
     prompts: Prompts = _no_prompt,
     progress: Callable[[float], None] | None = None,
@@ -153,7 +147,9 @@ def _run(
     planned = [(one, prompts(one)) for one in plan(scenario, seed, inject)]
     start_ns = engine.clock.now_ns()
     arrivals = [_request(handle, one, start_ns, prompt) for handle, (one, prompt) in enumerate(planned, start=1)]
-    pauses = Pauses(engine.clock, start_ns, plan_pauses(scenario, seed)) if inject else None
+    held_up = EngineFaults(faults, engine, start_ns)
+    if collector is not None:
+        collector.begin(start_ns)
     until_ns = start_ns + round((scenario.duration_s + MOST_DRAIN_S) * 1e9)
     finished = 0
     told = 0.0
@@ -167,7 +163,7 @@ def _run(
                 told = share
                 progress(share)
 
-    engine.run(arrivals, until_ns, before_step=pauses, after_step=after_step)
+    engine.run(arrivals, until_ns, before_step=held_up.before_step, after_step=after_step)
     if progress is not None:
         progress(1.0)
     return start_ns, len(arrivals), finished
@@ -209,13 +205,13 @@ def _describe(config: EngineConfig, executor: ExecutorName) -> EngineDescription
     )
 
 
-def _virtual_engine(config: EngineConfig, seed: int, recorder: Recorder | None = None) -> Engine:
+def _virtual_engine(config: EngineConfig, seed: int, faults: FaultPlan, recorder: Recorder | None = None) -> Engine:
     try:
         cost = cost_for(config.model)
     except ValueError as error:
         raise UsageError(str(error)) from error
     clock = VirtualClock(VIRTUAL_START_NS)
-    executor = VirtualExecutor(clock, cost, seed)
+    executor = VirtualExecutor(clock, cost, seed, slowdown(faults, VIRTUAL_START_NS) if faults.throttles else None)
     return Engine(config, executor, clock, recorder, executor.spend_host_time)
 
 

@@ -113,7 +113,55 @@ class EnginePause:
     for_s: Draw
 
 
-Injection = AddedRequests | AddedTraffic | Change | EnginePause
+@dataclass(frozen=True, slots=True)
+class SlowStep:
+    """Injection: over a stretch the host holds every n-th step up before its dispatch, for ``by_s``."""
+
+    from_s: Draw
+    to_s: Draw
+    every: Draw
+    by_s: Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Throttle:
+    """Injection: over a stretch the device's clocks drop, and what it does takes ``factor`` times as long."""
+
+    from_s: Draw
+    to_s: Draw
+    factor: Draw
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryHang:
+    """Injection: over a stretch the collector takes no telemetry, and does not say so."""
+
+    from_s: Draw
+    to_s: Draw
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryDrop:
+    """Injection: this share of step spans is lost on its way."""
+
+    share: Draw
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetrySample:
+    """Injection: only this share of request spans is kept."""
+
+    share: Draw
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryAggregate:
+    """Injection: step spans say how many, and not who."""
+
+
+Fault = EnginePause | SlowStep | Throttle | TelemetryHang | TelemetryDrop | TelemetrySample | TelemetryAggregate
+Traffic = AddedRequests | AddedTraffic | Change
+Injection = Traffic | Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +244,7 @@ def _parse(root: Node, folder: Path) -> Scenario:
     if not tenants:
         raise keys["tenants"].error("name at least one tenant")
     inject = tuple(reader.injection(node, tenants) for node in keys["inject"].items()) if "inject" in keys else ()
-    named = [*tenants, *(entry.tenant for entry in inject if not isinstance(entry, EnginePause))]
+    named = [*tenants, *(entry.tenant for entry in inject if isinstance(entry, Traffic))]
     return Scenario(
         name=keys["name"].check_name(keys["name"].text()),
         about=keys["about"].text() if "about" in keys else "",
@@ -248,8 +296,17 @@ _INJECT_KEYS = {
     "traffic": ("tenant", "from_s", "to_s", *_ARRIVAL_KEYS, *_LENGTH_KEYS),
     "change": ("tenant", "from_s", "to_s", "arrivals", "prompt_tokens", "output_tokens"),
     "pause": ("engine", "at_s", "for_s"),
+    "slow_step": ("engine", "from_s", "to_s", "every", "by_s"),
+    "throttle": ("engine", "from_s", "to_s", "factor"),
+    "hang": ("telemetry", "from_s", "to_s"),
+    "drop": ("telemetry", "share"),
+    "sample": ("telemetry", "share"),
+    "aggregate": ("telemetry",),
 }
-_LATER_KEYS = ("frontend", "telemetry")
+_FAULTS = {
+    where: [kind for kind, keys in _INJECT_KEYS.items() if keys[0] == where] for where in ("engine", "telemetry")
+}
+_MOST_FACTOR = 1000  # what is slower than that has stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,13 +327,13 @@ class _TrafficReader:
         return Tenant(name, arrivals, self._lengths(node, keys))
 
     def injection(self, node: Node, tenants: Mapping[str, Tenant]) -> Injection:
-        keys = node.mapping([*dict.fromkeys(key for keys in _INJECT_KEYS.values() for key in keys), *_LATER_KEYS])
+        keys = node.mapping([*dict.fromkeys(key for keys in _INJECT_KEYS.values() for key in keys), "frontend"])
         kind = self._kind(node, keys)
         for key in keys:
             if key not in _INJECT_KEYS[kind]:
-                raise keys[key].error(f"does not go with the rest: a {kind} has {', '.join(_INJECT_KEYS[kind])}")
-        if kind == "pause":
-            return EnginePause(self._time(node, keys, "at_s"), self._time(node, keys, "for_s"))
+                raise keys[key].error(f"does not go with the rest: {kind} has {', '.join(_INJECT_KEYS[kind])}")
+        if not keys.keys().isdisjoint(_FAULTS):
+            return self._fault(kind, node, keys)
         tenant = keys["tenant"].check_name(keys["tenant"].text())
         if kind == "requests":
             return self._added_requests(tenant, node, keys)
@@ -289,17 +346,36 @@ class _TrafficReader:
         return self._change(tenants[tenant], from_s, to_s, node, keys)
 
     def _kind(self, node: Node, keys: Mapping[str, Node]) -> str:
-        for later in _LATER_KEYS:
-            if later in keys:
-                raise keys[later].error("not supported yet; there is tenant, and engine: pause")
-        if "engine" in keys:
-            if keys["engine"].text() != "pause":
-                raise keys["engine"].error(f"{keys['engine'].text()!r} is not supported; there is pause")
-            return "pause"
+        if "frontend" in keys:
+            raise keys["frontend"].error(f"not supported yet; there is tenant, {', '.join(_FAULTS)}")
+        for where, kinds in _FAULTS.items():
+            if where in keys:
+                kind = keys[where].text()
+                if kind not in kinds:
+                    raise keys[where].error(f"no fault {kind!r}; {suggest(kind, kinds)}")
+                return kind
         node.need("tenant")
         if "at_s" in keys:
             return "requests"
         return "change" if keys.keys().isdisjoint(_ARRIVAL_KEYS) else "traffic"
+
+    def _fault(self, kind: str, node: Node, keys: Mapping[str, Node]) -> Fault:
+        if kind == "pause":
+            return EnginePause(self._time(node, keys, "at_s"), self._time(node, keys, "for_s"))
+        if kind == "aggregate":
+            return TelemetryAggregate()
+        if kind in ("drop", "sample"):
+            node.need("share")
+            share = self._draw(keys["share"], 0, 1)
+            return TelemetryDrop(share) if kind == "drop" else TelemetrySample(share)
+        from_s, to_s = self._stretch(node, keys)
+        if kind == "hang":
+            return TelemetryHang(from_s, to_s)
+        if kind == "throttle":
+            node.need("factor")
+            return Throttle(from_s, to_s, self._draw(keys["factor"], 1, _MOST_FACTOR))
+        node.need("every")
+        return SlowStep(from_s, to_s, self._draw(keys["every"], 1), self._time(node, keys, "by_s"))
 
     def _added_requests(self, tenant: str, node: Node, keys: Mapping[str, Node]) -> AddedRequests:
         at = keys["at_s"]

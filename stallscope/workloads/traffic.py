@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stallscope.errors import UsageError
-from stallscope.workloads.draws import Draw, stream
+from stallscope.workloads.draws import draw_one, stream
 from stallscope.workloads.scenario import (
     AddedRequests,
     AddedTraffic,
     Arrivals,
     Change,
-    EnginePause,
     Every,
     Lengths,
     Poisson,
     Scenario,
     Tenant,
+    Traffic,
 )
 
 _GAPS_A_DRAW = 256
@@ -47,14 +47,6 @@ class PlannedRequest:
     request_id: str
     priority: int = 0
     injected: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedPause:
-    """The engine's host stands still from ``start_ns`` to ``end_ns`` after the start."""
-
-    start_ns: int
-    end_ns: int
 
 
 @dataclass(slots=True)
@@ -82,33 +74,22 @@ def plan(scenario: Scenario, seed: int, inject: bool = True) -> list[PlannedRequ
         for key, injection in _keyed(scenario):
             if isinstance(injection, Change):
                 groups.extend(_change(usual[injection.tenant], tenants[injection.tenant], injection, seed, key))
-            elif isinstance(injection, AddedRequests | AddedTraffic):
+            else:
                 groups.append(_added(injection, seed, key))
     return _in_order(groups)
-
-
-def plan_pauses(scenario: Scenario, seed: int) -> list[PlannedPause]:
-    """The injected pauses of the engine in one run, ordered by start."""
-    pauses = [
-        PlannedPause(_ns(at_s), _ns(at_s + _one(pause.for_s, seed, *key, "for")))
-        for key, pause in _keyed(scenario)
-        if isinstance(pause, EnginePause)
-        for at_s in (_one(pause.at_s, seed, *key, "at"),)
-    ]
-    return sorted(pauses, key=lambda pause: pause.start_ns)
 
 
 Key = tuple[str, str, int]
 
 
-def _keyed(scenario: Scenario) -> list[tuple[Key, AddedRequests | AddedTraffic | Change | EnginePause]]:
-    """Injections, each with the key of its streams: the n-th of its tenant, so that another tenant's may go."""
+def _keyed(scenario: Scenario) -> list[tuple[Key, Traffic]]:
+    """Injected traffic, each with the key of its streams: the n-th of its tenant, so that another tenant's may go."""
     seen: dict[str, int] = {}
     keyed = []
     for injection in scenario.inject:
-        whose = "engine:" if isinstance(injection, EnginePause) else injection.tenant  # ":" is in no tenant's name
-        seen[whose] = seen.get(whose, -1) + 1
-        keyed.append((("inject", whose, seen[whose]), injection))
+        if isinstance(injection, Traffic):
+            seen[injection.tenant] = seen.get(injection.tenant, -1) + 1
+            keyed.append((("inject", injection.tenant, seen[injection.tenant]), injection))
     return keyed
 
 
@@ -120,7 +101,7 @@ def _usual(tenant: Tenant, duration_s: float, seed: int) -> _Requests:
 
 def _added(injection: AddedRequests | AddedTraffic, seed: int, key: Key) -> _Requests:
     if isinstance(injection, AddedTraffic):
-        from_s, to_s = _one(injection.from_s, seed, *key, "from"), _one(injection.to_s, seed, *key, "to")
+        from_s, to_s = draw_one(injection.from_s, seed, *key, "from"), draw_one(injection.to_s, seed, *key, "to")
         times = _arrivals(injection.arrivals, from_s, to_s, seed, key)
     else:
         generator = stream(seed, *key, "at")
@@ -132,7 +113,7 @@ def _added(injection: AddedRequests | AddedTraffic, seed: int, key: Key) -> _Req
 
 def _change(usual: _Requests, tenant: Tenant, change: Change, seed: int, key: Key) -> list[_Requests]:
     """Rewrites a tenant's usual requests within the stretch; returns those that new arrivals bring instead."""
-    from_s, to_s = _one(change.from_s, seed, *key, "from"), _one(change.to_s, seed, *key, "to")
+    from_s, to_s = draw_one(change.from_s, seed, *key, "from"), draw_one(change.to_s, seed, *key, "to")
     inside = (usual.times_s >= from_s) & (usual.times_s < to_s)
     if change.arrivals is not None:
         usual.keep(~inside)
@@ -167,9 +148,9 @@ def _arrivals(arrivals: Arrivals, from_s: float, to_s: float, seed: int, key: Ke
     """Seconds from the start of the run, in [from_s, to_s)."""
     length_s = to_s - from_s
     if isinstance(arrivals, Poisson):
-        times = _poisson(_one(arrivals.per_s, seed, *key, "rate"), length_s, stream(seed, *key, "arrivals"))
+        times = _poisson(draw_one(arrivals.per_s, seed, *key, "rate"), length_s, stream(seed, *key, "arrivals"))
     elif isinstance(arrivals, Every):
-        interval_s = _one(arrivals.interval_s, seed, *key, "interval")
+        interval_s = draw_one(arrivals.interval_s, seed, *key, "interval")
         _check_number(length_s / interval_s)
         times = np.arange(0, length_s, interval_s)
     else:
@@ -193,10 +174,6 @@ def _poisson(per_s: float, length_s: float, generator: np.random.Generator) -> T
 def _check_number(requests: float) -> None:
     if requests > _MOST_REQUESTS:
         raise UsageError(f"about {requests:.0f} requests of one tenant are too many: lower its rate or the duration")
-
-
-def _one(draw: Draw, seed: int, *key: str | int) -> float:
-    return float(draw.sample(stream(seed, *key), 1)[0])
 
 
 def _ns(seconds: float) -> int:

@@ -23,8 +23,8 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, TraceFlags
 
 from stallscope_telemetry import __version__, names
-from stallscope_telemetry.records import RequestRecord, StepRecord
-from stallscope_telemetry.spans import Value, request_attributes, step_attributes
+from stallscope_telemetry.records import GpuSample, RequestRecord, StepRecord
+from stallscope_telemetry.spans import Value, gpu_attributes, request_attributes, step_attributes
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +32,21 @@ DRAIN_S = 0.1  # some 20 steps of 5 ms: a millisecond or two with the GIL held, 
 FLUSH_S = 1.0  # what a killed process loses
 PAUSE_S = 30.0  # how long a failed exporter is left alone, so that one that hangs doesn't starve the others
 SPANS_PER_EXPORT = 512
+CAPACITY = 8192  # records that wait for export: at 5 ms a step, most of a minute of a collector that hangs
 
 _SCOPE = InstrumentationScope(names.SCOPE, __version__)
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+
+_Record = StepRecord | RequestRecord | GpuSample
 
 
 class Emitter:
     """Turns records into spans and hands them to exporters; what an engine calls its ``Recorder``.
 
-    ``step``, ``request`` and ``wants_keyframe`` are for one thread, the engine's. They never block and never raise:
-    at most ``capacity`` records wait for export, newer ones are dropped and counted in ``dropped``, and the next
-    step that finds room is asked to be a keyframe, so that readers find their way again. Every ``keyframe_every``-th
-    step is one anyhow, and the first.
+    ``step``, ``request`` and ``wants_keyframe`` are for one thread, the engine's; ``gpu`` is for one other. They never
+    block and never raise: at most ``capacity`` records wait for export, newer ones are dropped and counted in
+    ``dropped``, and the next step that finds room is asked to be a keyframe, so that readers find their way again.
+    Every ``keyframe_every``-th step is one anyhow, and the first.
 
     With ``background=False`` there is no thread: records are exported by the caller's, in batches, and none is ever
     dropped. Together with seeded ``ids`` and a virtual clock, the same run then gives the same bytes.
@@ -60,13 +63,14 @@ class Emitter:
         *,
         background: bool = True,
         keyframe_every: int = 200,
-        capacity: int = 8192,
+        capacity: int = CAPACITY,
     ) -> None:
-        self.dropped = 0  # records lost so far
+        self.dropped = 0  # records of steps and requests lost so far
+        self.dropped_samples = 0  # the same of GPU samples; a count of its own, since it has a thread of its own
         self._keyframe_every = keyframe_every
         self._next_keyframe = 0
         self._capacity = capacity if background else sys.maxsize  # 0 once closed
-        self._queue: deque[tuple[StepRecord | RequestRecord, int]] = deque()  # a record, and ``dropped`` as it came
+        self._queue: deque[tuple[_Record, int]] = deque()  # a record, and ``dropped`` as it came
         self._resource = Resource(resource)
         self._exporters = [_Guarded(exporter) for exporter in exporters]
         self._ids = ids
@@ -93,8 +97,8 @@ class Emitter:
         """Takes the record of a request that ended; the caller must not change it any more."""
         self._offer(record)
 
-    def _offer(self, record: StepRecord | RequestRecord) -> bool:
-        # No lock: deque's own operations are atomic, and only this thread appends.
+    def _offer(self, record: _Record) -> bool:
+        # No lock: deque's own operations are atomic, and but for ``gpu`` only this thread appends.
         if len(self._queue) >= self._capacity:
             self.dropped += 1
             self._next_keyframe = 0
@@ -103,6 +107,15 @@ class Emitter:
         if self._thread is None and len(self._queue) >= SPANS_PER_EXPORT:
             self._drain()
         return True
+
+    # --- on the sampler's thread ------------------------------------------------------------------------------------
+
+    def gpu(self, sample: GpuSample) -> None:
+        """Takes a GPU sample, while half of the queue is free: where room is short, it is for steps and requests."""
+        if len(self._queue) < self._capacity // 2:
+            self._queue.append((sample, self.dropped))
+        else:
+            self.dropped_samples += 1
 
     # --- the end --------------------------------------------------------------------------------------------------
 
@@ -156,8 +169,10 @@ class Emitter:
             for exporter in self._exporters:
                 exporter.export(spans)
 
-    def _span(self, record: StepRecord | RequestRecord, dropped: int) -> ReadableSpan:
-        return self._step_span(record, dropped) if isinstance(record, StepRecord) else self._request_span(record)
+    def _span(self, record: _Record, dropped: int) -> ReadableSpan:
+        if isinstance(record, StepRecord):
+            return self._step_span(record, dropped)
+        return self._request_span(record) if isinstance(record, RequestRecord) else self._gpu_span(record)
 
     def _step_span(self, record: StepRecord, dropped: int) -> ReadableSpan:
         if record.keyframe is not None:
@@ -189,6 +204,20 @@ class Emitter:
             kind=SpanKind.SERVER,
             start_time=info.arrival_ns,
             end_time=record.end_ns,
+            instrumentation_scope=_SCOPE,
+        )
+
+    def _gpu_span(self, sample: GpuSample) -> ReadableSpan:
+        """In the trace of the steps about that time: whoever opens it sees both."""
+        self._span_id += 1
+        return ReadableSpan(
+            names.GPU_SPAN,
+            context=SpanContext(self._trace_id, self._span_id, is_remote=False, trace_flags=_SAMPLED),
+            resource=self._resource,
+            attributes=gpu_attributes(sample),
+            kind=SpanKind.INTERNAL,
+            start_time=sample.time_ns,
+            end_time=sample.time_ns,
             instrumentation_scope=_SCOPE,
         )
 

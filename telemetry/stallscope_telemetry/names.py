@@ -12,15 +12,17 @@ from typing import Literal
 SCOPE = "stallscope"
 STEP_SPAN = "engine.step"
 REQUEST_SPAN = "llm_request"
+GPU_SPAN = "gpu.sample"
 
 Type = Literal["int", "str", "bool", "float", "int[]", "str[]"]
+On = Literal["resource", "step", "request", "gpu"]
 
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
     """One attribute: where it stands (``on``), its name, type, unit ("" where it has none) and meaning."""
 
-    on: Literal["resource", "step", "request"]
+    on: On
     name: str
     type: Type
     unit: str
@@ -30,7 +32,7 @@ class Attribute:
 ATTRIBUTES: list[Attribute] = []
 
 
-def _declare(on: Literal["resource", "step", "request"], name: str, kind: Type, unit: str, about: str) -> str:
+def _declare(on: On, name: str, kind: Type, unit: str, about: str) -> str:
     ATTRIBUTES.append(Attribute(on, name, kind, unit, about))
     return name
 
@@ -190,4 +192,18 @@ TOKEN_TIMES = _declare(
     "str",
     "ns",
     "comma-separated: arrival to the first token, then each gap to the next",
+)
+
+# GPU sample: a span without length at the time of the sample. A value that can't be read is left out.
+GPU_DEVICE = _declare("gpu", "stallscope.gpu.device", "str", "", "UUID of the GPU or MIG instance")
+GPU_UTILIZATION = _declare(
+    "gpu", "stallscope.gpu.utilization", "float", "", "share of the driver's last sample period in which a kernel ran"
+)
+GPU_SM_CLOCK = _declare("gpu", "stallscope.gpu.sm_clock", "int", "MHz", "clock of the multiprocessors")
+GPU_MEM_CLOCK = _declare("gpu", "stallscope.gpu.mem_clock", "int", "MHz", "clock of the memory")
+GPU_POWER = _declare("gpu", "stallscope.gpu.power", "float", "W", "power drawn")
+GPU_TEMPERATURE = _declare("gpu", "stallscope.gpu.temperature", "int", "°C", "temperature of the chip")
+GPU_MEMORY_USED = _declare("gpu", "stallscope.gpu.memory_used", "int", "bytes", "memory in use")
+GPU_THROTTLE = _declare(
+    "gpu", "stallscope.gpu.throttle", "str", "", "why clocks are below their most, joined by |; empty: they aren't"
 )

@@ -1,4 +1,4 @@
-"""Plain records that an engine's thread hands over: what a request is, what a step did.
+"""Plain records that an engine's thread hands over: what a request is, what a step did, and what a GPU said then.
 
 Nothing here touches OpenTelemetry: a record costs an allocation, and becomes a span in the background
 (``spans``). All times are int nanoseconds since the Unix epoch, all durations int nanoseconds.
@@ -135,3 +135,22 @@ class RequestRecord:
     finish_reason: FinishReason
     token_times_ns: Sequence[int] = field(default_factory=list)
     events: Sequence[tuple[str, int]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSample:
+    """What a GPU said at one time; None is what it doesn't have, or what may not be read.
+
+    ``device`` is its UUID (or that of a MIG instance). ``utilization`` is the share, in [0, 1], of the driver's last
+    sample period in which a kernel ran. ``throttle`` names the reasons why clocks are below their most; empty: none.
+    """
+
+    device: str
+    time_ns: int
+    utilization: float | None = None
+    sm_clock_mhz: int | None = None
+    mem_clock_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+    memory_used_bytes: int | None = None
+    throttle: Sequence[str] | None = None

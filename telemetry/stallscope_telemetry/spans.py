@@ -1,4 +1,4 @@
-"""Records to spans: which attributes a step or a request carries, and nothing of how they travel.
+"""Records to spans: which attributes a step, a request or a GPU sample carries, and nothing of how they travel.
 
 The inverse lives in ``stallscope.trace.decode``; ``names`` gives the meaning of each attribute.
 """
@@ -12,6 +12,7 @@ from itertools import chain, pairwise
 from stallscope_telemetry import names
 from stallscope_telemetry.records import (
     FinishReason,
+    GpuSample,
     RequestInfo,
     RequestRecord,
     RequestSnapshot,
@@ -215,4 +216,21 @@ def request_attributes(record: RequestRecord) -> Attributes:
     if times:
         gaps = [times[0] - arrival_ns, *(later - sooner for sooner, later in pairwise(times))]
         attributes[names.TOKEN_TIMES] = ",".join(map(str, gaps))
+    return attributes
+
+
+def gpu_attributes(sample: GpuSample) -> Attributes:
+    """Attributes of a GPU sample's span."""
+    throttle = None if sample.throttle is None else "|".join(sample.throttle)
+    optional: tuple[tuple[str, Value | None], ...] = (
+        (names.GPU_UTILIZATION, sample.utilization),
+        (names.GPU_SM_CLOCK, sample.sm_clock_mhz),
+        (names.GPU_MEM_CLOCK, sample.mem_clock_mhz),
+        (names.GPU_POWER, sample.power_w),
+        (names.GPU_TEMPERATURE, sample.temperature_c),
+        (names.GPU_MEMORY_USED, sample.memory_used_bytes),
+        (names.GPU_THROTTLE, throttle),
+    )
+    attributes: Attributes = {names.GPU_DEVICE: sample.device}
+    attributes.update({name: value for name, value in optional if value is not None})
     return attributes

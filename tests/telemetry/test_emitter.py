@@ -30,6 +30,7 @@ from stallscope_telemetry import emitter as emitter_module
 from stallscope_telemetry import names
 from stallscope_telemetry.emitter import SPANS_PER_EXPORT, Emitter, exporters_from_environment
 from stallscope_telemetry.files import OtlpFileExporter
+from stallscope_telemetry.records import GpuSample
 from stallscope_telemetry.spans import Attributes, resource_attributes
 
 from .conftest import DESCRIPTION, START_NS, Hanging, Kept, feed, full_info, make_info, make_request, make_step
@@ -147,6 +148,29 @@ def test_the_queue_never_grows_above_its_bound(calls: list[str], capacity: int) 
             feed(emitter, make_step(step) if call == "step" else make_request(make_info(step)))
             assert emitter.dropped == max(0, step - capacity)
     assert len(hanging.spans) == 1 + min(len(calls), capacity)
+
+
+def test_gpu_samples_are_dropped_first_and_counted_apart(resource: Attributes, hanging: Hanging) -> None:
+    with stuck_emitter(resource, hanging, capacity=6) as emitter:
+        for number in range(5):
+            emitter.gpu(GpuSample("GPU-a", START_NS + number))
+        assert (emitter.dropped, emitter.dropped_samples) == (0, 2)
+        feed(emitter, *[make_step(step) for step in range(1, 4)])
+        assert (emitter.dropped, emitter.dropped_samples) == (0, 2)
+    emitter.gpu(GpuSample("GPU-a", START_NS))
+    assert (emitter.dropped, emitter.dropped_samples) == (0, 3)
+    assert [span.name for span in hanging.spans].count(names.GPU_SPAN) == 3
+
+
+def test_gpu_samples_lie_in_the_trace_of_the_steps_about_them(resource: Attributes) -> None:
+    kept = Kept()
+    with Emitter(resource, [kept], random.Random(0), background=False) as emitter:
+        emitter.step(make_step(0, keyframe=True))
+        emitter.gpu(GpuSample("GPU-a", START_NS))
+        emitter.step(make_step(1))
+    assert [span.name for span in kept.spans] == [names.STEP_SPAN, names.GPU_SPAN, names.STEP_SPAN]
+    assert len({span.context.trace_id for span in kept.spans}) == 1
+    assert len({span.context.span_id for span in kept.spans}) == 3
 
 
 def test_keyframes_come_first_and_then_every_n_steps(resource: Attributes) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import pytest
 
 from stallscope_telemetry import names
-from stallscope_telemetry.records import RequestRecord, StepRecord
-from stallscope_telemetry.spans import Attributes, request_attributes, resource_attributes, step_attributes
+from stallscope_telemetry.records import GpuSample, RequestRecord, StepRecord
+from stallscope_telemetry.spans import (
+    Attributes,
+    gpu_attributes,
+    request_attributes,
+    resource_attributes,
+    step_attributes,
+)
 
-from .conftest import DESCRIPTION, full_info, make_info, make_request, make_step
+from .conftest import DESCRIPTION, START_NS, full_info, make_info, make_request, make_step
 
 DECLARED = {(attribute.on, attribute.name): attribute.type for attribute in names.ATTRIBUTES}
 SCALARS = {int: "int", str: "str", bool: "bool", float: "float"}
@@ -25,7 +30,7 @@ def type_of(value: object) -> str:
     return SCALARS[type(value)]  # exactly: an enum is not what OpenTelemetry allows
 
 
-def assert_declared(on: Literal["resource", "step", "request"], attributes: Attributes) -> None:
+def assert_declared(on: names.On, attributes: Attributes) -> None:
     assert {name: type_of(value) for name, value in attributes.items()} == {
         name: DECLARED.get((on, name)) for name in attributes
     }
@@ -51,6 +56,14 @@ def test_every_declared_attribute_is_emitted_by_a_step_or_request_that_has_it() 
     request = request_attributes(make_request(full_info(1)))
     assert {name for on, name in DECLARED if on == "step"} == set(step)
     assert {name for on, name in DECLARED if on == "request"} == set(request)
+
+
+def test_a_gpu_sample_says_what_is_declared_and_nothing_that_it_does_not_know() -> None:
+    full = gpu_attributes(GpuSample("GPU-a", START_NS, 0.5, 1980, 2619, 512.3, 61, 7, ("sw_power_cap", "gpu_idle")))
+    assert_declared("gpu", full)
+    assert {name for on, name in DECLARED if on == "gpu"} == set(full)
+    assert gpu_attributes(GpuSample("GPU-a", START_NS)) == {names.GPU_DEVICE: "GPU-a"}
+    assert gpu_attributes(GpuSample("GPU-a", START_NS, throttle=()))[names.GPU_THROTTLE] == ""
 
 
 def test_the_resource_carries_all_that_is_declared() -> None:

@@ -1,10 +1,9 @@
-"""Recordings: the same seed gives the same bytes, the trace keeps the answer to itself, pauses are gaps of the host."""
+"""Recordings: the same seed gives the same bytes, the trace keeps the answer to itself."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from stallscope.workloads.draws import Literal
 from stallscope.workloads.recording import VIRTUAL_START_NS, Simulation, record, simulate
 from stallscope.workloads.scenario import (
     AddedRequests,
-    EnginePause,
     Every,
     Expect,
     Lengths,
@@ -26,7 +24,7 @@ from stallscope.workloads.scenario import (
 )
 from stallscope.workloads.traffic import plan
 from stallscope_engine.config import EngineConfig
-from stallscope_telemetry.records import StepRecord, WaitReason
+from stallscope_telemetry.records import WaitReason
 
 SHORT = Tenant("chat", Every(Literal(0.1)), Lengths(Literal(50), Literal(10)))
 STORY = Scenario("story", "", 5.0, 0, EngineConfig(kv_blocks=256), (SHORT,), (), None)
@@ -86,39 +84,6 @@ def test_a_simulation_finishes_what_was_planned_at_the_planned_times() -> None:
         wanted = planned[one.info.request_id]
         assert one.info.arrival_ns == VIRTUAL_START_NS + wanted.offset_ns
         assert (one.info.prompt_tokens, len(one.token_times_ns)) == (wanted.prompt_tokens, wanted.output_tokens)
-
-
-# --- pauses -------------------------------------------------------------------------------------------------
-
-
-def gaps_ns(steps: list[StepRecord]) -> list[int]:
-    """Between steps, less idle: what a diagnosis calls the host gap."""
-    return [later.scheduled_ns - sooner.ready_ns - later.idle_ns for sooner, later in pairwise(steps)]
-
-
-def test_a_pause_is_a_gap_of_the_host_and_lasts_until_its_end() -> None:
-    busy = replace(SHORT, arrivals=Every(Literal(0.02)))
-    story = replace(STORY, tenants=(busy,), inject=(EnginePause(Literal(2), Literal(1)),))
-    run = simulate(story, 0)
-    longest_ns = max(gaps_ns(run.steps))
-    assert 0.95 * S < longest_ns <= S
-    assert VIRTUAL_START_NS + 3 * S in [step.scheduled_ns for step in run.steps]
-    assert not any(2 * S < step.scheduled_ns - VIRTUAL_START_NS < 3 * S for step in run.steps)
-    assert max(step.ready_ns - step.scheduled_ns for step in run.steps) < S / 10
-    assert ttft_ms(run, "chat", 100) > 900
-
-
-def test_an_idle_engine_is_paused_from_the_next_arrival_on() -> None:
-    rare = replace(SHORT, arrivals=Every(Literal(2.5)))
-    run = simulate(replace(STORY, tenants=(rare,), inject=(EnginePause(Literal(2), Literal(1)),)), 0)
-    assert max(gaps_ns(run.steps)) == S // 2
-    assert run.steps[-1].scheduled_ns > VIRTUAL_START_NS + 3 * S
-    assert ttft_ms(run, "chat", 100) > 500
-
-
-def test_a_run_without_injections_has_no_pauses() -> None:
-    story = replace(STORY, inject=(EnginePause(Literal(2), Literal(1)),))
-    assert simulate(story, 0, inject=False).steps == simulate(STORY, 0).steps != simulate(story, 0).steps
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -216,10 +181,7 @@ def test_progress_is_told_in_order_and_ends_at_one(tmp_path: Path) -> None:
 def test_the_torch_executor_records_in_real_time(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     rare = replace(SHORT, arrivals=Every(Literal(0.25)), lengths=Lengths(Literal(12), Literal(3)))
-    pause = EnginePause(Literal(0.3), Literal(0.4))
-    story = replace(STORY, duration_s=1.0, tenants=(rare,), inject=(pause,))
+    story = replace(STORY, duration_s=1.0, tenants=(rare,))
     summary = record(story, tmp_path / "story.otlp.jsonl", seed=0, executor="torch")
     assert (summary.requests, summary.finished) == (4, 4)
-    starts = [int(str(span["startTimeUnixNano"])) for span in spans(summary.path) if span["name"] == "engine.step"]
-    assert len(starts) == summary.steps
-    assert not any(0.3 * S <= start - summary.start_ns < 0.7 * S for start in starts)
+    assert [span["name"] for span in spans(summary.path)].count("engine.step") == summary.steps

@@ -17,6 +17,12 @@ from stallscope.workloads.scenario import (
     Every,
     Poisson,
     Recorded,
+    SlowStep,
+    TelemetryAggregate,
+    TelemetryDrop,
+    TelemetryHang,
+    TelemetrySample,
+    Throttle,
     load_scenario,
     scenario_names,
 )
@@ -129,13 +135,52 @@ def test_a_bad_value_is_named_with_its_place(tmp_path: Path, text: str, said: st
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("{engine: slow_step, at_s: 3}", "inject[0].engine: 'slow_step' is not supported; there is pause"),
-        ("{frontend: slow_client}", "inject[0].frontend: not supported yet; there is tenant, and engine: pause"),
-        ("{telemetry: drop}", "inject[0].telemetry: not supported yet"),
+        ("engine: slow_steps, from_s: 3, to_s: 4", "inject[0].engine: no fault 'slow_steps'; did you mean slow_step?"),
+        ("engine: 3", "inject[0].engine: must be text, not 3"),
+        ("telemetry: zzz", "inject[0].telemetry: no fault 'zzz'; known: hang, drop, sample, aggregate"),
+        ("telemetry: pause", "inject[0].telemetry: no fault 'pause'; known"),
+        ("frontend: slow_client", "inject[0].frontend: not supported yet; there is tenant, engine, telemetry"),
+        ("engine: pause, telemetry: hang, at_s: 3, for_s: 1", "inject[0].telemetry: does not go with the rest: pause"),
+        ("engine: slow_step, from_s: 3, to_s: 9, every: 2, by: 1", "inject[0].by: unknown key; did you mean by_s?"),
+        ("engine: slow_step, from_s: 3, to_s: 9, by_s: 1", "inject[0]: every is missing"),
+        ("engine: slow_step, from_s: 3, to_s: 9, every: 2", "inject[0]: by_s is missing"),
+        ("engine: slow_step, from_s: 3, to_s: 9, every: 0, by_s: 1", "inject[0].every: must be at least 1, not 0"),
+        ("engine: slow_step, from_s: 9, to_s: 3, every: 2, by_s: 1", "inject[0]: from_s must come before to_s"),
+        ("engine: slow_step, from_s: 3, to_s: 9, every: 2, by_s: -1", "inject[0].by_s: must be between 0 and 60"),
+        ("engine: throttle, from_s: 3, to_s: 9", "inject[0]: factor is missing"),
+        ("engine: throttle, from_s: 3, to_s: 9, factor: 0.5", "inject[0].factor: must be between 1 and 1000, not 0.5"),
+        ("engine: throttle, from_s: 3, to_s: 99, factor: 2", "inject[0].to_s: must be between 0 and 60, not 99"),
+        ("engine: throttle, from_s: 3, to_s: 9, factor: 2, share: 1", "inject[0].share: does not go with the rest"),
+        ("telemetry: hang, from_s: 3", "inject[0]: to_s is missing"),
+        ("telemetry: drop", "inject[0]: share is missing"),
+        ("telemetry: drop, share: 1.5", "inject[0].share: must be between 0 and 1, not 1.5"),
+        ("telemetry: sample, share: {uniform: [-1, 1]}", "inject[0].share: must be between 0 and 1, not -1 to 1"),
+        ("telemetry: aggregate, share: 1", "inject[0].share: does not go with the rest: aggregate has telemetry"),
     ],
 )
-def test_what_is_not_supported_yet_is_refused_with_what_is(tmp_path: Path, entry: str, said: str) -> None:
-    assert said in complaint(tmp_path, f"{BASE}inject: [{entry}]")
+def test_a_fault_that_is_not_as_the_format_says_is_named_with_its_place(tmp_path: Path, entry: str, said: str) -> None:
+    assert said in complaint(tmp_path, f"{BASE}inject: [{{{entry}}}]")
+
+
+def test_faults_are_told_apart_by_where_they_are_and_take_draws(tmp_path: Path) -> None:
+    text = f"""{BASE}
+inject:
+  - {{engine: slow_step, from_s: 5, to_s: {{uniform: [9, 12]}}, every: 3, by_s: 0.1}}
+  - {{engine: throttle, from_s: 5, to_s: 9, factor: {{choice: [2, 3]}}}}
+  - {{telemetry: hang, from_s: 5, to_s: 9}}
+  - {{telemetry: drop, share: 0.1}}
+  - {{telemetry: sample, share: {{uniform: [0.2, 0.3]}}}}
+  - {{telemetry: aggregate}}
+expect: {{verdict: engine_stall}}
+"""
+    assert load_scenario(write(tmp_path, text)).inject == (
+        SlowStep(Literal(5), Uniform(9, 12), Literal(3), Literal(0.1)),
+        Throttle(Literal(5), Literal(9), Choice((2, 3))),
+        TelemetryHang(Literal(5), Literal(9)),
+        TelemetryDrop(Literal(0.1)),
+        TelemetrySample(Uniform(0.2, 0.3)),
+        TelemetryAggregate(),
+    )
 
 
 def test_closed_loops_are_refused_for_now(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from stallscope.workloads.scenario import (
     Scenario,
     Tenant,
 )
-from stallscope.workloads.traffic import PlannedRequest, plan, plan_pauses
+from stallscope.workloads.traffic import PlannedRequest, plan
 from stallscope_engine.config import EngineConfig
 
 DURATION_S = 60.0
@@ -187,14 +187,6 @@ def test_a_change_of_arrivals_keeps_the_lengths_that_it_does_not_name() -> None:
     inside = [request for request in plan(story(chat, inject=(change,)), 0) if request.injected]
     assert len(inside) == 40
     assert all(request.prompt_tokens == 777 and 20 <= request.output_tokens <= 60 for request in inside)
-
-
-def test_pauses_are_planned_in_order() -> None:
-    pauses = (EnginePause(Literal(30), Literal(2)), EnginePause(Uniform(5, 9), Literal(0.5)))
-    early, late = plan_pauses(story(Tenant("chat", Every(Literal(9)), SHORT), inject=pauses), 0)
-    assert 5e9 <= early.start_ns <= 9e9
-    assert early.end_ns - early.start_ns == pytest.approx(0.5e9)
-    assert (late.start_ns, late.end_ns) == (30_000_000_000, 32_000_000_000)
 
 
 def test_a_rate_that_must_be_a_slip_is_refused() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import mul
 
@@ -125,13 +126,17 @@ class Noise:
 class VirtualExecutor:
     """Lets ``clock`` pass by each batch's cost; appends no tokens, and no token ends a request.
 
-    The device runs one batch after the other; what it is given while busy waits for it.
+    The device runs one batch after the other; what it is given while busy waits for it. ``slowdown`` is a factor on a
+    batch's time on the device, by when it starts (ns): clocks that drop.
     """
 
-    def __init__(self, clock: VirtualClock, cost: StepCost, seed: int) -> None:
+    def __init__(
+        self, clock: VirtualClock, cost: StepCost, seed: int, slowdown: Callable[[int], float] | None = None
+    ) -> None:
         self._clock = clock
         self._cost = cost
         self._noise = Noise(seed)
+        self._slowdown = slowdown
         self._free_at_ns = 0
         self._ready_at_ns: deque[int] = deque()
 
@@ -142,7 +147,10 @@ class VirtualExecutor:
 
     def dispatch(self, batch: Batch) -> None:
         start_ns = max(self._clock.now_ns(), self._free_at_ns)
-        self._free_at_ns = start_ns + int(self._cost.step_ns(batch) * self._noise.at(start_ns))
+        duration_ns = self._cost.step_ns(batch) * self._noise.at(start_ns)
+        if self._slowdown is not None:
+            duration_ns *= self._slowdown(start_ns)
+        self._free_at_ns = start_ns + int(duration_ns)
         self._ready_at_ns.append(self._free_at_ns)
 
     def collect(self, batch: Batch) -> StepResult:
