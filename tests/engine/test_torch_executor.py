@@ -1,9 +1,9 @@
-"""The torch executor computes what a plain Llama computes, whatever the scheduler does to its requests."""
+"""The torch executor computes what a plain Llama or Qwen computes, whatever the scheduler does to its requests."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,83 +12,17 @@ from hypothesis import strategies as st
 
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import Engine, VirtualClock
-from stallscope_engine.models.configs import ModelConfig, random_prompt
+from stallscope_engine.models.configs import random_prompt
 from stallscope_engine.request import Request, Sampling
 from stallscope_telemetry.records import FinishReason, RequestInfo
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra: engine)")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra: dev)")
+pytest.importorskip("transformers", reason="transformers is not installed (extra: dev)")
 
 from stallscope_engine.executors.torch_cpu import TorchExecutor  # noqa: E402
+from tests.engine.references import MODELS, TINY, Reference, save  # noqa: E402
 
 GREEDY = Sampling()
-NEAR_TIE = 1e-4  # of the reference's two best logits: either may win under another order of float32 additions
-
-TINY = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=128,
-    max_position_embeddings=512,
-)
-MODELS = {
-    "grouped": TINY,
-    "tied": replace(TINY, tie_word_embeddings=True),
-    "one KV head": replace(TINY, num_key_value_heads=1, head_dim=16, rope_theta=500.0),
-    "a KV head each": replace(TINY, num_key_value_heads=4, num_hidden_layers=1, rms_norm_eps=1e-3),
-}
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A model of transformers and the folder that it was saved to."""
-
-    model: transformers.LlamaForCausalLM
-    folder: Path
-
-    @torch.inference_mode()
-    def logits(self, token_ids: list[int]) -> torch.Tensor:
-        return self.model(torch.tensor([token_ids])).logits[0]
-
-    def check_greedy(self, request: Request) -> int:
-        """Asserts that each output is the likeliest after those before it; returns how many it could judge."""
-        prompt, outputs = list(request.prompt_token_ids), request.output_token_ids
-        logits = self.logits(prompt + outputs)[len(prompt) - 1 : -1]
-        for number, (row, token) in enumerate(zip(logits, outputs, strict=True)):
-            best, second = row.topk(2).values
-            if best - second < NEAR_TIE:
-                return number
-            assert token == row.argmax(), f"output {number} of request {request.info.handle}"
-        return len(outputs)
-
-
-def save(config: ModelConfig, folder: Path, **options: str) -> Reference:
-    torch.manual_seed(7)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_word_embeddings,
-            initializer_range=0.3,  # logits far apart, so that few steps are near ties
-            eos_token_id=2,
-        )
-    ).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder, **options)
-    return Reference(model, folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The executor that computes: runs each batch through a Llama in torch on the CPU, and samples the next tokens."""
+"""The executor that computes: runs each batch through a decoder in torch on the CPU, and samples the next tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import StepResult
 from stallscope_engine.models.configs import NAMED, ModelConfig, load_config
+from stallscope_engine.models.decoder import Decoder, ForwardPlan
 from stallscope_engine.models.kv_cache import PagedKVCache, PrefillSpan
-from stallscope_engine.models.llama import ForwardPlan, Llama
+from stallscope_engine.models.linear import Linear
 from stallscope_engine.models.weights import load_weights, random_weights
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Batch
@@ -44,11 +45,11 @@ class TorchExecutor:
         self.model_config = model if isinstance(model, ModelConfig) else load_config(model)
         kind = DTYPES[dtype]
         if isinstance(model, ModelConfig) or str(model) in NAMED:
-            weights = random_weights(self.model_config, kind, seed)
+            weights = random_weights(self.model_config, kind, seed, Linear)
         else:
-            weights = load_weights(Path(model), self.model_config, kind)
+            weights = load_weights(Path(model), self.model_config, kind, Linear)
         self._cache = PagedKVCache(self.model_config, config.kv_blocks, config.block_size, kind)
-        self._llama = Llama(self.model_config, weights, self._cache)
+        self._decoder = Decoder(self.model_config, weights, self._cache)
         self._table = _BlockTable(config.max_num_seqs, self._cache.table_width(config.kv_blocks))
         self._eos = frozenset(self.model_config.eos_token_ids)
 
@@ -59,7 +60,7 @@ class TorchExecutor:
         Raises ValueError where a request's prompt token ids are not as many as its record says.
         """
         plan, sampled = self._plan(batch)
-        logits = self._llama.forward(plan)
+        logits = self._decoder.forward(plan)
         if not sampled:
             return StepResult()
         stopped = []

@@ -82,8 +82,25 @@ PROFILES = {
         host_ns=250_000,
         host_request_ns=6_000,
     ),
+    # The same GPU with 1.2 billion parameters, in half as many layers.
+    "gpu-1b": StepCost(
+        tile_tokens=64,
+        token_ns=10_000,
+        pair_ns=0.44,
+        weights_ns=1_200_000,
+        kv_token_ns=16,
+        launch_ns=250_000,
+        host_ns=250_000,
+        host_request_ns=6_000,
+    ),
 }
-MODEL_PROFILES = {"tiny-llama": "cpu-tiny", "8b": "gpu-8b"}
+MODEL_PROFILES = {
+    "tiny-llama": "cpu-tiny",
+    "8b": "gpu-8b",
+    "llama-8b": "gpu-8b",
+    "qwen3-8b": "gpu-8b",
+    "llama-1b": "gpu-1b",
+}
 
 
 def cost_for(model: str) -> StepCost:

@@ -1,5 +1,7 @@
-"""The networks that the torch executor runs.
+"""The networks that the executors run, and the tokenizers that stand between them and text.
 
-``configs`` describes them (without torch), ``weights`` reads or draws their parameters, ``linear`` multiplies by them,
-``kv_cache`` holds keys and values in blocks and attends to them, ``llama`` is the network.
+``configs`` describes networks (without torch), ``weights`` reads or draws their parameters, ``rotary`` says how their
+positions turn. On the CPU, ``linear`` multiplies by the parameters, ``kv_cache`` holds keys and values in blocks and
+attends to them, and ``decoder`` is the network. ``tokenizer`` turns text and, by ``chat_template``, conversations into
+token ids and back.
 """

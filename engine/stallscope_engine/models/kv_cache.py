@@ -1,4 +1,4 @@
-"""Keys and values in numbered blocks, and attention that reads them from there; ``llama`` calls it in each layer."""
+"""Keys and values in numbered blocks, and attention that reads them from there; ``decoder`` calls it in each layer."""
 
 from __future__ import annotations
 

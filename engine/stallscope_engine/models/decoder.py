@@ -1,4 +1,4 @@
-"""A Llama-family decoder over a paged KV cache: prefill chunks and decodes of many requests in one forward pass."""
+"""A decoder over a paged KV cache: prefill chunks and decodes of many requests in one forward pass on the CPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from stallscope_engine.models.configs import ModelConfig
 from stallscope_engine.models.kv_cache import DecodeGroup, PagedKVCache, PrefillSpan
+from stallscope_engine.models.linear import Linear
+from stallscope_engine.models.rotary import frequencies
 from stallscope_engine.models.weights import LayerWeights, Weights
 
 
@@ -31,15 +33,17 @@ class ForwardPlan:
     sampled_groups: list[DecodeGroup]
 
 
-class Llama:
-    """RMSNorm, rotary positions, grouped-query attention and SwiGLU, as in "LLaMA" (arXiv 2302.13971)."""
+class Decoder:
+    """RMSNorm, rotary positions, grouped-query attention and SwiGLU, as in "LLaMA" (arXiv 2302.13971).
 
-    def __init__(self, config: ModelConfig, weights: Weights, cache: PagedKVCache) -> None:
+    Where the configuration says so, query and key heads are normalised, as in "Qwen3" (arXiv 2505.09388).
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights[Linear], cache: PagedKVCache) -> None:
         self.config = config
         self.weights = weights
         self.cache = cache
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        self._frequencies = config.rope_theta**-exponents
+        self._frequencies = frequencies(config)
 
     def forward(self, plan: ForwardPlan) -> Tensor:
         """Logits [sampled rows, vocabulary], perhaps with rows of padding at the end.
@@ -69,23 +73,26 @@ class Llama:
         return self.weights.head(self._norm(hidden, self.weights.norm))
 
     def _write_keys_values(
-        self, number: int, layer: LayerWeights, hidden: Tensor, rotation: Tensor, plan: ForwardPlan
+        self, number: int, layer: LayerWeights[Linear], hidden: Tensor, rotation: Tensor, plan: ForwardPlan
     ) -> Tensor:
         """Puts keys and values into the cache; returns the queries [rows, heads, head_dim]."""
         config, rows = self.config, len(plan.positions)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         qkv = layer.qkv(self._norm(hidden, layer.input_norm))[:rows]
         qkv = qkv.view(rows, heads + 2 * kv_heads, config.head_dim)
-        pairs = torch.view_as_complex(qkv[:, : heads + kv_heads].float().view(rows, heads + kv_heads, -1, 2))
+        turned = qkv[:, : heads + kv_heads]
+        if layer.qk_norm is not None:
+            turned = self._norm(turned, layer.qk_norm)
+        pairs = torch.view_as_complex(turned.float().view(rows, heads + kv_heads, -1, 2))
         rotated = torch.view_as_real(pairs * rotation).flatten(2).to(hidden.dtype)
         self.cache.write(number, plan.slots, torch.cat((rotated[:, heads:], qkv[:, heads + kv_heads :]), 1))
         return rotated[:, :heads].contiguous()
 
-    def _mlp(self, layer: LayerWeights, hidden: Tensor) -> Tensor:
+    def _mlp(self, layer: LayerWeights[Linear], hidden: Tensor) -> Tensor:
         return layer.down(layer.gate(hidden).mul_(layer.up(hidden)))
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         # In float32, as the model was trained. F.rms_norm makes more copies and takes longer in bfloat16.
         exact = hidden.float()
-        mean_square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(self.config.hidden_size)
+        mean_square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(hidden.shape[-1])
         return exact.mul(mean_square.add_(self.config.rms_norm_eps).rsqrt_()).to(hidden.dtype).mul_(weight)
