@@ -33,25 +33,35 @@ def context_sizes(most: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """``forward(size, context)`` captured for each size of batch and bound on the context.
+    """``forward(size, context)`` captured for each size of batch and bound on the context, after ``prepare(size)``.
 
     Nothing that it allocates may outlive it, so that all graphs share one pool of memory: the largest is captured
     first, and the others find room in what it needed. It must read and write in places that stay.
     """
 
-    def __init__(self, forward: Callable[[int, int], None], most_requests: int, most_context: int) -> None:
+    def __init__(
+        self,
+        prepare: Callable[[int], None],
+        forward: Callable[[int, int], None],
+        most_requests: int,
+        most_context: int,
+    ) -> None:
         self._sizes = batch_sizes(most_requests)
         self._contexts = context_sizes(most_context)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         for context in reversed(self._contexts):
             for size in reversed(self._sizes):
+                prepare(size)
                 forward(size, context)  # what compiles or sets up libraries must not happen under capture
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
                     forward(size, context)
                 self._graphs[size, context] = graph
+
+    def __len__(self) -> int:
+        return len(self._graphs)
 
     def fitting(self, requests: int, context: int) -> tuple[int, int] | None:
         """The size and the bound of the smallest graph for a batch; None where it exceeds all of them."""

@@ -63,7 +63,7 @@ class TorchCudaExecutor:
         self.config = config
         self.model_config = model if isinstance(model, ModelConfig) else load_config(model)
         self.device = torch.device(device)
-        kind = DTYPES[dtype]
+        self.dtype = kind = DTYPES[dtype]
         with _one_line_memory_error(config, self.device):
             if isinstance(model, ModelConfig) or str(model) in NAMED:
                 weights = random_weights(self.model_config, kind, seed, PlainLinear, self.device)
@@ -88,6 +88,12 @@ class TorchCudaExecutor:
         if self.device.type == "cuda":
             with _one_line_memory_error(config, self.device):
                 self._warm_up(graphs and attention.capturable)
+
+    @property
+    def description(self) -> str:
+        """In what way it computes on this device: found out at start, and worth a line in a log."""
+        graphs = len(self._graphs) if self._graphs is not None else 0
+        return f"{type(self._decoder.attention).__name__}, {graphs} CUDA graphs"
 
     def dispatch(self, batch: Batch) -> None:
         """Queues the batch on the device. Batches may follow before earlier ones are collected.
@@ -280,17 +286,19 @@ class TorchCudaExecutor:
             torch.cuda.synchronize()
             if graphs:
                 most = min(self.config.kv_blocks * self.config.block_size, self.model_config.max_position_embeddings)
-                self._graphs = DecodeGraphs(self._decode_spare, self.config.max_num_seqs, most)
+                self._graphs = DecodeGraphs(self._write_decode, self._decode_buffer, self.config.max_num_seqs, most)
                 torch.cuda.synchronize()
 
-    def _decode_spare(self, requests: int, most_context: int) -> None:
-        """A decode of the spare line, ``requests`` times; captured, it decodes whatever is in the buffer then."""
+    def _write_decode(self, requests: int) -> None:
+        """Sends a decode of the spare line, ``requests`` times."""
         shape = StepShape(requests, requests, 0)
+        self._write_spare(shape, _Group(_SINGLE, 0, 0, 0, [(1, 1)]))
+        self._buffer.send(shape)
+
+    def _decode_buffer(self, requests: int, most_context: int) -> None:
+        """Decodes what was sent last into ``_logits``: the same work in the same places, whatever it is."""
+        step = self._buffer.views(StepShape(requests, requests, 0))
         group = _Group(_SINGLE, 0, 0, 0, [(1, 1)] * requests)
-        if not torch.cuda.is_current_stream_capturing():
-            self._write_spare(shape, group)
-            self._buffer.send(shape)
-        step = self._buffer.views(shape)
         self._forward(step, [self._on_device(group, step, most_context)], None, self._logits[:requests])
 
     def _write_spare(self, shape: StepShape, group: _Group) -> None:
