@@ -13,6 +13,7 @@ and without scheduling the next step meanwhile. On a CPU there are no device tim
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import tempfile
 import time
@@ -278,6 +279,7 @@ def hugging_face(
     """A function that serves prompts by continuous batching and says how many tokens it made."""
     import transformers
 
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it comments on its settings in each pass
     family = "Qwen3" if model.qk_norm else "Llama"
     shape: dict[str, Any] = asdict(model)
     scaling = shape.pop("rope_scaling")

@@ -239,6 +239,16 @@ def test_an_executor_outlives_many_more_requests_than_it_has_lines(references: d
         assert references["grouped"].check_greedy(request) > 0
 
 
+def test_more_changes_of_the_block_table_than_a_step_has_room_for_are_sent_before_it(
+    references: dict[str, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_cuda, "MOST_CHANGES", 3)
+    config = EngineConfig(max_num_seqs=6, max_num_batched_tokens=90, block_size=2, kv_blocks=80)
+    requests = [make_request(handle, 20 + handle, 20) for handle in range(6)]
+    serve(on_cpu(config, references["grouped"]), config, requests)
+    assert sum(references["grouped"].check_greedy(request) for request in requests) > 0.9 * 6 * 20
+
+
 def test_an_end_of_text_token_ends_a_request_unless_it_is_ignored(references: dict[str, Reference]) -> None:
     config = EngineConfig(kv_blocks=40)
     executor = on_cpu(config, references["grouped"])
@@ -290,7 +300,7 @@ def test_sizes_of_graphs_cover_every_batch_and_context() -> None:
     assert batch_sizes(6) == [1, 2, 4, 6]
     assert batch_sizes(20) == [1, 2, 4, 8, 16, 20]
     assert context_sizes(1500) == [1500]
-    assert context_sizes(32768) == [2048, 8192, 32768]
+    assert context_sizes(9000) == [2048, 4096, 8192, 9000]
 
 
 def test_a_steps_inputs_arrive_as_they_were_written_and_where_they_were_before() -> None:

@@ -10,7 +10,7 @@ import torch
 _FIRST_SIZES = (1, 2, 4)
 _SIZE_STEP = 8
 _FIRST_CONTEXT = 2048  # tokens
-_CONTEXT_FACTOR = 4
+_CONTEXT_FACTOR = 2
 
 
 def batch_sizes(most: int) -> list[int]:

@@ -65,7 +65,7 @@ class StepBuffer:
         words = sum(most.lengths())
         cuda = device.type == "cuda"
         self._host = [torch.empty(words, dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
-        self._copied = [torch.Event("cuda") if cuda else None for _ in range(2)]
+        self._copied = [_event() if cuda else None for _ in range(2)]
         self._device = torch.empty(words, dtype=torch.int32, device=device)
         self._turn = 0
 
@@ -95,3 +95,7 @@ class StepBuffer:
         lengths = shape.lengths()
         inputs = StepInputs(*torch.split(self._device[: sum(lengths)], list(lengths)))
         return replace(inputs, temperatures=inputs.temperatures.view(torch.float32))
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -38,6 +38,9 @@ from stallscope_engine.scheduler import Batch
 
 log = logging.getLogger(__name__)
 
+#: Most changes of the block table that go with a step; more, as after a mass of preemptions, are sent before it.
+MOST_CHANGES = 2**16
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -79,7 +82,7 @@ class TorchCudaExecutor:
         self._table = torch.full((lines + 1, width), self._spare_block, dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(lines + 1, dtype=torch.int32, device=self.device)
         rows = max(config.max_num_batched_tokens, lines)
-        self._buffer = StepBuffer(StepShape(rows, lines, lines * width), self.device)
+        self._buffer = StepBuffer(StepShape(rows, lines, MOST_CHANGES), self.device)
         self._logits = torch.empty(lines, self.model_config.vocab_size, dtype=kind, device=self.device)
         self._in_flight: deque[_Flight] = deque()
         self._token_buffers: list[Tensor] = []
@@ -139,6 +142,9 @@ class TorchCudaExecutor:
         most_context = max((part.context for part in parts), default=0)
         graph = self._graphs.fitting(len(parts), most_context) if self._graphs is not None and singles else None
         changed, blocks = self._lines.take_changes()
+        while len(changed) > MOST_CHANGES:
+            self._send_changes(changed[:MOST_CHANGES], blocks[:MOST_CHANGES])
+            changed, blocks = changed[MOST_CHANGES:], blocks[MOST_CHANGES:]
         padded = graph[0] if graph is not None else 0
         rows = sum(part.tokens for part in parts)
         shape = StepShape(max(rows, padded), max(len(parts), padded), len(changed))
@@ -146,13 +152,12 @@ class TorchCudaExecutor:
         host.changed[:], host.blocks[:] = changed, blocks
         groups = self._write_rows(host, parts)
         self._pad(host, len(parts), shape.requests)
-        flight.sampled = [part.request for part in parts if part.samples]
-        draws = self._write_sampled(host, parts)
+        draws = self._write_sampled(host, parts, flight)
 
         flight.start(self.device)
         step = self._buffer.send(shape)
         if changed:
-            self._table.view(-1).index_copy_(0, step.changed.long(), step.blocks)
+            self._change_table(step)
         sampled = len(flight.sampled)
         sampled_rows = step.sampled_rows[:sampled]
         if self._graphs is not None and graph is not None:
@@ -167,6 +172,15 @@ class TorchCudaExecutor:
             flight.tokens = self._token_buffers.pop() if self._token_buffers else self._new_token_buffer()
             flight.tokens[:sampled].copy_(tokens, non_blocking=True)
         flight.end()
+
+    def _send_changes(self, changed: list[int], blocks: list[int]) -> None:
+        shape = StepShape(0, 0, len(changed))
+        host = self._buffer.write(shape)
+        host.changed[:], host.blocks[:] = changed, blocks
+        self._change_table(self._buffer.send(shape))
+
+    def _change_table(self, step: StepInputs[Tensor]) -> None:
+        self._table.view(-1).index_copy_(0, step.changed.long(), step.blocks)
 
     def _forward(
         self, step: StepInputs[Tensor], groups: list[QueryGroup], sampled_rows: Tensor | None, out: Tensor | None = None
@@ -238,18 +252,20 @@ class TorchCudaExecutor:
         host.context_starts[0] = 0
         np.cumsum(host.contexts[:end], out=host.context_starts[1 : end + 1])
 
-    def _write_sampled(self, host: StepInputs[np.ndarray], parts: list[_Part]) -> bool:
+    def _write_sampled(self, host: StepInputs[np.ndarray], parts: list[_Part], flight: _Flight) -> bool:
         """Writes whose next token is sampled, and how; returns whether any is drawn."""
         ends = accumulate(part.tokens for part in parts)
         sampled = [(end - 1, part) for end, part in zip(ends, parts, strict=True) if part.samples]
+        flight.sampled = [part.request for _, part in sampled]
         count = len(sampled)
         host.sampled_rows[:count] = [row for row, _ in sampled]
         host.sampled_lines[:count] = [part.line for _, part in sampled]
-        draws = any(part.request.sampling.temperature > 0 for _, part in sampled)
+        temperatures = [request.sampling.temperature for request in flight.sampled]
+        draws = any(temperatures)
         if draws:
-            host.temperatures[:count] = [part.request.sampling.temperature for _, part in sampled]
+            host.temperatures[:count] = temperatures
             host.chances[:count] = draw_chances(
-                [part.request.sampling.seed for _, part in sampled],
+                [request.sampling.seed for request in flight.sampled],
                 [part.context - part.request.info.prompt_tokens for _, part in sampled],
             )
         return draws
@@ -260,6 +276,7 @@ class TorchCudaExecutor:
         """[layers, key or value, blocks and a spare one, block_size, KV heads, head_dim]."""
         config, model = self.config, self.model_config
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading left to the allocator is free too
             free, _ = torch.cuda.mem_get_info(self.device)
             fitting = fitting_blocks(config, model, free, dtype.itemsize)
             if config.kv_blocks > fitting:
@@ -320,24 +337,15 @@ _WHOLE, _CHUNK, _SINGLE = range(3)  # a prompt from its beginning; a later part 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A request's part of a batch: ``tokens`` tokens from position ``start`` on."""
+    """A request's part of a batch: ``tokens`` tokens from position ``start`` on; ``context`` are in the cache then."""
 
     request: Request
     tokens: int
     start: int
+    context: int
+    kind: int
     samples: bool
     line: int
-
-    @property
-    def context(self) -> int:
-        """Tokens in the cache after it."""
-        return self.start + self.tokens
-
-    @property
-    def kind(self) -> int:
-        if self.tokens == 1:
-            return _SINGLE
-        return _CHUNK if self.start else _WHOLE
 
     def token_at(self, position: int) -> int:
         """The token id, or the complement of the line where only the device knows it yet."""
@@ -382,7 +390,8 @@ def _arrange(batch: Batch, lines: Lines) -> list[_Part]:
                 f"request {request.info.request_id}: {len(request.prompt_token_ids)} prompt token ids, but "
                 f"prompt_tokens is {request.info.prompt_tokens}; give the torch executor the token ids"
             )
-        parts.append(_Part(request, tokens, start, samples, lines.line_of(request)))
+        kind = _SINGLE if tokens == 1 else _CHUNK if start else _WHOLE
+        parts.append(_Part(request, tokens, start, start + tokens, kind, samples, lines.line_of(request)))
     parts.sort(key=_kind)  # stable: within a kind the batch's order stays
     return parts
 
@@ -398,11 +407,11 @@ class _Flight:
     batch: Batch
     sampled: list[Request] = field(default_factory=list)
     tokens: Tensor | None = None  # int64 on the host
-    _events: tuple[torch.Event, torch.Event] | None = None
+    _events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def start(self, device: torch.device) -> None:
         if device.type == "cuda":
-            self._events = torch.Event("cuda", enable_timing=True), torch.Event("cuda", enable_timing=True)
+            self._events = _timed_event(), _timed_event()
             self._events[0].record()
 
     def end(self) -> None:
@@ -416,6 +425,10 @@ class _Flight:
         start, end = self._events
         end.synchronize()
         return int(start.elapsed_time(end) * 1e6)
+
+
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _fused(function: Callable[Inputs, Tensor], fuses: bool) -> Callable[Inputs, Tensor]:
-    return torch.compile(function, dynamic=True, fullgraph=True) if fuses else function
+    return torch.compile(function, dynamic=True) if fuses else function
 
 
 def _can_compile(device: torch.device) -> bool:
