@@ -364,10 +364,10 @@ def main() -> None:
 
     overlapping = replace(config, async_scheduling=True)
     report_host(executor, config, draw(0), sizes.outputs)
-    report_peers(executor, overlapping, sizes, draw)
     print("\ntelemetry on the engine's thread (needs no GPU):")
     with tempfile.TemporaryDirectory() as folder:
         telemetry_overhead.sweep(Path(folder))
+    report_peers(executor, overlapping, sizes, draw)
 
 
 if __name__ == "__main__":

@@ -509,6 +509,15 @@ def test_a_step_on_a_gpu_says_how_long_the_device_took_and_never_waits_for_it() 
 
 
 @needs_gpu
+def test_as_many_blocks_as_fit_a_gpu_are_accepted_by_its_executor() -> None:
+    config = fit_to_device(replace(GPU_CONFIG, block_size=16), GPU_MODEL, "cuda")
+    assert config.block_size == 256
+    request = make_request(0, 300, 9, model=GPU_MODEL)
+    serve(make_executor(config, GPU_MODEL, "cuda"), config, [request])
+    assert len(request.output_token_ids) == 9
+
+
+@needs_gpu
 def test_more_kv_blocks_than_fit_are_refused_with_the_number_that_would() -> None:
     with pytest.raises(ValueError, match=r"kv_blocks=\d+ need .* GiB, but .* has room for \d+: lower kv_blocks"):
         TorchCudaExecutor(replace(GPU_CONFIG, kv_blocks=10**8), GPU_MODEL)

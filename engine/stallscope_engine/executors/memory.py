@@ -5,7 +5,7 @@ from __future__ import annotations
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.models.configs import ModelConfig
 
-#: Share of the memory left over that the KV cache takes: the rest is the allocator's, the libraries' and the graphs'.
+#: Share of what is left over that the KV cache is given: the rest is the allocator's, the libraries' and the graphs'.
 KV_SHARE = 0.92
 
 

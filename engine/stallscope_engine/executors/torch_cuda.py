@@ -26,7 +26,7 @@ from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import StepResult
 from stallscope_engine.executors.decode_graphs import DecodeGraphs
 from stallscope_engine.executors.lines import Lines
-from stallscope_engine.executors.memory import block_bytes, fitting_blocks
+from stallscope_engine.executors.memory import activation_bytes, block_bytes, fitting_blocks
 from stallscope_engine.executors.sampling import draw_chances, sample
 from stallscope_engine.executors.step_buffer import StepBuffer, StepInputs, StepShape
 from stallscope_engine.models.configs import NAMED, ModelConfig, load_config
@@ -278,9 +278,9 @@ class TorchCudaExecutor:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what loading left to the allocator is free too
             free, _ = torch.cuda.mem_get_info(self.device)
-            fitting = fitting_blocks(config, model, free, dtype.itemsize)
-            if config.kv_blocks > fitting:
-                wanted = config.kv_blocks * block_bytes(config.block_size, model, dtype.itemsize)
+            wanted = config.kv_blocks * block_bytes(config.block_size, model, dtype.itemsize)
+            if wanted > free - activation_bytes(config, model, dtype.itemsize):
+                fitting = fitting_blocks(config, model, free, dtype.itemsize)
                 raise ValueError(
                     f"kv_blocks={config.kv_blocks} need {wanted / 2**30:.1f} GiB, but beside the weights "
                     f"{torch.cuda.get_device_name(self.device)} has room for {fitting}: lower kv_blocks to that"
@@ -293,13 +293,17 @@ class TorchCudaExecutor:
         return torch.empty(self.config.max_num_seqs, dtype=torch.int64, pin_memory=self.device.type == "cuda")
 
     def _warm_up(self, graphs: bool) -> None:
-        """Runs the largest prefill there can be, so that memory is known to suffice, and captures graphs."""
+        """Runs the largest prefill there can be, so that memory is known to suffice, and captures graphs.
+
+        One row is a shape of its own to torch.compile: it is run too, or the first such step would stall.
+        """
         with torch.inference_mode():
-            rows = self.config.max_num_batched_tokens
-            group = _Group(_SINGLE if rows == 1 else _WHOLE, 0, 0, 0, [(rows, rows)])
-            self._write_spare(StepShape(rows, 1, 0), group)
-            step = self._buffer.send(StepShape(rows, 1, 0))
-            self._forward(step, [self._on_device(group, step)], step.sampled_rows)
+            for rows in (self.config.max_num_batched_tokens, 1):
+                shape = StepShape(rows, 1, 0)
+                group = _Group(_WHOLE, 0, 0, 0, [(rows, rows)])
+                self._write_spare(shape, group)
+                step = self._buffer.send(shape)
+                self._forward(step, [self._on_device(group, step)], step.sampled_rows)
             torch.cuda.synchronize()
             if graphs:
                 most = min(self.config.kv_blocks * self.config.block_size, self.model_config.max_position_embeddings)
