@@ -315,10 +315,14 @@ def main() -> None:
     parser.add_argument("--no-graphs", action="store_true", help="launch decodes kernel by kernel")
     options = parser.parse_args()
     try:
-        device = find_device(options.device)
         model = load_config(options.model)
     except ValueError as error:
-        raise SystemExit(f"skipped: {error}") from None
+        parser.error(str(error))
+    try:
+        device = find_device(options.device)
+    except ValueError as error:
+        print(f"skipped: {error}")
+        return
     sizes = QUICK if options.quick else FULL
     dtype = "bfloat16" if device == "cuda" else "float32"
     longest = max(sizes.context + sizes.decode_steps, sizes.prompts[1] + sizes.outputs)

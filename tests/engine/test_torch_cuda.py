@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,9 +28,20 @@ from stallscope_engine.executors.sampling import draw_chances, sample  # noqa: E
 from stallscope_engine.executors.step_buffer import GROUPS, StepBuffer, StepShape  # noqa: E402
 from stallscope_engine.executors.torch_cpu import TorchExecutor  # noqa: E402
 from stallscope_engine.executors.torch_cuda import TorchCudaExecutor  # noqa: E402
-from stallscope_engine.models.cuda.attention import GatheredAttention, VarlenAttention, choose_attention  # noqa: E402
-from stallscope_engine.models.cuda.decoder import PlainLinear, _gated, _rotate  # noqa: E402
-from stallscope_engine.models.weights import random_weights  # noqa: E402
+from stallscope_engine.models.cuda.attention import (  # noqa: E402
+    GatheredAttention,
+    VarlenAttention,
+    choose_attention,
+    make_group,
+)
+from stallscope_engine.models.cuda.decoder import (  # noqa: E402
+    DecoderInputs,
+    DeviceDecoder,
+    PlainLinear,
+    _gated,
+    _rotate,
+)
+from stallscope_engine.models.weights import LayerWeights, Weights, random_weights  # noqa: E402
 from tests.engine.references import MODELS, TINY, Reference, save  # noqa: E402
 
 GREEDY = Sampling()
@@ -127,6 +139,83 @@ def test_logits_are_those_of_transformers_for_chunks_beside_decodes(
             if samples:
                 torch.testing.assert_close(next(logits), next(given_of[request]), rtol=1e-4, atol=1e-4)
     assert next(logits, None) is None
+
+
+def test_bfloat16_is_near_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replace(NAMED["tiny-qwen3"], num_hidden_layers=2)
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=50, kv_blocks=60)
+    steps: dict[str, list[torch.Tensor]] = {"float32": [], "bfloat16": []}
+    for dtype, seen in steps.items():
+
+        def keep(logits: torch.Tensor, *_: object, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            seen.append(logits.float())
+            return torch.full((len(logits),), 5)  # so that both go the same way
+
+        monkeypatch.setattr(torch_cuda, "sample", keep)
+        executor = TorchCudaExecutor(config, model, dtype, device="cpu")
+        weights = random_weights(model, torch.float32, 0, partial(as_dtype, executor.dtype))
+        executor._decoder._weights = rounded(weights, executor.dtype)
+        serve(executor, config, [make_request(handle, 60 * handle + 7, 4, model=model) for handle in range(4)])
+    exact, rough = (torch.cat(seen) for seen in steps.values())
+    assert (exact - rough).square().mean().sqrt() < 0.03 * exact.std()
+
+
+def as_dtype(
+    dtype: torch.dtype, weight: torch.Tensor, bias: torch.Tensor | None = None, silu: bool = False
+) -> PlainLinear:
+    return PlainLinear(weight.to(dtype), bias, silu)
+
+
+def rounded(weights: Weights[PlainLinear], dtype: torch.dtype) -> Weights[PlainLinear]:
+    """The same numbers in another data type: what is drawn in it differs."""
+    layers = tuple(
+        replace(
+            layer,
+            input_norm=layer.input_norm.to(dtype),
+            mlp_norm=layer.mlp_norm.to(dtype),
+            qk_norm=None if layer.qk_norm is None else layer.qk_norm.to(dtype),
+        )
+        for layer in weights.layers
+    )
+    return replace(weights, embedding=weights.embedding.to(dtype), layers=layers, norm=weights.norm.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen3"])
+def test_a_gpus_attention_takes_what_the_decoder_gives_it(name: str) -> None:
+    """Nothing is computed: on torch's meta device only shapes and data types go through the network."""
+    model, kind, meta = NAMED[name], torch.bfloat16, torch.device("meta")
+    shapes = rounded(random_weights(model, torch.float32, 0, partial(as_dtype, kind)), kind)
+    weights = replace(
+        shapes,
+        embedding=shapes.embedding.to(meta),
+        norm=shapes.norm.to(meta),
+        head=as_dtype(kind, shapes.embedding.to(meta)),
+        layers=tuple(on_meta(layer) for layer in shapes.layers),
+    )
+    cache = torch.empty(4, 2, 9, 256, model.num_key_value_heads, model.head_dim, dtype=kind, device=meta)
+    decoder = DeviceDecoder(model, weights, cache, VarlenAttention(splits=True))
+    groups, first = [], 0
+    for spans in ([(300, 300), (2, 2)], [(5, 400)], [(1, 1), (1, 600), (1, 9)]):
+        group = make_group(first, spans, torch.zeros(len(spans), 3, dtype=torch.int32))
+        on_device = {name: getattr(group, name).to(meta) for name in ("starts", "contexts", "context_starts", "table")}
+        groups.append(replace(group, **on_device))
+        first += group.rows
+    words = torch.empty(first, dtype=torch.int32, device=meta)
+    with torch.inference_mode():
+        logits = decoder.forward(DecoderInputs(words, words, words.long(), groups, words[:4]))
+        tokens = sample(logits, torch.empty(4, device=meta), words[:4])
+    assert (logits.shape, logits.dtype, tokens.shape, tokens.dtype) == ((4, 2048), kind, (4,), torch.int64)
+
+
+def on_meta(layer: LayerWeights[PlainLinear]) -> LayerWeights[PlainLinear]:
+    moved = {}
+    for name in layer.__dataclass_fields__:
+        value = getattr(layer, name)
+        if isinstance(value, PlainLinear):
+            moved[name] = PlainLinear(value._weight.t().to("meta"))
+        else:
+            moved[name] = None if value is None else value.to("meta")
+    return LayerWeights(**moved)
 
 
 def sequence(request: Request) -> list[int]:
