@@ -38,6 +38,10 @@ class PlannedRequest:
 
     ``request_id`` counts a tenant's requests in the order of their arrival, whether injected or usual: it must not
     tell which. So where a tenant has both, the run without injections numbers its requests differently.
+
+    ``max_tokens`` is the limit asked for, where the answer ends before it (0: it is ``output_tokens``).
+    ``session``, ``predecessor``, ``retry_of``, ``timeout_ns`` (0: none) and ``prompt_key`` are of a simulated client's
+    requests (``closed_loop``): those with the same key have prompts that begin alike.
     """
 
     offset_ns: int
@@ -47,6 +51,12 @@ class PlannedRequest:
     request_id: str
     priority: int = 0
     injected: bool = False
+    max_tokens: int = 0
+    session: str = ""
+    predecessor: str = ""
+    retry_of: str = ""
+    timeout_ns: int = 0
+    prompt_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

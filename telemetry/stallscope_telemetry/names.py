@@ -12,15 +12,17 @@ from typing import Literal
 SCOPE = "stallscope"
 STEP_SPAN = "engine.step"
 REQUEST_SPAN = "llm_request"
+CLIENT_SPAN = "llm_client"
 
 Type = Literal["int", "str", "bool", "float", "int[]", "str[]"]
+On = Literal["resource", "step", "request", "client"]
 
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
     """One attribute: where it stands (``on``), its name, type, unit ("" where it has none) and meaning."""
 
-    on: Literal["resource", "step", "request"]
+    on: On
     name: str
     type: Type
     unit: str
@@ -30,7 +32,7 @@ class Attribute:
 ATTRIBUTES: list[Attribute] = []
 
 
-def _declare(on: Literal["resource", "step", "request"], name: str, kind: Type, unit: str, about: str) -> str:
+def _declare(on: On, name: str, kind: Type, unit: str, about: str) -> str:
     ATTRIBUTES.append(Attribute(on, name, kind, unit, about))
     return name
 
@@ -161,3 +163,18 @@ TOKEN_TIMES = _declare(
     "ns",
     "comma-separated: arrival to the first token, then each gap to the next",
 )
+
+# Client span: from the sending to the last token received, the parent of the server's request span. What both know has
+# one name: of the above it carries id, tenant, priority, session, predecessor, retry_of, usage, max_tokens and
+# token_times, the last from the sending on.
+CLIENT_STATUS = _declare(
+    "client",
+    "stallscope.client.status",
+    "str",
+    "",
+    "ok, rejected (429), http_CODE, timeout, disconnected, unreachable, error (sent in the stream) or abandoned",
+)
+CLIENT_LATE = _declare(
+    "client", "stallscope.client.late", "int", "ns", "how late the driver itself sent it; absent when 0"
+)
+HTTP_STATUS = _declare("client", "http.response.status_code", "int", "", "status of the answer; absent without one")
