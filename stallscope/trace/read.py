@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from stallscope.errors import UsageError
 from stallscope.trace import parquet
+from stallscope.trace.clients import client_table
 from stallscope.trace.decode import MOST, NOT_MEASURED, Collected, Ints, RequestSpan, Steps, collect
 from stallscope.trace.findings import Findings
 from stallscope.trace.model import Trace
@@ -93,6 +94,11 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
         raise UsageError(
             f"{path}: no OTLP in it; expected JSON lines of the OpenTelemetry file exporter, plain, gzip or zstd"
         )
+    if collected.step_count == 0 and collected.request_count == 0 and collected.clients:
+        raise UsageError(
+            f"{path} has what {len(collected.clients)} clients' requests saw, but nothing of the engine; "
+            "put the engine's trace into the same folder"
+        )
     if collected.step_count == 0:
         spans = "request span" if collected.request_count == 1 else "request spans"
         raise UsageError(
@@ -100,7 +106,11 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
             "record with the bundled engine, or turn on stallscope's telemetry hook in yours"
         )
     findings.add(
-        "foreign_spans", str(path), "", "spans that are neither engine.step nor llm_request", collected.foreign
+        "foreign_spans",
+        str(path),
+        "",
+        "spans that are neither engine.step, llm_request nor llm_client",
+        collected.foreign,
     )
     lives = list(_lives(collected, findings))
     if not any(len(life.steps) for life in lives):
@@ -109,6 +119,7 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
         )
     parts = [_tables_of(life, findings) for life in lives]
     tables = {name: encode(name, [part[name] for part in parts if name in part]) for name in TABLES}
+    tables["clients"] = encode("clients", [client_table(collected.clients, tables["requests"], findings)])
     for finding in check_times(tables):
         findings.add(finding.kind, finding.where, "", finding.text, finding.count)
     return Trace(tables, str(path), findings.all())

@@ -12,10 +12,11 @@ import httpx
 import orjson
 
 from stallscope.errors import UsageError
-from stallscope.workloads.clients import ABANDONED, DISCONNECTED, ERROR, OK, REJECTED, UNREACHABLE, Caller
+from stallscope.workloads.clients import ABANDONED, DISCONNECTED, ERROR, OK, REJECTED, UNREACHABLE
 from stallscope.workloads.nodes import Node, read_yaml, suggest
 from stallscope.workloads.prompts import VOCABULARY, token_ids, words
 from stallscope.workloads.traffic import PlannedRequest
+from stallscope_telemetry.clients import Caller
 
 Json = dict[str, object]
 PromptKind = Literal["ids", "text"]

@@ -1,6 +1,7 @@
 """Drives an OpenAI-compatible endpoint with a scenario's traffic, and keeps what its clients saw.
 
-Open-loop: a request is sent when it is due, whether those before it were answered or not. What the driver itself was
+Open-loop: a request is sent when it is due, whether those before it were answered or not; only the clients of a closed
+loop wait. What the driver itself was
 late with is measured with each request, since a slow client would be mistaken for a slow server.
 """
 
@@ -17,20 +18,17 @@ from stallscope.workloads.clients import (
     ABANDONED,
     OK,
     TIMEOUT,
-    ClientRecord,
     Figures,
     Lateness,
     Tally,
-    client_resource,
-    client_span,
-    new_caller,
     open_file,
 )
+from stallscope.workloads.closed_loop import RETRY_PAUSE_NS, Client, Outcome, clients_of
 from stallscope.workloads.endpoint import Answer, Endpoint, Target, connect, http_client
 from stallscope.workloads.scenario import AddedRequests, AddedTraffic, Change, Scenario
 from stallscope.workloads.traffic import PlannedRequest, plan
 from stallscope_engine.engine import WallClock
-from stallscope_telemetry.files import OtlpFileExporter
+from stallscope_telemetry.clients import Caller, ClientFile, ClientRecord
 
 MOST_DRAIN_S = 30.0  # after the last request was sent; who is not answered then is given up
 LATE_S = 0.05  # a driver later than this in one request of a hundred measures itself
@@ -80,15 +78,16 @@ def load(
     UsageError where the endpoint can't be driven, ``out`` exists (unless ``force``) or can't be written, or the
     scenario has no requests.
     """
-    planned = plan(scenario, seed, inject)
-    if not planned:
+    planned, clients = plan(scenario, seed, inject), clients_of(scenario, seed)
+    if not planned and not clients:
         raise UsageError(f"scenario {scenario.name} has no requests in its {scenario.duration_s:g} s")
-    return asyncio.run(_load(scenario, planned, target, seed, inject, out, force, progress))
+    return asyncio.run(_load(scenario, planned, clients, target, seed, inject, out, force, progress))
 
 
 async def _load(
     scenario: Scenario,
     planned: list[PlannedRequest],
+    clients: list[Client],
     target: Target,
     seed: int,
     inject: bool,
@@ -97,12 +96,12 @@ async def _load(
     progress: Callable[[float], None] | None,
 ) -> LoadSummary:
     async with http_client() as http:
-        endpoint = await connect(http, target, seed, any(one.priority for one in planned))
-        file = None if out is None else open_file(out, force)
+        endpoint = await connect(http, target, seed, _has_priorities(planned, clients))
+        file = None if out is None else open_file(out, endpoint.model, force)
         driver = _Driver(endpoint, scenario.duration_s, file)
         ticker = asyncio.create_task(driver.tick(progress or _nobody_listens))
         try:
-            interrupted = await driver.run(planned)
+            interrupted = await driver.run(planned, clients)
         finally:
             ticker.cancel()
             driver.close()
@@ -115,6 +114,10 @@ async def _load(
         interrupted,
         (*endpoint.notes, *driver.notes, *(_left_out(scenario) if inject else ())),
     )
+
+
+def _has_priorities(planned: list[PlannedRequest], clients: list[Client]) -> bool:
+    return any(one.priority for one in planned) or any(one.tenant.lengths.priority for one in clients)
 
 
 def _nobody_listens(_: float) -> None:
@@ -131,20 +134,23 @@ def _left_out(scenario: Scenario) -> list[str]:
     ]
 
 
+def _outcome(answer: Answer) -> Outcome:
+    return {OK: Outcome.ANSWERED, TIMEOUT: Outcome.TIMED_OUT}.get(answer.status, Outcome.FAILED)
+
+
 class _Driver:
     """Sends requests when they are due and records how each ended."""
 
-    def __init__(self, endpoint: Endpoint, duration_s: float, file: OtlpFileExporter | None) -> None:
+    def __init__(self, endpoint: Endpoint, duration_s: float, file: ClientFile | None) -> None:
         self.tally = Tally()
         self.notes: list[str] = []
         self._endpoint = endpoint
         self._duration_s = duration_s
         self._file = file
-        self._resource = client_resource(endpoint.model)
         self._ids = random.Random()
         self._clock = WallClock()
         self._start_ns = self._clock.now_ns() + _LEAD_NS
-        self._tasks: set[asyncio.Task[Answer]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._complaints: set[str] = set()  # statuses of which the user was told one
         self._failure: BaseException | None = None
 
@@ -152,14 +158,15 @@ class _Driver:
     def elapsed_s(self) -> float:
         return (self._clock.now_ns() - self._start_ns) / 1e9
 
-    async def run(self, planned: list[PlannedRequest]) -> bool:
+    async def run(self, planned: list[PlannedRequest], clients: list[Client]) -> bool:
         """Sends everything and waits for the answers; whether it was interrupted before that."""
         interrupted = False
         try:
+            for client in clients:
+                self._start(self._live(client))
             for one in planned:
-                body = self._endpoint.body(one)
-                await self._wait_until(self._start_ns + one.offset_ns)
-                self._start(self._send(one, body))
+                self._start(self._send_once(one, await self._when_due(one)))
+            await self._wait_until(self._start_ns + round(self._duration_s * 1e9) if clients else 0)
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=MOST_DRAIN_S)
         except asyncio.CancelledError:  # SIGINT, by way of asyncio.run
@@ -171,23 +178,40 @@ class _Driver:
             raise self._failure
         return interrupted
 
+    async def _send_once(self, planned: PlannedRequest, body: bytes) -> None:
+        await self._send(planned, body)
+
+    async def _live(self, client: Client) -> None:
+        """Sends what a client of a closed loop sends, one after the other."""
+        planned = client.begin()
+        while planned is not None:
+            answer, ended_ns = await self._send(planned, await self._when_due(planned))
+            pause_ns = RETRY_PAUSE_NS if answer.retry_after_s is None else round(answer.retry_after_s * 1e9)
+            planned = client.after(_outcome(answer), ended_ns - self._start_ns, pause_ns)
+
+    async def _when_due(self, planned: PlannedRequest) -> bytes:
+        """Waits until a request is due; returns its body, made before."""
+        body = self._endpoint.body(planned)
+        await self._wait_until(self._start_ns + planned.offset_ns)
+        return body
+
     async def tick(self, progress: Callable[[float], None]) -> None:
         """Tells the progress, and makes what was recorded so far readable."""
         while True:
             progress(min(max(self.elapsed_s / self._duration_s, 0.0), 1.0))
-            self._write(OtlpFileExporter.force_flush)
+            self._write(ClientFile.flush)
             await asyncio.sleep(_TICK_S)
 
     def close(self) -> None:
         """Ends the trace file."""
-        self._write(OtlpFileExporter.shutdown)
+        self._write(ClientFile.close)
 
-    def _start(self, coroutine: Coroutine[None, None, Answer]) -> None:
+    def _start(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[Answer]) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and self._failure is None:
             self._failure = task.exception()
@@ -196,10 +220,10 @@ class _Driver:
         while (left_ns := time_ns - self._clock.now_ns()) > 0:
             await asyncio.sleep(left_ns / 1e9)
 
-    async def _send(self, planned: PlannedRequest, body: bytes) -> Answer:
-        """Sends one request that is due now, reads its answer and records both, however it ends."""
-        answer, caller = Answer(), new_caller(self._ids)
-        sent_ns = self._clock.now_ns()
+    async def _send(self, planned: PlannedRequest, body: bytes) -> tuple[Answer, int]:
+        """Sends one request that is due now and records its answer, however it ends; the answer, and when it ended."""
+        answer, caller = Answer(), Caller.draw(self._ids)
+        sent_ns = ended_ns = self._clock.now_ns()
         try:
             async with asyncio.timeout(planned.timeout_ns / 1e9 or None):
                 await self._endpoint.ask(planned, body, caller, self._clock.now_ns, answer)
@@ -207,30 +231,38 @@ class _Driver:
             if answer.status == ABANDONED:
                 answer.status = TIMEOUT
         finally:
+            ended_ns = answer.end_ns if answer.status == OK else self._clock.now_ns()
             self._record(
                 ClientRecord(
-                    planned,
                     caller,
+                    planned.request_id,
+                    planned.tenant,
+                    planned.prompt_tokens,
+                    planned.output_tokens,
                     self._start_ns + planned.offset_ns,
                     sent_ns,
-                    answer.end_ns if answer.status == OK else self._clock.now_ns(),
+                    ended_ns,
                     answer.status,
                     answer.http_status,
                     answer.token_times_ns,
                     answer.output_tokens,
+                    planned.priority,
+                    planned.session,
+                    planned.predecessor,
+                    planned.retry_of,
                 ),
                 answer.detail,
             )
-        return answer
+        return answer, ended_ns
 
     def _record(self, record: ClientRecord, detail: str) -> None:
         self.tally.add(record)
         if detail and record.status not in self._complaints:
             self._complaints.add(record.status)
-            self.notes.append(f"{record.planned.request_id} ended in {record.status}: {detail}")
-        self._write(lambda file: file.export([client_span(record, self._resource)]))
+            self.notes.append(f"{record.request_id} ended in {record.status}: {detail}")
+        self._write(lambda file: file.write(record))
 
-    def _write(self, what: Callable[[OtlpFileExporter], object]) -> None:
+    def _write(self, what: Callable[[ClientFile], object]) -> None:
         """Does something with the trace file; a full disk costs the file, not the run."""
         if self._file is None:
             return
