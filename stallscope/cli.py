@@ -125,6 +125,8 @@ def record(
     length = duration((summary.end_ns - summary.start_ns) / 1e9)
     size = f"{summary.path.stat().st_size / 1e6:.2f} MB"
     typer.echo(f"{summary.path}: {counted(summary.requests, 'request')}, {summary.steps:,} steps, {length}, {size}")
+    if summary.given_up:
+        typer.echo(f"{counted(summary.given_up, 'request')} took longer than their clients waited", err=True)
     if summary.open:
         typer.echo(f"{counted(summary.open, 'request')} had not finished at the end", err=True)
     if summary.dropped:

@@ -48,6 +48,11 @@ class Client:
     def session(self) -> str:
         return f"{self.tenant.name}-{self.number:04d}"
 
+    @property
+    def longest_prompt_tokens(self) -> int:
+        """Beyond all that this client may send."""
+        return self.loop.context_tokens or tokens(self.tenant.lengths.prompt_tokens.bounds[1])
+
     def begin(self) -> PlannedRequest | None:
         """The first request, after a part of a thinking time: nobody began to think just when the run starts."""
         return self._ask(round(self._think_ns() * self._sample("begin", Uniform(0, 1))))
