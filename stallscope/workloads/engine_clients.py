@@ -44,12 +44,17 @@ class EngineClients:
         """Aborts what has taken longer than its client waits."""
         now_ns = self._engine.clock.now_ns()
         while self._deadlines and self._deadlines[0][0] <= now_ns:
+            self._submit_until(now_ns)  # what came during the step may have been given up within it
             deadline_ns, _, request = heapq.heappop(self._deadlines)
             waiting = self._waiting.pop(request, None)
             if waiting is not None:
                 self.given_up += 1
                 self._engine.abort(request, FinishReason.TIMEOUT)
                 self._end(waiting[0], Outcome.TIMED_OUT, deadline_ns)
+
+    def _submit_until(self, now_ns: int) -> None:
+        while self._pending and _arrival(self._pending[0]) <= now_ns:
+            self._engine.submit(self._pending.popleft())
 
     def take(self, finished: Sequence[Request]) -> None:
         """Hands the answers of a step to their clients; one that came too late found nobody."""
