@@ -96,7 +96,7 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
         )
     if collected.step_count == 0 and collected.request_count == 0 and collected.clients:
         raise UsageError(
-            f"{path} has what {len(collected.clients)} clients' requests saw, but nothing of the engine; "
+            f"{path} holds only what clients saw ({len(collected.clients)} llm_client spans); "
             "put the engine's trace into the same folder"
         )
     if collected.step_count == 0:

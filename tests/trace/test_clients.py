@@ -10,6 +10,9 @@ import pytest
 
 from stallscope.errors import UsageError
 from stallscope.trace import Trace, read_trace, write_parquet
+from stallscope.trace.clients import ClientSpan, client_table
+from stallscope.trace.findings import Findings
+from stallscope.trace.tables import plain_table
 from stallscope_telemetry.clients import Caller, ClientFile, ClientRecord
 from tests.trace.recording import steady, write
 
@@ -80,6 +83,21 @@ def test_a_client_is_joined_with_its_request_and_keeps_its_own_view(tmp_path: Pa
     }
     assert trace.findings == ()
     assert trace.validate() == []
+
+
+def test_the_trace_id_tells_more_than_the_request_id() -> None:
+    columns = {"replica": ["r0", "r1"], "request": ["a", "b"], "trace_id": [f"{1:032x}", f"{2:032x}"]}
+    requests = plain_table("requests", columns, 2)
+    span = ClientSpan("a", f"{2:032x}", "t0", S, 2 * S, "ok", 1, 0, "", "file")
+    (row,) = client_table([span], requests, Findings()).to_pylist()
+    assert (row["replica"], row["request"]) == ("r1", "b")
+
+
+def test_an_id_that_two_replicas_used_joins_with_neither() -> None:
+    columns = {"replica": ["r0", "r1"], "request": ["a", "a"], "trace_id": [None, None]}
+    span = ClientSpan("a", f"{2:032x}", "t0", S, 2 * S, "ok", 1, 0, "", "file")
+    (row,) = client_table([span], plain_table("requests", columns, 2), Findings()).to_pylist()
+    assert (row["replica"], row["request"]) == (None, "a")
 
 
 def test_what_never_reached_an_engine_has_no_replica(tmp_path: Path) -> None:
@@ -156,5 +174,5 @@ def test_clients_survive_parquet(tmp_path: Path) -> None:
 def test_clients_alone_are_one_line_that_says_what_is_missing(tmp_path: Path) -> None:
     traced(tmp_path, record("a"))
     (tmp_path / "engine.otlp.jsonl").unlink()
-    with pytest.raises(UsageError, match="1 clients' requests saw, but nothing of the engine"):
+    with pytest.raises(UsageError, match=r"only what clients saw \(1 llm_client spans\); put the engine's trace"):
         read_trace(tmp_path)

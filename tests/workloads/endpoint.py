@@ -28,6 +28,7 @@ class Endpoint:
     key: str = ""
     keys: dict[str, str] = field(default_factory=dict)  # by tenant
     refused: tuple[str, ...] = ()
+    refuse_every: int = 0  # every so many requests gets a 429
     token_s: float = 0.001
     asked: list[tuple[dict[str, str], Json]] = field(default_factory=list)  # headers and body, the trial's too
     left: int = 0  # clients who went away before their answer ended
@@ -65,7 +66,7 @@ class Endpoint:
             if name in body:
                 return JSONResponse({"error": {"message": f"unknown field {name}"}}, 400)
         behaviour = self.behaviour.get(tenant, "ok")
-        if behaviour == "429":
+        if behaviour == "429" or (self.refuse_every and len(self.asked) % self.refuse_every == 0):
             return JSONResponse({"error": {"message": "too many"}}, 429, {"Retry-After": "0"})
         if behaviour == "500":
             return JSONResponse({"error": {"message": "it broke"}}, 500)

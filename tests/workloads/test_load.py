@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from stallscope import cli
 from stallscope.errors import UsageError
 from stallscope.trace.clients import ClientSpan
 from stallscope.trace.decode import collect
@@ -38,6 +41,7 @@ from stallscope_engine.config import EngineConfig
 from tests.workloads.endpoint import Endpoint, serving
 
 CHAT = Tenant("chat", Every(Literal(0.1)), Lengths(Literal(20), Literal(5)))
+Command = Callable[..., tuple[int, str, str]]
 STORY = Scenario("story", "", 0.5, 0, EngineConfig(), (CHAT,), (), None)
 
 
@@ -184,6 +188,13 @@ def test_progress_ends_at_no_more_than_one() -> None:
     assert 0 <= shares[0] <= shares[-1] <= 1
 
 
+def test_a_driver_that_was_held_up_itself_says_so() -> None:
+    with serving(Endpoint()) as endpoint:
+        summary = load(STORY, Target(endpoint.url), seed=0, progress=lambda _: time.sleep(0.4))
+    assert summary.driver_was_late
+    assert summary.lateness.most >= summary.lateness.p99 > 0.05
+
+
 # --- closed loops -------------------------------------------------------------------------------------------
 
 AGENT = Lengths(Literal(10), Literal(3))
@@ -286,6 +297,74 @@ def test_a_key_is_never_part_of_the_trace_or_the_summary(tmp_path: Path) -> None
 
 
 # --- as a command -------------------------------------------------------------------------------------------
+
+SHORT = """
+name: short
+duration_s: 0.5
+tenants: {chat: {arrivals: {every_s: 0.1}, prompt_tokens: 5, output_tokens: 4}}
+"""
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Runs `stallscope load` on a short scenario, in this process: (exit code, stdout, stderr)."""
+    (tmp_path / "short.yaml").write_text(SHORT, encoding="utf-8")
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stallscope", "load", str(tmp_path / "short.yaml"), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        written = capsys.readouterr()
+        return int(ended.value.code or 0), written.out, written.err
+
+    return call
+
+
+def test_the_summary_has_a_line_for_each_tenant_and_names_the_trace(command: Command, tmp_path: Path) -> None:
+    with serving(Endpoint()) as endpoint:
+        code, out, err = command("--url", endpoint.url, "-o", str(tmp_path / "trace"))
+    assert (code, err) == (0, "")
+    first, heading, chat, late, trace = out.splitlines()
+    assert first.startswith("5 requests to tiny in ")
+    assert heading.split()[:4] == ["tenant", "sent", "ok", "failed"]
+    assert chat.split()[:5] == ["chat", "5", "5", "-", "20"]
+    assert late.startswith("driver late by ")
+    assert trace == f"{tmp_path / 'trace' / FILE_NAME}: the clients' view"
+
+
+def test_failures_are_counted_by_status_and_are_no_error_of_the_command(command: Command) -> None:
+    flaky = Endpoint(refuse_every=2)
+    with serving(flaky) as endpoint:
+        code, out, err = command("--url", endpoint.url)
+    assert code == 0
+    assert re.search(r"chat +5 +\d +rejected \d", out)
+    assert "rejected: too many" in err
+
+
+def test_a_run_without_any_answer_is_exit_code_2(command: Command) -> None:
+    with serving(Endpoint(behaviour={"chat": "500"})) as endpoint:
+        code, out, err = command("--url", endpoint.url)
+    assert code == 2
+    assert "http_500 5" in out
+    assert "none of 5 requests was answered" in err
+
+
+def test_a_late_driver_is_exit_code_4(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def slow(_: str) -> Iterator[Callable[[float], None]]:
+        yield lambda share: time.sleep(0.4)
+
+    monkeypatch.setattr(cli, "_progress", slow)
+    with serving(Endpoint()) as endpoint:
+        code, _, err = command("--url", endpoint.url)
+    assert code == 4
+    assert "the driver could not keep up" in err
+
+
+def test_a_wrong_key_file_is_one_line_and_exit_code_2(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("--url", "http://127.0.0.1:1", "--api-key-file", str(tmp_path / "nowhere"))
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+
 
 LONG = """
 name: long
