@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import httpx
 import orjson
 
 from stallscope.errors import UsageError
 from stallscope.workloads.clients import ABANDONED, DISCONNECTED, ERROR, OK, REJECTED, UNREACHABLE
+from stallscope.workloads.http import Disconnected, HttpClient, Response, Unreachable
 from stallscope.workloads.nodes import Node, read_yaml, suggest
 from stallscope.workloads.prompts import VOCABULARY, token_ids, words
 from stallscope.workloads.traffic import PlannedRequest
@@ -22,8 +24,6 @@ Json = dict[str, object]
 PromptKind = Literal["ids", "text"]
 
 _CHECK_S = 30.0  # for an answer before the run; a model that loads still refuses connections
-_CONNECT_S = 10.0
-_KEEP_ALIVE_S = 2.0  # shorter than any server's, or one that it closes just then would look like a lost answer
 _MOST_LINE_BYTES = 1 << 22
 _MOST_DETAIL = 200  # characters of a server's complaint
 
@@ -94,24 +94,20 @@ def _sound_key(key: str, where: str) -> str:
     return key
 
 
-def http_client() -> httpx.AsyncClient:
-    """A client without a limit on connections: a queue in here would look like one in the server."""
-    return httpx.AsyncClient(
-        timeout=httpx.Timeout(None, connect=_CONNECT_S),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE_S),
-    )
-
-
 class Endpoint:
     """A checked endpoint: its model, and the fields that it takes. ``notes`` say what it does not take."""
 
-    def __init__(self, http: httpx.AsyncClient, target: Target, model: str, dialect: Dialect, seed: int) -> None:
+    def __init__(self, http: HttpClient, target: Target, model: str, dialect: Dialect, seed: int) -> None:
         self.target = target
         self.model = model
         self.dialect = dialect
         self.notes: list[str] = []
         self._http = http
+        self._path = f"{urlsplit(target.base).path}/completions"
         self._seed = seed
+
+    def close(self) -> None:
+        self._http.close()
 
     def body(self, planned: PlannedRequest) -> bytes:
         """The request as JSON. Made ahead of its time: a long prompt takes a millisecond."""
@@ -150,18 +146,17 @@ class Endpoint:
             **({"X-Tenant": planned.tenant} if planned.tenant else {}),
             "traceparent": caller.traceparent,
         }
-        url = f"{self.target.base}/completions"
         try:
-            async with self._http.stream("POST", url, content=body, headers=headers) as response:
-                answer.http_status = response.status_code
-                if response.status_code == httpx.codes.OK:
+            async with self._http.post(self._path, headers, body) as response:
+                answer.http_status = response.status
+                if response.status == httpx.codes.OK:
                     await _read_stream(response, now_ns, answer)
                 else:
                     await _read_refusal(response, answer)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            _end(answer, UNREACHABLE, _reason(error))
-        except httpx.RequestError as error:
-            _end(answer, DISCONNECTED, _reason(error))
+        except Unreachable as error:
+            _end(answer, UNREACHABLE, str(error))
+        except Disconnected as error:
+            _end(answer, DISCONNECTED, str(error))
 
 
 def _end(answer: Answer, status: str, detail: str) -> None:
@@ -170,24 +165,26 @@ def _end(answer: Answer, status: str, detail: str) -> None:
         answer.status, answer.detail = status, detail[:_MOST_DETAIL]
 
 
-async def _read_refusal(response: httpx.Response, answer: Answer) -> None:
-    code = response.status_code
-    status = REJECTED if code == httpx.codes.TOO_MANY_REQUESTS else f"http_{code}"
+async def _read_refusal(response: Response, answer: Answer) -> None:
+    status = REJECTED if response.status == httpx.codes.TOO_MANY_REQUESTS else f"http_{response.status}"
     answer.retry_after_s = _retry_after(response)
-    _end(answer, status, _complaint(await response.aread()))
+    content = b""
+    async for piece in response.pieces():
+        content = (content + piece)[:_MOST_LINE_BYTES]
+    _end(answer, status, _complaint(content))
 
 
-def _retry_after(response: httpx.Response) -> float | None:
+def _retry_after(response: Response) -> float | None:
     """Seconds to wait before trying again, where the server says so (a date counts as nothing said)."""
-    text = response.headers.get("Retry-After", "")
+    text = response.headers.get("retry-after", "")
     return float(text) if text.isascii() and text.isdigit() else None
 
 
-async def _read_stream(response: httpx.Response, now_ns: Callable[[], int], answer: Answer) -> None:
+async def _read_stream(response: Response, now_ns: Callable[[], int], answer: Answer) -> None:
     """Server-sent events to token times: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
     rest = b""
     finished = False
-    async for piece in response.aiter_bytes():
+    async for piece in response.pieces():
         arrived_ns = now_ns()
         *lines, rest = (rest + piece).split(b"\n")
         try:
@@ -240,12 +237,13 @@ def _take_event(event: bytes, arrived_ns: int, answer: Answer) -> bool:
 # --- before the run -----------------------------------------------------------------------------------------
 
 
-async def connect(http: httpx.AsyncClient, target: Target, seed: int, priorities: bool) -> Endpoint:
+async def connect(target: Target, seed: int, priorities: bool) -> Endpoint:
     """Finds out the model and, by a request of one token, what the endpoint takes.
 
     ``priorities``: whether requests will have some. Raises UsageError, in one line, where it can't be driven.
     """
-    model = await _find_model(http, target)
+    model = await _find_model(target)
+    http = HttpClient(target.base)
     tried: list[Dialect] = [Dialect(True, True), Dialect(True, False), Dialect(False, False)]
     refusal = Answer()
     for dialect in tried if priorities else tried[1:]:
@@ -293,10 +291,11 @@ def _hint(refusal: Answer, target: Target) -> str:
     return said
 
 
-async def _find_model(http: httpx.AsyncClient, target: Target) -> str:
+async def _find_model(target: Target) -> str:
     key = target.key or next(iter(target.keys.values()), "")
     try:
-        response = await http.get(f"{target.base}/models", headers=_authorization(key), timeout=_CHECK_S)
+        async with httpx.AsyncClient(timeout=_CHECK_S) as http:
+            response = await http.get(f"{target.base}/models", headers=_authorization(key))
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise UsageError(f"{target.url!r} is no URL: give one like http://127.0.0.1:8000") from error
     except httpx.RequestError as error:

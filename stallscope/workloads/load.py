@@ -24,7 +24,7 @@ from stallscope.workloads.clients import (
     open_file,
 )
 from stallscope.workloads.closed_loop import RETRY_PAUSE_NS, Client, Outcome, clients_of
-from stallscope.workloads.endpoint import Answer, Endpoint, Target, connect, http_client
+from stallscope.workloads.endpoint import Answer, Endpoint, Target, connect
 from stallscope.workloads.scenario import AddedRequests, AddedTraffic, Change, Scenario
 from stallscope.workloads.traffic import PlannedRequest, plan
 from stallscope_engine.engine import WallClock
@@ -95,16 +95,15 @@ async def _load(
     force: bool,
     progress: Callable[[float], None] | None,
 ) -> LoadSummary:
-    async with http_client() as http:
-        endpoint = await connect(http, target, seed, _has_priorities(planned, clients))
-        file = None if out is None else open_file(out, endpoint.model, force)
-        driver = _Driver(endpoint, scenario.duration_s, file)
-        ticker = asyncio.create_task(driver.tick(progress or _nobody_listens))
-        try:
-            interrupted = await driver.run(planned, clients)
-        finally:
-            ticker.cancel()
-            driver.close()
+    endpoint = await connect(target, seed, _has_priorities(planned, clients))
+    file = None if out is None else open_file(out, endpoint.model, force)
+    driver = _Driver(endpoint, scenario.duration_s, file)
+    ticker = asyncio.create_task(driver.tick(progress or _nobody_listens))
+    try:
+        interrupted = await driver.run(planned, clients)
+    finally:
+        ticker.cancel()
+        driver.close()
     return LoadSummary(
         endpoint.model,
         driver.tally.figures(),
@@ -203,7 +202,8 @@ class _Driver:
             await asyncio.sleep(_TICK_S)
 
     def close(self) -> None:
-        """Ends the trace file."""
+        """Ends connections and trace file."""
+        self._endpoint.close()
         self._write(ClientFile.close)
 
     def _start(self, coroutine: Coroutine[None, None, None]) -> None:
