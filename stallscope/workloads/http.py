@@ -1,8 +1,8 @@
 """A streamed POST over HTTP/1.1 with as little work a token as can be: a driver's time must not look like a server's.
 
-httpx took 0.35 ms a token of a core, this takes a quarter of it (15 streams of 50 tokens a second). One connection carries one request at a
-time and is used again, as clients do; there is no limit on them, since a queue in here would look like one in the
-server.
+httpx takes 0.35 ms of a core a token, this a quarter of that (15 requests of 50 tokens a second). A connection carries
+one request at a time and is used again, as clients do; there is no limit on them, since a queue in here would look like
+one in the server.
 """
 
 from __future__ import annotations
