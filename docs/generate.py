@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from stallscope_telemetry.names import ATTRIBUTES, GPU_SPAN, REQUEST_SPAN, SCOPE, STEP_SPAN
+from stallscope_telemetry.names import ATTRIBUTES, CLIENT_SPAN, GPU_SPAN, REQUEST_SPAN, SCOPE, STEP_SPAN
 
 FOLDER = Path(__file__).parent
 HEADINGS = {
@@ -13,6 +13,13 @@ HEADINGS = {
     "step": f"Span `{STEP_SPAN}`: one engine iteration",
     "request": f"Span `{REQUEST_SPAN}`: one request",
     "gpu": f"Span `{GPU_SPAN}`: what a GPU said at one time",
+    "client": f"Span `{CLIENT_SPAN}`: one request as its client saw it, the parent of its `{REQUEST_SPAN}`",
+}
+NOTES = {
+    "client": (
+        f"It carries of `{REQUEST_SPAN}`'s attributes, under the same names: id, tenant, priority, session, "
+        "predecessor, retry_of, usage, max_tokens and token_times (from the sending on); and these:"
+    )
 }
 
 
@@ -27,7 +34,10 @@ def _telemetry_lines() -> Iterator[str]:
     yield "Written by `make docs` from `telemetry/stallscope_telemetry/names.py`; edit that."
     yield f"Spans are of the instrumentation scope `{SCOPE}`."
     for on, heading in HEADINGS.items():
-        yield from ("", f"## {heading}", "", "| attribute | type | unit | meaning |", "| --- | --- | --- | --- |")
+        yield from ("", f"## {heading}", "")
+        if on in NOTES:
+            yield from (NOTES[on], "")
+        yield from ("| attribute | type | unit | meaning |", "| --- | --- | --- | --- |")
         for attribute in ATTRIBUTES:
             if attribute.on == on:
                 yield f"| `{attribute.name}` | {attribute.type} | {attribute.unit} | {attribute.about} |"

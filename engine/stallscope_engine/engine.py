@@ -213,13 +213,13 @@ class Engine:
         before_step: Callable[[], None] | None = None,
         after_step: Callable[[list[Request]], None] | None = None,
     ) -> None:
-        """Serves ``arrivals`` (ordered by ``info.arrival_ns``) open-loop until all are done.
+        """Serves ``arrivals`` (ordered by ``info.arrival_ns``) until all are done; a deque may grow meanwhile.
 
         A request enters the queue before the first step after its arrival, whatever the engine was doing then.
         ``until_ns`` ends the run early and leaves the rest open. ``before_step`` comes before a step's arrivals are
         queued: whatever holds the host up there is a gap between steps. ``after_step`` sees who finished.
         """
-        pending = deque(arrivals)
+        pending = arrivals if isinstance(arrivals, deque) else deque(arrivals)
         while pending or self.has_work:
             if before_step is not None:
                 before_step()
@@ -232,7 +232,7 @@ class Engine:
                 finished = self.step()
                 if after_step is not None:
                     after_step(finished)
-            else:
+            elif pending:
                 self.clock.wait_until(pending[0].info.arrival_ns)
                 self._idle_ns += self.clock.now_ns() - now_ns
 

@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
+from stallscope.trace.clients import ClientSpan
 from stallscope.trace.findings import Findings
 from stallscope.trace.otlp import MALFORMED, Attributes, Resource, Span, SpanGroup, Value, read_attributes
 from stallscope_telemetry import names
@@ -173,9 +174,10 @@ def _sound_column(values: tuple[Value, ...], limit: int, least: int) -> tuple[In
 
 @dataclass(slots=True)
 class Collected:
-    """All spans of ours by replica, and how many others there were."""
+    """All spans of ours, an engine's by replica, and how many others there were."""
 
     replicas: dict[str, ReplicaSpans] = field(default_factory=dict)
+    clients: list[ClientSpan] = field(default_factory=list)
     foreign: int = 0
 
     @property
@@ -202,6 +204,8 @@ def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
                     bad = _add_request(replica, resource, span)
                 elif name == names.GPU_SPAN:
                     bad = _add_sample(replica, span)
+                elif name == names.CLIENT_SPAN:
+                    bad = _add_client(collected.clients, group.source, span)
                 else:
                     collected.foreign += 1
                     continue
@@ -259,6 +263,37 @@ def _add_sample(replica: ReplicaSpans, span: Span) -> int:
     if not isinstance(device, str) or not device or not 0 <= time < LATEST:
         raise ValueError("no identity or time")
     replica.samples.append(GpuSpan(device, time, attributes))
+    return bad
+
+
+def _add_client(clients: list[ClientSpan], source: str, span: Span) -> int:
+    attributes, bad = read_attributes(span["attributes"])
+    start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
+    request_id, status = attributes[names.REQUEST_ID], attributes[names.CLIENT_STATUS]
+    if not (isinstance(request_id, str) and request_id and isinstance(status, str) and status):
+        raise ValueError("no identity or status")
+    if not 0 <= start <= end < LATEST:
+        raise ValueError("no sound times")
+    trace_id, tenant, times = (
+        span.get("traceId", ""),
+        attributes.get(names.TENANT, ""),
+        attributes.get(names.TOKEN_TIMES, ""),
+    )
+    tokens, late = attributes.get(names.USAGE_COMPLETION), attributes.get(names.CLIENT_LATE, 0)
+    clients.append(
+        ClientSpan(
+            request_id,
+            trace_id.lower() if isinstance(trace_id, str) else "",
+            tenant if isinstance(tenant, str) else "",
+            start,
+            end,
+            status,
+            tokens if type(tokens) is int and 0 <= tokens < MOST else None,
+            late if type(late) is int and 0 <= late < MOST else 0,
+            times if isinstance(times, str) else "",
+            source,
+        )
+    )
     return bad
 
 

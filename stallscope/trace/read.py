@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from stallscope.errors import UsageError
 from stallscope.trace import parquet
+from stallscope.trace.clients import client_table
 from stallscope.trace.decode import (
     MOST,
     NOT_MEASURED,
@@ -109,13 +110,18 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
         raise UsageError(
             f"{path}: no OTLP in it; expected JSON lines of the OpenTelemetry file exporter, plain, gzip or zstd"
         )
+    if collected.step_count == 0 and collected.request_count == 0 and collected.clients:
+        raise UsageError(
+            f"{path} holds only what clients saw ({len(collected.clients)} llm_client spans); "
+            "put the engine's trace into the same folder"
+        )
     if collected.step_count == 0:
         spans = "request span" if collected.request_count == 1 else "request spans"
         raise UsageError(
             f"{path} has {collected.request_count} {spans} but no engine.step spans; "
             "record with the bundled engine, or turn on stallscope's telemetry hook in yours"
         )
-    text = "spans that are neither engine.step nor llm_request nor gpu.sample"
+    text = "spans that are neither engine.step nor llm_request, llm_client or gpu.sample"
     findings.add("foreign_spans", str(path), "", text, collected.foreign)
     lives = list(_lives(collected, findings))
     if not any(len(life.steps) for life in lives):
@@ -125,6 +131,7 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
     parts = [_tables_of(life, findings) for life in lives]
     parts += [{"gpu": gpu_table(one.name, one.samples, findings)} for one in _samplers(collected)]
     tables = {name: encode(name, [part[name] for part in parts if name in part]) for name in TABLES}
+    tables["clients"] = encode("clients", [client_table(collected.clients, tables["requests"], findings)])
     for finding in check_times(tables):
         findings.add(finding.kind, finding.where, "", finding.text, finding.count)
     return Trace(tables, str(path), findings.all())

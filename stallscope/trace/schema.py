@@ -130,16 +130,20 @@ EVICTIONS = pa.schema(
     ]
 )
 
+# A request as its client saw it. ``late_ns`` is how late the client itself was, ``longest_gap_ns`` between two tokens.
 CLIENTS = pa.schema(
     [
-        ("replica", NAME),
+        ("replica", NAME),  # null where it reached no engine that was seen
         ("request", NAME),
         ("trace_id", NAME),
         ("tenant", NAME),
         ("sent", INT),
         ("first_token", INT),
         ("end", INT),
-        ("status", NAME),
+        ("status", NAME),  # ok, rejected, http_CODE, timeout, disconnected, unreachable, error, abandoned
+        ("output_tokens", INT),
+        ("longest_gap_ns", INT),
+        ("late_ns", INT),
     ]
 )
 

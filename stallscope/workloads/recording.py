@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
 import stallscope
 from stallscope.errors import UsageError
+from stallscope.workloads.closed_loop import clients_of
 from stallscope.workloads.draws import stream
+from stallscope.workloads.engine_clients import EngineClients
 from stallscope.workloads.faults import Collector, EngineFaults, FaultPlan, plan_faults, slowdown
 from stallscope.workloads.scenario import Scenario
 from stallscope.workloads.traffic import PlannedRequest, plan
@@ -48,11 +52,12 @@ class RecordingSummary:
     start_ns: int
     end_ns: int
     dropped: int  # telemetry records lost to a full queue
+    given_up: int = 0  # by clients who lost patience
 
     @property
     def open(self) -> int:
-        """Requests that had not finished when recording ended."""
-        return self.requests - self.finished
+        """Requests that had not ended when recording ended."""
+        return self.requests - self.finished - self.given_up
 
 
 @dataclass(slots=True)
@@ -121,11 +126,21 @@ def record(
     )
     with emitter, collector:
         engine.recorder = emitter if executor == "torch" else collector.recorder(emitter)
-        start_ns, requests, finished = _run(
-            engine, scenario, seed, inject, faults, collector, prompts=prompts, progress=progress
-        )
+        run = _run(engine, scenario, seed, inject, faults, collector, prompts=prompts, progress=progress)
         end_ns = engine.clock.now_ns()
-    return RecordingSummary(out, requests, finished, engine.steps, start_ns, end_ns, emitter.dropped)
+    return RecordingSummary(
+        out, run.requests, run.finished, engine.steps, run.start_ns, end_ns, emitter.dropped, run.given_up
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """When a run began, and how many requests came, finished, and were given up."""
+
+    start_ns: int
+    requests: int
+    finished: int
+    given_up: int
 
 
 def _no_prompt(_: PlannedRequest) -> Sequence[int]:
@@ -142,31 +157,44 @@ def _run(
     *,
     prompts: Prompts = _no_prompt,
     progress: Callable[[float], None] | None = None,
-) -> tuple[int, int, int]:
-    """Lets the planned traffic arrive; returns the start, how many requests came, and how many finished."""
+) -> _Run:
+    """Lets the planned traffic arrive, and the clients of closed loops live."""
     planned = [(one, prompts(one)) for one in plan(scenario, seed, inject)]
     start_ns = engine.clock.now_ns()
-    arrivals = [_request(handle, one, start_ns, prompt) for handle, (one, prompt) in enumerate(planned, start=1)]
-    held_up = EngineFaults(faults, engine, start_ns)
+    arrivals = deque(_request(handle, one, start_ns, prompt) for handle, (one, prompt) in enumerate(planned, start=1))
+    handles = count(len(arrivals) + 1)
+    clients = EngineClients(
+        engine,
+        clients_of(scenario, seed),
+        arrivals,
+        start_ns,
+        lambda one: _request(next(handles), one, start_ns, prompts(one)),
+    )
+    host = EngineFaults(faults, engine, start_ns)
     if collector is not None:
         collector.begin(start_ns)
     until_ns = start_ns + round((scenario.duration_s + MOST_DRAIN_S) * 1e9)
     finished = 0
     told = 0.0
 
+    def before_step() -> None:
+        host.before_step()
+        clients.give_up()
+
     def after_step(done: list[Request]) -> None:
         nonlocal finished, told
         finished += len(done)
+        clients.take(done)
         if progress is not None:
             share = min((engine.clock.now_ns() - start_ns) / (scenario.duration_s * 1e9), 1.0)
             if share >= told + _PROGRESS_STEP:
                 told = share
                 progress(share)
 
-    engine.run(arrivals, until_ns, before_step=held_up.before_step, after_step=after_step)
+    engine.run(arrivals, until_ns, before_step=before_step, after_step=after_step)
     if progress is not None:
         progress(1.0)
-    return start_ns, len(arrivals), finished
+    return _Run(start_ns, len(planned) + clients.sent, finished, clients.given_up)
 
 
 def _request(handle: int, planned: PlannedRequest, start_ns: int, prompt: Sequence[int]) -> Request:
@@ -175,12 +203,16 @@ def _request(handle: int, planned: PlannedRequest, start_ns: int, prompt: Sequen
         planned.request_id,
         start_ns + planned.offset_ns,
         planned.prompt_tokens,
-        planned.output_tokens,
+        planned.max_tokens or planned.output_tokens,
         planned.tenant,
         "scenario",
         planned.priority,
+        planned.session,
+        planned.predecessor,
+        planned.retry_of,
     )
-    return Request(info, prompt)
+    # Where another limit is asked for, the answer ends by itself at the length that was drawn.
+    return Request(info, prompt, stop_after=planned.output_tokens if planned.max_tokens else 0)
 
 
 def _describe(config: EngineConfig, executor: ExecutorName) -> EngineDescription:
@@ -228,8 +260,9 @@ def _torch_engine(scenario: Scenario, seed: int, inject: bool) -> tuple[Engine, 
     """An engine that computes, warm, and the token ids of each prompt."""
     config = scenario.engine
     executor, prompts = _torch_executor(config, seed)
-    longest = max((one.prompt_tokens for one in plan(scenario, seed, inject)), default=1)
-    _warm_up(config, executor, prompts, longest)
+    lengths = [one.prompt_tokens for one in plan(scenario, seed, inject)]
+    lengths += [client.longest_prompt_tokens for client in clients_of(scenario, seed)]
+    _warm_up(config, executor, prompts, max(lengths, default=1))
     return Engine(config, executor, WallClock()), prompts
 
 
@@ -252,7 +285,7 @@ def _torch_executor(config: EngineConfig, seed: int) -> tuple[Executor, Prompts]
         raise UsageError(str(error)) from error
 
     def prompt(one: PlannedRequest) -> list[int]:
-        drawn = int(stream(seed, "token_ids", one.request_id).integers(2**63))
+        drawn = int(stream(seed, "token_ids", one.prompt_key or one.request_id).integers(2**63))
         return random_prompt(executor.model_config, one.prompt_tokens, drawn)
 
     return executor, prompt

@@ -16,6 +16,7 @@ from stallscope_engine.executors.virtual import MODEL_PROFILES
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 DEFAULT_VARIANT = "cpu"  # the file as it stands
+MOST_CLIENTS = 10_000  # of one tenant; beyond it a number is a slip of the pen
 MOST_CPU_PROMPT_TOKENS = 15_000  # a larger prompt takes a CPU too long to be a story
 VERDICTS = (
     "healthy",
@@ -61,6 +62,23 @@ class Lengths:
     prompt_tokens: Draw
     output_tokens: Draw
     priority: int = 0
+    max_tokens: Draw | None = None  # the limit asked for, where the answer ends before it; None: it is output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedLoop:
+    """Clients who think, ask, wait for the answer, and think again.
+
+    A request that takes longer than ``timeout_s`` is given up; without a timeout clients wait. One that was given up,
+    refused or cut off is sent again, at most ``retries`` times. With ``context_tokens``, a client's next prompt is the
+    last one, its answer, and its own new tokens, until that would be more than so many: then a new conversation begins.
+    """
+
+    clients: int
+    think_s: Draw
+    timeout_s: float | None = None
+    retries: int = 0
+    context_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +86,7 @@ class Tenant:
     """Usual traffic of one tenant over the whole run."""
 
     name: str
-    arrivals: Arrivals
+    arrivals: Arrivals | ClosedLoop
     lengths: Lengths
 
 
@@ -289,7 +307,8 @@ def _expect(node: Node, named: Collection[str]) -> Expect:
     return Expect(verdict, tuple(node.text() for node in culprits), tuple(node.text() for node in mechanism))
 
 
-_LENGTH_KEYS = ("prompt_tokens", "output_tokens", "priority")
+_LENGTH_KEYS = ("prompt_tokens", "output_tokens", "max_tokens", "priority")
+_CLOSED_LOOP_KEYS = ("clients", "think_s", "timeout_s", "retries", "context_tokens")
 _ARRIVAL_KEYS = ("poisson_per_s", "every_s", "trace", "column", "scale")
 _INJECT_KEYS = {
     "requests": ("tenant", "at_s", "count", *_LENGTH_KEYS),
@@ -309,6 +328,12 @@ _FAULTS = {
 _MOST_FACTOR = 1000  # what is slower than that has stopped
 
 
+def _longest_answer(lengths: Lengths) -> Draw:
+    """What a request may need beside its prompt: its limit, where that is more than its answer."""
+    limits = [draw for draw in (lengths.output_tokens, lengths.max_tokens) if draw is not None]
+    return max(limits, key=lambda draw: draw.bounds[1])
+
+
 @dataclass(frozen=True, slots=True)
 class _TrafficReader:
     """Reads tenants and injections, and refuses requests that the engine could never run."""
@@ -320,11 +345,34 @@ class _TrafficReader:
 
     def tenant(self, name: str, node: Node) -> Tenant:
         keys = node.mapping(("arrivals", "closed_loop", *_LENGTH_KEYS))
+        if ("arrivals" in keys) == ("closed_loop" in keys):
+            raise node.error("give either arrivals or closed_loop")
+        lengths = self._lengths(node, keys)
         if "closed_loop" in keys:
-            raise keys["closed_loop"].error("not supported yet; give the tenant arrivals")
-        node.need("arrivals")
-        arrivals = self._arrivals(keys["arrivals"], keys["arrivals"].mapping(_ARRIVAL_KEYS))
-        return Tenant(name, arrivals, self._lengths(node, keys))
+            return Tenant(name, self._closed_loop(keys["closed_loop"], lengths), lengths)
+        return Tenant(name, self._arrivals(keys["arrivals"], keys["arrivals"].mapping(_ARRIVAL_KEYS)), lengths)
+
+    def _closed_loop(self, node: Node, lengths: Lengths) -> ClosedLoop:
+        keys = node.mapping(_CLOSED_LOOP_KEYS)
+        node.need("clients", "think_s")
+        if (clients := keys["clients"].integer(least=1)) > MOST_CLIENTS:
+            raise keys["clients"].error(f"must be at most {MOST_CLIENTS}, not {clients}")
+        return ClosedLoop(
+            clients,
+            self._draw(keys["think_s"], 0),
+            keys["timeout_s"].positive() if "timeout_s" in keys else None,
+            keys["retries"].integer(least=0) if "retries" in keys else 0,
+            self._context(keys["context_tokens"], lengths) if "context_tokens" in keys else None,
+        )
+
+    def _context(self, node: Node, lengths: Lengths) -> int:
+        context = round(node.integer(least=1) * self.scale_tokens)
+        longest = round(lengths.prompt_tokens.bounds[1])
+        if context < longest:
+            raise node.error(f"{context} tokens are less than a prompt of up to {longest}")
+        self._check_cpu(node, context)
+        self._check_fit(node, Literal(context), _longest_answer(lengths))
+        return context
 
     def injection(self, node: Node, tenants: Mapping[str, Tenant]) -> Injection:
         keys = node.mapping([*dict.fromkeys(key for keys in _INJECT_KEYS.values() for key in keys), "frontend"])
@@ -335,6 +383,8 @@ class _TrafficReader:
         if not keys.keys().isdisjoint(_FAULTS):
             return self._fault(kind, node, keys)
         tenant = keys["tenant"].check_name(keys["tenant"].text())
+        if tenant in tenants and isinstance(tenants[tenant].arrivals, ClosedLoop):
+            raise keys["tenant"].error(f"{tenant} is a closed loop, which goes its own way; name another tenant")
         if kind == "requests":
             return self._added_requests(tenant, node, keys)
         from_s, to_s = self._stretch(node, keys)
@@ -395,7 +445,8 @@ class _TrafficReader:
         arrivals = keys.get("arrivals")
         prompt = self._prompt(keys["prompt_tokens"]) if "prompt_tokens" in keys else None
         output = self._draw(keys["output_tokens"], 1) if "output_tokens" in keys else None
-        self._check_fit(node, prompt or tenant.lengths.prompt_tokens, output or tenant.lengths.output_tokens)
+        lengths = replace(tenant.lengths, output_tokens=output) if output else tenant.lengths
+        self._check_fit(node, prompt or lengths.prompt_tokens, _longest_answer(lengths))
         return Change(
             tenant.name,
             from_s,
@@ -430,18 +481,25 @@ class _TrafficReader:
 
     def _lengths(self, node: Node, keys: Mapping[str, Node]) -> Lengths:
         node.need("prompt_tokens", "output_tokens")
-        prompt, output = self._prompt(keys["prompt_tokens"]), self._draw(keys["output_tokens"], 1)
-        self._check_fit(node, prompt, output)
-        return Lengths(prompt, output, keys["priority"].integer() if "priority" in keys else 0)
+        lengths = Lengths(
+            self._prompt(keys["prompt_tokens"]),
+            self._draw(keys["output_tokens"], 1),
+            keys["priority"].integer() if "priority" in keys else 0,
+            self._draw(keys["max_tokens"], 1) if "max_tokens" in keys else None,
+        )
+        self._check_fit(node, lengths.prompt_tokens, _longest_answer(lengths))
+        return lengths
 
     def _prompt(self, node: Node) -> Draw:
         draw = self._draw(node, 1).scaled(self.scale_tokens)
-        most = round(draw.bounds[1])
+        self._check_cpu(node, round(draw.bounds[1]))
+        return draw
+
+    def _check_cpu(self, node: Node, most: int) -> None:
         if most > MOST_CPU_PROMPT_TOKENS and MODEL_PROFILES.get(self.engine.model) == "cpu-tiny":
             raise node.error(
                 f"up to {most} tokens, but {self.engine.model} runs on a CPU: at most {MOST_CPU_PROMPT_TOKENS}"
             )
-        return draw
 
     def _check_fit(self, node: Node, prompt: Draw, output: Draw) -> None:
         """The scheduler's own conditions (``Scheduler.add``), for the longest request that these draws can give."""

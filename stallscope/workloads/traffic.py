@@ -18,6 +18,7 @@ from stallscope.workloads.scenario import (
     AddedTraffic,
     Arrivals,
     Change,
+    ClosedLoop,
     Every,
     Lengths,
     Poisson,
@@ -38,6 +39,10 @@ class PlannedRequest:
 
     ``request_id`` counts a tenant's requests in the order of their arrival, whether injected or usual: it must not
     tell which. So where a tenant has both, the run without injections numbers its requests differently.
+
+    ``max_tokens`` is the limit asked for, where the answer ends before it (0: it is ``output_tokens``).
+    ``session``, ``predecessor``, ``retry_of``, ``timeout_ns`` (0: none) and ``prompt_key`` are of a simulated client's
+    requests (``closed_loop``): those with the same key have prompts that begin alike.
     """
 
     offset_ns: int
@@ -47,6 +52,12 @@ class PlannedRequest:
     request_id: str
     priority: int = 0
     injected: bool = False
+    max_tokens: int = 0
+    session: str = ""
+    predecessor: str = ""
+    retry_of: str = ""
+    timeout_ns: int = 0
+    prompt_key: str = ""
 
 
 @dataclass(slots=True)
@@ -57,18 +68,26 @@ class _Requests:
     times_s: Times
     prompts: Times
     outputs: Times
+    limits: Times  # 0: no other than the output
     priority: int
     injected: NDArray[np.bool_]
 
     def keep(self, mask: NDArray[np.bool_]) -> None:
         self.times_s, self.prompts, self.outputs = self.times_s[mask], self.prompts[mask], self.outputs[mask]
-        self.injected = self.injected[mask]
+        self.limits, self.injected = self.limits[mask], self.injected[mask]
 
 
 def plan(scenario: Scenario, seed: int, inject: bool = True) -> list[PlannedRequest]:
-    """All requests of one run, ordered by arrival; without ``inject``, the usual traffic alone."""
+    """The requests of one run whose time is known before it, ordered by arrival; without ``inject``, the usual ones.
+
+    Those of closed loops come from ``closed_loop.clients_of``.
+    """
     tenants = {tenant.name: tenant for tenant in scenario.tenants}
-    usual = {name: _usual(tenant, scenario.duration_s, seed) for name, tenant in tenants.items()}
+    usual = {
+        name: _usual(tenant, tenant.arrivals, scenario.duration_s, seed)
+        for name, tenant in tenants.items()
+        if not isinstance(tenant.arrivals, ClosedLoop)
+    }
     groups = list(usual.values())
     if inject:
         for key, injection in _keyed(scenario):
@@ -93,9 +112,9 @@ def _keyed(scenario: Scenario) -> list[tuple[Key, Traffic]]:
     return keyed
 
 
-def _usual(tenant: Tenant, duration_s: float, seed: int) -> _Requests:
+def _usual(tenant: Tenant, arrivals: Arrivals, duration_s: float, seed: int) -> _Requests:
     key = ("usual", tenant.name, 0)
-    times = _arrivals(tenant.arrivals, 0, duration_s, seed, key)
+    times = _arrivals(arrivals, 0, duration_s, seed, key)
     return _requests(tenant.name, times, tenant.lengths, seed, key, injected=False)
 
 
@@ -122,6 +141,7 @@ def _change(usual: _Requests, tenant: Tenant, change: Change, seed: int, key: Ke
             change.prompt_tokens or tenant.lengths.prompt_tokens,
             change.output_tokens or tenant.lengths.output_tokens,
             tenant.lengths.priority,
+            tenant.lengths.max_tokens,
         )
         return [_requests(tenant.name, times, lengths, seed, key, injected=True)]
     size = int(inside.sum())
@@ -134,11 +154,13 @@ def _change(usual: _Requests, tenant: Tenant, change: Change, seed: int, key: Ke
 
 
 def _requests(tenant: str, times: Times, lengths: Lengths, seed: int, key: Key, *, injected: bool) -> _Requests:
+    limit = lengths.max_tokens
     return _Requests(
         tenant,
         times,
         lengths.prompt_tokens.sample(stream(seed, *key, "prompt_tokens"), len(times)),
         lengths.output_tokens.sample(stream(seed, *key, "output_tokens"), len(times)),
+        np.zeros(len(times)) if limit is None else limit.sample(stream(seed, *key, "max_tokens"), len(times)),
         lengths.priority,
         np.full(len(times), injected),
     )
@@ -182,21 +204,27 @@ def _ns(seconds: float) -> int:
 
 def _in_order(groups: list[_Requests]) -> list[PlannedRequest]:
     rows = sorted(
-        (_ns(time_s), group.tenant, max(1, round(prompt)), max(1, round(output)), group.priority, bool(injected))
+        (_ns(time_s), group.tenant, tokens(prompt), tokens(output), round(limit), group.priority, bool(injected))
         for group in groups
-        for time_s, prompt, output, injected in zip(
+        for time_s, prompt, output, limit, injected in zip(
             group.times_s.tolist(),
             group.prompts.tolist(),
             group.outputs.tolist(),
+            group.limits.tolist(),
             group.injected.tolist(),
             strict=True,
         )
     )
     numbers: dict[str, int] = {}
     planned = []
-    for offset_ns, tenant, prompt, output, priority, injected in rows:
+    for offset_ns, tenant, prompt, output, limit, priority, injected in rows:
         numbers[tenant] = numbers.get(tenant, 0) + 1
-        planned.append(
-            PlannedRequest(offset_ns, tenant, prompt, output, f"{tenant}-{numbers[tenant]:06d}", priority, injected)
-        )
+        request_id = f"{tenant}-{numbers[tenant]:06d}"
+        max_tokens = max(output, limit) if limit else 0
+        planned.append(PlannedRequest(offset_ns, tenant, prompt, output, request_id, priority, injected, max_tokens))
     return planned
+
+
+def tokens(drawn: float) -> int:
+    """A drawn length as a number of tokens."""
+    return max(1, round(drawn))

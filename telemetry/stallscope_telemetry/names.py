@@ -13,9 +13,10 @@ SCOPE = "stallscope"
 STEP_SPAN = "engine.step"
 REQUEST_SPAN = "llm_request"
 GPU_SPAN = "gpu.sample"
+CLIENT_SPAN = "llm_client"
 
 Type = Literal["int", "str", "bool", "float", "int[]", "str[]"]
-On = Literal["resource", "step", "request", "gpu"]
+On = Literal["resource", "step", "request", "client", "gpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,21 @@ TOKEN_TIMES = _declare(
     "ns",
     "comma-separated: arrival to the first token, then each gap to the next",
 )
+
+# Client span: from the sending to the last token received, the parent of the server's request span. What both know has
+# one name: of the above it carries id, tenant, priority, session, predecessor, retry_of, usage, max_tokens and
+# token_times, the last from the sending on.
+CLIENT_STATUS = _declare(
+    "client",
+    "stallscope.client.status",
+    "str",
+    "",
+    "ok, rejected (429), http_CODE, timeout, disconnected, unreachable, error (sent in the stream) or abandoned",
+)
+CLIENT_LATE = _declare(
+    "client", "stallscope.client.late", "int", "ns", "how late the driver itself sent it; absent when 0"
+)
+HTTP_STATUS = _declare("client", "http.response.status_code", "int", "", "status of the answer; absent without one")
 
 # GPU sample: a span without length at the time of the sample. A value that can't be read is left out.
 GPU_DEVICE = _declare("gpu", "stallscope.gpu.device", "str", "", "UUID of the GPU or MIG instance")

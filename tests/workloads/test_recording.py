@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from stallscope.errors import UsageError
-from stallscope.workloads.draws import Literal
+from stallscope.workloads.draws import Literal, Uniform
 from stallscope.workloads.recording import VIRTUAL_START_NS, Simulation, record, simulate
 from stallscope.workloads.scenario import (
     AddedRequests,
+    ClosedLoop,
     Every,
     Expect,
     Lengths,
@@ -24,7 +26,7 @@ from stallscope.workloads.scenario import (
 )
 from stallscope.workloads.traffic import plan
 from stallscope_engine.config import EngineConfig
-from stallscope_telemetry.records import WaitReason
+from stallscope_telemetry.records import FinishReason, RequestRecord, WaitReason
 
 SHORT = Tenant("chat", Every(Literal(0.1)), Lengths(Literal(50), Literal(10)))
 STORY = Scenario("story", "", 5.0, 0, EngineConfig(kv_blocks=256), (SHORT,), (), None)
@@ -84,6 +86,69 @@ def test_a_simulation_finishes_what_was_planned_at_the_planned_times() -> None:
         wanted = planned[one.info.request_id]
         assert one.info.arrival_ns == VIRTUAL_START_NS + wanted.offset_ns
         assert (one.info.prompt_tokens, len(one.token_times_ns)) == (wanted.prompt_tokens, wanted.output_tokens)
+
+
+# --- closed loops -------------------------------------------------------------------------------------------
+
+IMPATIENT = Tenant("agents", ClosedLoop(3, Literal(0.2), timeout_s=0.3, retries=2), Lengths(Literal(100), Literal(20)))
+BIG = AddedRequests("big", (Literal(2),), Literal(1), Lengths(Literal(14000), Literal(5)))
+ROOMY = EngineConfig(max_num_batched_tokens=16384)
+
+
+def test_a_client_never_has_two_requests_at_once_and_thinks_between_them() -> None:
+    run = simulate(replace(STORY, tenants=(IMPATIENT,)), 0)
+    sessions: dict[str, list[RequestRecord]] = {}
+    for one in sorted(run.requests, key=lambda one: one.info.arrival_ns):
+        sessions.setdefault(one.info.session, []).append(one)
+    assert len(sessions) == 3
+    for requests in sessions.values():
+        assert len(requests) > 10
+        for before, after in pairwise(requests):
+            assert after.info.arrival_ns == before.end_ns + S // 5
+            assert after.info.predecessor == before.info.request_id
+
+
+def test_clients_give_up_during_a_stall_and_their_retries_arrive_meanwhile(tmp_path: Path) -> None:
+    stalled = replace(STORY, tenants=(IMPATIENT,), inject=(BIG,), engine=ROOMY)
+    run, usual = simulate(stalled, 0), simulate(stalled, 0, inject=False)
+    given_up = [one for one in run.requests if one.finish_reason is FinishReason.TIMEOUT]
+    retries = [one for one in run.requests if one.info.retry_of]
+    ids = {one.info.request_id for one in run.requests}
+    assert given_up
+    assert retries
+    assert {one.info.retry_of for one in retries} <= ids
+    assert not [one for one in usual.requests if one.finish_reason is FinishReason.TIMEOUT or one.info.retry_of]
+    (stall,) = (step for step in run.steps if step.ready_ns - step.dispatched_ns > S // 2)
+    assert any(stall.dispatched_ns < one.info.arrival_ns < stall.ready_ns for one in retries)
+    summary = record(stalled, tmp_path / "story.otlp.jsonl", seed=0, executor="virtual")
+    assert (summary.requests, summary.given_up) == (len(run.requests), len(given_up))
+    assert summary.open == 0
+
+
+def test_the_run_without_the_injection_has_the_same_turns() -> None:
+    drawn = replace(IMPATIENT, lengths=Lengths(Uniform(50, 150), Uniform(10, 30)))
+    stalled = replace(STORY, tenants=(drawn,), inject=(BIG,), engine=ROOMY)
+    runs = [simulate(stalled, 0), simulate(stalled, 0, inject=False)]
+    harmed, usual = ({one.info.request_id: one.info.prompt_tokens for one in run.requests} for run in runs)
+    shared = harmed.keys() & usual.keys()
+    assert len(shared) > 20
+    assert {name: harmed[name] for name in shared} == {name: usual[name] for name in shared}
+
+
+def test_the_last_client_to_give_up_ends_the_run() -> None:
+    hopeless = Tenant("agents", ClosedLoop(1, Literal(0), timeout_s=0.5), Lengths(Literal(100), Literal(60_000)))
+    run = simulate(replace(STORY, tenants=(hopeless,), engine=EngineConfig(kv_blocks=8192)), 0)
+    assert {one.finish_reason for one in run.requests} == {FinishReason.TIMEOUT}
+    assert len(run.requests) == 10
+    assert run.steps[-1].ready_ns - VIRTUAL_START_NS < 6 * S
+
+
+def test_clients_live_on_the_torch_executor_too(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    loop = ClosedLoop(2, Literal(0.1), context_tokens=60)
+    story = replace(STORY, duration_s=1.0, tenants=(Tenant("agents", loop, Lengths(Literal(12), Literal(3))),))
+    summary = record(story, tmp_path / "story.otlp.jsonl", seed=0, executor="torch")
+    assert summary.requests == summary.finished > 2
 
 
 # --- files --------------------------------------------------------------------------------------------------

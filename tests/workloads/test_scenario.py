@@ -13,6 +13,7 @@ from stallscope.workloads.scenario import (
     AddedRequests,
     AddedTraffic,
     Change,
+    ClosedLoop,
     EnginePause,
     Every,
     Poisson,
@@ -183,9 +184,45 @@ expect: {{verdict: engine_stall}}
     )
 
 
-def test_closed_loops_are_refused_for_now(tmp_path: Path) -> None:
-    said = complaint(tmp_path, BASE.replace("arrivals: {poisson_per_s: 4}", "closed_loop: {clients: 4}"))
-    assert said == "tenants.chat.closed_loop: not supported yet; give the tenant arrivals"
+LOOP = BASE.replace(
+    "arrivals: {poisson_per_s: 4}",
+    "closed_loop: {clients: 4, think_s: {uniform: [1, 2]}, timeout_s: 20, retries: 2, context_tokens: 4000}",
+)
+
+
+def test_a_closed_loop_is_clients_who_think_wait_and_try_again(tmp_path: Path) -> None:
+    (chat,) = load_scenario(write(tmp_path, LOOP)).tenants
+    assert chat.arrivals == ClosedLoop(4, Uniform(1, 2), timeout_s=20, retries=2, context_tokens=4000)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("clients: 4", "clients: 0", "tenants.chat.closed_loop.clients: must be at least 1, not 0"),
+        ("clients: 4", "clients: 20000", "closed_loop.clients: must be at most 10000, not 20000"),
+        ("clients: 4, ", "", "tenants.chat.closed_loop: clients is missing"),
+        ("think_s", "thinks_s", "closed_loop.thinks_s: unknown key; did you mean think_s?"),
+        ("timeout_s: 20", "timeout_s: 0", "closed_loop.timeout_s: must be above 0, not 0"),
+        ("retries: 2", "retries: -1", "closed_loop.retries: must be at least 0, not -1"),
+        ("context_tokens: 4000", "context_tokens: 100", "100 tokens are less than a prompt of up to 200"),
+        ("context_tokens: 4000", "context_tokens: 16000", "runs on a CPU: at most 15000"),
+        ("closed_loop:", "arrivals: {every_s: 1}, closed_loop:", "tenants.chat: give either arrivals or closed_loop"),
+        ("name: story", "engine: {kv_blocks: 100}\nname: story", "up to 4030 tokens do not fit the KV cache of 1600"),
+        (
+            "name: story",
+            "inject: [{tenant: chat, at_s: 3, prompt_tokens: 5, output_tokens: 5}]\nname: story",
+            "inject[0].tenant: chat is a closed loop, which goes its own way; name another tenant",
+        ),
+    ],
+)
+def test_a_closed_loop_that_cannot_be_is_named_with_its_key(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in LOOP
+    assert said in complaint(tmp_path, LOOP.replace(old, new))
+
+
+def test_a_limit_on_tokens_counts_for_what_must_fit(tmp_path: Path) -> None:
+    limited = BASE.replace("output_tokens: 30", "output_tokens: 30, max_tokens: 70000")
+    assert "up to 70200 tokens do not fit the KV cache" in complaint(tmp_path, limited)
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,12 @@ def test_a_rate_that_must_be_a_slip_is_refused() -> None:
     flood = Tenant("flood", Poisson(Literal(1_000_000)), SHORT)
     with pytest.raises(UsageError, match="about 60000000 requests of one tenant are too many"):
         plan(story(flood), 0)
+
+
+def test_a_limit_on_tokens_is_drawn_apart_and_never_below_the_answer() -> None:
+    plain = Tenant("chat", Poisson(Literal(2)), Lengths(Literal(50), Uniform(20, 60)))
+    limited = replace(plain, lengths=replace(plain.lengths, max_tokens=Uniform(40, 80)))
+    with_limit = plan(story(limited), 0)
+    assert [replace(one, max_tokens=0) for one in with_limit] == plan(story(plain), 0)
+    assert all(one.output_tokens <= one.max_tokens <= 80 for one in with_limit)
+    assert len({one.max_tokens for one in with_limit}) > 10

@@ -130,11 +130,6 @@ class TorchCudaExecutor:
                     stopped.append(request)
         return StepResult(stopped, device_ns)
 
-    def execute(self, batch: Batch) -> StepResult:
-        """Computes the batch's tokens, and appends one to each request that samples."""
-        self.dispatch(batch)
-        return self.collect(batch)
-
     # --- a step ---------------------------------------------------------------------------------------------
 
     def _run(self, parts: list[_Part], flight: _Flight) -> None:
