@@ -108,6 +108,10 @@ class Engine:
         if self.recorder is not None:
             self.recorder.request(_request_record(request, now_ns))
 
+    def note_idle(self, idle_ns: int) -> None:
+        """Says that for this part of the time before the next step there was no request at all."""
+        self._idle_ns += idle_ns
+
     def step(self) -> list[Request]:
         """Schedules, executes and completes one batch; returns the requests that finished with it."""
         if not self.scheduler.has_work:
@@ -203,7 +207,7 @@ class Engine:
                     after_step(finished)
             else:
                 self.clock.wait_until(pending[0].info.arrival_ns)
-                self._idle_ns += self.clock.now_ns() - now_ns
+                self.note_idle(self.clock.now_ns() - now_ns)
 
 
 def _request_record(request: Request, delivered_ns: int) -> RequestRecord:
