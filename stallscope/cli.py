@@ -149,6 +149,52 @@ def explain(
     print_waterfall(waterfall(_read(trace), request), _console())
 
 
+@app.command(epilog="Example: stallscope serve --model tiny-llama -o served.otlp.jsonl.zst")
+def serve(
+    model: Annotated[str, typer.Option(help="A model's name, or a Hugging Face folder.")] = "tiny-llama",
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine only with keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="YAML or JSON, KEY: {tenant: NAME}; read again at SIGHUP.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most requests in a batch.")] = 32,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a batch.")] = 2048,
+    kv_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the KV cache, 16 tokens each.")] = 4096,
+    chunked_prefill: Annotated[bool, typer.Option(help="Cut long prompts into several steps.")] = True,
+    max_queue: Annotated[int, typer.Option(min=0, help="Most requests that wait; others are told to come back.")] = 256,
+    drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds to finish requests after SIGTERM.")] = 30.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Trace to write: NAME.otlp.jsonl, .gz or .zst.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the trace if it exists.")] = False,
+) -> None:
+    """Serve a model behind an OpenAI-compatible API, instrumented.
+
+    Telemetry goes to the trace, and to an OTLP endpoint where OTEL_EXPORTER_OTLP_ENDPOINT names one.
+    """
+    from stallscope.serving import serve as run
+    from stallscope_engine.config import EngineConfig
+
+    config = EngineConfig(
+        model=model,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        chunked_prefill=chunked_prefill,
+        kv_blocks=kv_blocks,
+    )
+    run(
+        config,
+        host=host,
+        port=port,
+        api_keys=api_keys,
+        max_queue=max_queue,
+        drain_timeout_s=drain_timeout,
+        out=out,
+        force=force,
+        say=typer.echo,
+    )
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and an exit code, never a traceback."""
     try:

@@ -124,7 +124,7 @@ def record(
     except (OSError, ValueError) as error:
         raise UsageError(f"{out} can't be written: {error}") from error
     emitter = Emitter(
-        resource_attributes(_describe(scenario.engine, executor)),
+        resource_attributes(describe(scenario.engine, executor)),
         [file, *exporters_from_environment()],
         random.Random(f"{scenario.name}/{seed}/{inject}") if executor == "virtual" else random.Random(),
         background=executor == "torch",
@@ -187,7 +187,8 @@ def _request(handle: int, planned: PlannedRequest, start_ns: int, prompt: Sequen
     return Request(info, prompt)
 
 
-def _describe(config: EngineConfig, executor: ExecutorName) -> EngineDescription:
+def describe(config: EngineConfig, executor: ExecutorName) -> EngineDescription:
+    """The replica as its spans' Resource names it."""
     return EngineDescription(
         replica=REPLICA,
         model=config.model,

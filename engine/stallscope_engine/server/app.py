@@ -169,7 +169,7 @@ class Server:
         if queued < self._settings.max_queue:
             return
         rate = self.engine.drain_rate()
-        retry_s = min(MOST_RETRY_S, max(1, math.ceil(queued / rate))) if rate else 1
+        retry_s = min(MOST_RETRY_S, math.ceil((queued + 1) / rate)) if rate else 1
         raise ApiError(
             429,
             f"{queued:,} requests wait already; try again in {retry_s} s",
@@ -259,6 +259,7 @@ class _Running:
         message: Message = {"type": ""}
         while message["type"] != "http.disconnect":
             message = await receive()
+        self._stream.fail(ApiError(499, "the client went away"))
         self._engine.abort(self._stream, FinishReason.ABORT)
 
     async def _send_events(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:

@@ -28,7 +28,6 @@ RATE_WINDOW_NS = 30_000_000_000  # of finished requests: how fast the queue has 
 STOP_S = 30.0  # how long a last step may take
 
 
-
 class Stream:
     """One request's way back: what the engine has made and its client has not taken. Lives on the event loop.
 
@@ -136,9 +135,9 @@ class AsyncEngine:
 
     @property
     def queue_length(self) -> int:
-        """Requests beyond those that run or could run at once."""
+        """Requests beyond those that run or could run at once; negative by as many as could."""
         could_run = self.running if self.waiting else self.config.max_num_seqs
-        return max(0, sum(not stream.has_ended for stream in self._streams) - could_run)
+        return sum(not stream.has_ended for stream in self._streams) - could_run
 
     def drain_rate(self) -> float:
         """Requests that finished per second of late; 0 if none did."""

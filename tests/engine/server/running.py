@@ -109,9 +109,11 @@ class Running:
         return float(next(line for line in lines if line.startswith(sample)).rpartition(" ")[2])
 
     def still_works(self) -> None:
-        """All blocks come back, and a request is answered."""
-        eventually(lambda: self.engine.scheduler.blocks.used_blocks == 0)
+        """All blocks come back, and a request is answered and recorded."""
+        eventually(lambda: self.engine.scheduler.blocks.used_blocks == 0 and not self.server.engine.open_requests)
+        before = len(self.recorded.requests)
         assert self.complete()["usage"]["completion_tokens"] == 4
+        eventually(lambda: len(self.recorded.requests) > before)
 
 
 def eventually(holds: Callable[[], bool]) -> None:

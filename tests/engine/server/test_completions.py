@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra: engine)")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra: engine)")
 
-from stallscope_engine.server.tokens import ByteTokenizer  # noqa: E402
-from stallscope_telemetry.records import FinishReason  # noqa: E402
-from tests.engine.server.running import TINY, Running, eventually, running  # noqa: E402
+from stallscope_engine.server.tokens import ByteTokenizer
+from stallscope_telemetry.records import FinishReason
+from tests.engine.server.running import TINY, Running, eventually, running
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -111,10 +111,15 @@ def test_a_stop_string_ends_the_answer_before_it(live: Running, stream: bool) ->
 
 
 def test_an_end_of_text_ends_the_answer_unless_it_is_ignored(live: Running) -> None:
-    seeds = range(200)
-    asked = {"prompt": [7], "max_tokens": 30, "temperature": 2, "ignore_eos": False}
-    reasons = {live.complete(**asked, seed=seed)["choices"][0]["finish_reason"] for seed in seeds}
-    assert reasons == {"stop", "length"}
+    (end,) = TINY.eos_token_ids
+    asked = {"prompt": [7], "max_tokens": 300, "temperature": 2, "return_token_ids": True}
+    for seed in range(20):
+        ids = live.complete(**asked, seed=seed)["choices"][0]["token_ids"]
+        if end in ids:
+            break
+    (choice,) = live.complete(**asked, seed=seed, ignore_eos=False)["choices"]
+    assert choice["token_ids"] == ids[: ids.index(end) + 1]
+    assert choice["finish_reason"] == "stop"
 
 
 def test_the_model_is_listed(live: Running) -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 pytest.importorskip("torch", reason="torch is not installed (extra: engine)")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra: engine)")
 
-from stallscope_engine.config import EngineConfig  # noqa: E402
-from stallscope_engine.server.app import Settings  # noqa: E402
-from tests.engine.server.running import Running, running  # noqa: E402
+from stallscope_engine.config import EngineConfig
+from stallscope_engine.server.app import Settings
+from tests.engine.server.running import Running, running
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 JSON = {"Content-Type": "application/json"}

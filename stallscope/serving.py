@@ -1,0 +1,158 @@
+"""``stallscope serve``: the bundled engine behind its HTTP server, with telemetry to a file and an OTLP endpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from stallscope.errors import UsageError
+from stallscope.workloads.recording import describe
+from stallscope_engine.config import EngineConfig
+from stallscope_engine.engine import Engine, WallClock
+from stallscope_engine.models.configs import random_prompt
+from stallscope_engine.request import Request
+from stallscope_telemetry.emitter import Emitter, exporters_from_environment
+from stallscope_telemetry.files import OtlpFileExporter
+from stallscope_telemetry.records import RequestInfo
+from stallscope_telemetry.spans import resource_attributes
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+    from stallscope_engine.executors.torch_cpu import TorchExecutor
+    from stallscope_engine.server.tenants import ApiKeys
+
+log = logging.getLogger(__name__)
+
+_WARM_UP_TOKENS = ((100, 8), (30, 4), (200, 4), (100, 6))  # prompt, output
+
+
+def serve(
+    config: EngineConfig,
+    *,
+    host: str,
+    port: int,
+    api_keys: Path | None,
+    max_queue: int,
+    drain_timeout_s: float,
+    out: Path | None,
+    force: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Serves ``config.model`` until a signal ends it; ``say`` hears where, once it can be used.
+
+    Raises UsageError for a model, host, file of keys or trace that can't be had.
+    """
+    try:
+        from stallscope_engine.server.app import Server, Settings
+        from stallscope_engine.server.asked import limits_of
+        from stallscope_engine.server.async_engine import AsyncEngine
+        from stallscope_engine.server.serve import listen
+        from stallscope_engine.server.serve import serve as run
+        from stallscope_engine.server.tokens import ByteTokenizer
+    except ModuleNotFoundError as error:
+        raise UsageError(f"the server needs {error.name}: pip install 'stallscope[engine]'") from error
+    keys = _read_keys(api_keys) if api_keys is not None else None
+    try:
+        listener = listen(host, port, has_keys=keys is not None)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with ExitStack() as until_end:
+        until_end.enter_context(listener)
+        executor = _torch_executor(config)
+        exporters = _exporters(out, force)
+        engine = Engine(config, executor, WallClock())
+        _warm_up(config, executor)
+        if exporters:
+            emitter = Emitter(resource_attributes(describe(config, "torch")), exporters, random.Random())
+            engine.recorder = until_end.enter_context(emitter)
+        shape = executor.model_config
+        server = Server(
+            AsyncEngine(engine, config.model),
+            ByteTokenizer(shape.vocab_size),
+            limits_of(config.model, config, shape.vocab_size, shape.max_position_embeddings),
+            Settings(max_queue=max_queue),
+            keys,
+        )
+
+        def reload() -> None:
+            if api_keys is not None:
+                try:
+                    server.keys = _read_keys(api_keys)
+                except UsageError as error:
+                    log.warning("%s; the keys stay as they were", error)
+
+        address = f"[{host}]" if ":" in host else host
+        url = f"http://{address}:{listener.getsockname()[1]}"
+        run(server, listener, drain_timeout_s, lambda: say(_how_to_try(url, config.model, keys is not None)), reload)
+
+
+def _how_to_try(url: str, model: str, has_keys: bool) -> str:
+    body = json.dumps({"prompt": "Hello", "max_tokens": 16, "stream": True})
+    key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
+    return (
+        f"serving {model} at {url}; Ctrl-C ends it\n"
+        f"try: curl -N {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    )
+
+
+def _read_keys(path: Path) -> ApiKeys:
+    from stallscope_engine.server.tenants import ApiKeys
+
+    try:
+        return ApiKeys.from_entries(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}") from error
+    except yaml.YAMLError:  # its message would show a line with a key
+        raise UsageError(f"{path} is neither YAML nor JSON; write one KEY: {{tenant: NAME}} a line") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _exporters(out: Path | None, force: bool) -> list[SpanExporter]:
+    exporters = exporters_from_environment()
+    if out is None:
+        return exporters
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists: choose another name, or overwrite it with --force")
+    try:
+        out.unlink(missing_ok=True)
+        return [OtlpFileExporter(out), *exporters]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{out} can't be written: {error}") from error
+
+
+def _torch_executor(config: EngineConfig) -> TorchExecutor:
+    try:
+        import torch
+
+        from stallscope_engine.executors.torch_cpu import TorchExecutor
+    except ModuleNotFoundError as error:
+        raise UsageError(f"the server needs {error.name}: pip install 'stallscope[engine]'") from error
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the other half is for HTTP and telemetry
+    try:
+        return TorchExecutor(config, config.model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _warm_up(config: EngineConfig, executor: TorchExecutor) -> None:
+    """Runs requests nobody records, so that first allocations and compilations are no client's wait."""
+    engine = Engine(config, executor, WallClock())
+    most = config.kv_blocks * config.block_size
+    if not config.chunked_prefill:
+        most = min(most, config.max_num_batched_tokens)
+    for handle, (prompt_tokens, output_tokens) in enumerate(_WARM_UP_TOKENS, start=1):
+        if prompt_tokens + output_tokens <= most:
+            info = RequestInfo(handle, f"warm-up-{handle}", 0, prompt_tokens, output_tokens)
+            engine.submit(Request(info, random_prompt(executor.model_config, prompt_tokens, handle)))
+    while engine.scheduler.has_work:
+        engine.step()
