@@ -116,7 +116,7 @@ class ServerProcess(uvicorn.Server):
 
     async def _drain(self) -> None:
         engine = self._server.engine
-        log.warning("shutting down: %d requests finish within %g s", engine.open_requests, self._drain_timeout_s)
+        log.warning("shutting down within %g s; still to finish: %d", self._drain_timeout_s, engine.open_requests)
         deadline = asyncio.get_running_loop().time() + self._drain_timeout_s
         while engine.open_requests and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_POLL_S)
