@@ -2,12 +2,12 @@
 
     python benchmarks/server_cpu.py --vllm-python VENV/bin/python
 
-Both servers run from start to end and one is loaded at a time: 32 clients stream completions of token ids, each sending
-its next request when its last is done. Clients live in a process of their own that hardly looks at what it receives.
-Model, prompts and lengths are those of ``engine_cpu.py``: tiny-llama with random weights, at most 32 sequences and 2,048
-tokens a step, no prefix cache. Each server runs in its fastest data type: vLLM's is found by a trial, ours chooses its
-own. Passes take turns, each with new prompts, the same for both; the first is not counted. The result is the median, and
-the median of the ratios within a pass.
+Both servers run from start to end and one is loaded at a time: 32 clients stream completions of token ids, each
+sending its next request when its last is done. Clients live in a process of their own that hardly looks at what it
+receives. Model, prompts and lengths are those of ``engine_cpu.py``: tiny-llama with random weights, at most 32 sequences
+and 2,048 tokens a step, no prefix cache. Each server runs in its fastest data type: vLLM's is found by a trial, ours
+chooses its own. Passes take turns, each with new prompts, the same for both; the first is not counted. The result is
+the median, and the median of the ratios within a pass.
 """
 
 from __future__ import annotations
