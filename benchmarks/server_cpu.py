@@ -4,10 +4,10 @@
 
 Both servers run from start to end and one is loaded at a time: 32 clients stream completions of token ids, each
 sending its next request when its last is done. Clients live in a process of their own that hardly looks at what it
-receives. Model, prompts and lengths are those of ``engine_cpu.py``: tiny-llama with random weights, at most 32 sequences
-and 2,048 tokens a step, no prefix cache. Each server runs in its fastest data type: vLLM's is found by a trial, ours
-chooses its own. Passes take turns, each with new prompts, the same for both; the first is not counted. The result is
-the median, and the median of the ratios within a pass.
+receives. Model, prompts and lengths are those of ``engine_cpu.py``: tiny-llama with random weights, at most 32
+sequences and 2,048 tokens a step, no prefix cache. Each server runs in its fastest data type: vLLM's is found by a
+trial, ours chooses its own. Passes take turns, each with new prompts, the same for both; the first is not counted. The
+result is the median, and the median of the ratios within a pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TypedDict
@@ -221,19 +221,22 @@ class Clients:
         self._process.wait(30)
 
 
-def fastest_vllm(python: str, folder: str, threads: int | None, clients: Clients, vocab: int) -> ServerUnderTest | None:
-    """vLLM's server in its fastest data type; None, and a line that says why, if it does not start."""
-    fastest, most = None, 0.0
-    for dtype in DTYPES:
+def fastest_vllm(
+    python: str, folder: str, dtypes: Sequence[str], threads: int | None, clients: Clients, vocab: int
+) -> ServerUnderTest | None:
+    """vLLM's server in the fastest of ``dtypes``; None, and a line that says why, if it does not start."""
+    fastest, most = None, -1.0
+    for dtype in dtypes:
         server = vllm(python, folder, dtype, threads)
         if not server.is_ready():
             last = server.log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
             print(f"{server.name}: skipped, it does not start: {last[0]}")
             server.stop()
             continue
-        for trial in range(TRIALS):
+        rate = 0.0
+        for trial in range(TRIALS if len(dtypes) > 1 else 0):
             rate = clients.load(server, draw_work(-1 - trial, vocab, REQUESTS // 4))["tokens_per_s"]
-        print(f"trial: {server.name} {rate:,.0f}", flush=True)
+            print(f"trial: {server.name} {rate:,.0f}", flush=True)
         slower = fastest if rate > most else server
         if rate > most:
             fastest, most = server, rate
@@ -260,6 +263,7 @@ def report(seen: dict[ServerUnderTest, list[Pass]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", default=os.environ.get("STALLSCOPE_VLLM_PYTHON"), metavar="PATH")
+    parser.add_argument("--vllm-dtype", choices=DTYPES, help="without it, the faster one in a trial")
     parser.add_argument("--vllm-threads", type=int, help="without it, what vLLM takes by itself")
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -276,9 +280,10 @@ def main() -> None:
             if not servers[0].is_ready():
                 raise SystemExit(f"stallscope does not start:\n{servers[0].log.read_text()[-2000:]}")
             python = arguments.vllm_python
+            dtypes = [arguments.vllm_dtype] if arguments.vllm_dtype else DTYPES
             if python is None or not Path(python).exists():
                 print("vllm: skipped, name its interpreter with --vllm-python or STALLSCOPE_VLLM_PYTHON")
-            elif (peer := fastest_vllm(python, folder, arguments.vllm_threads, clients, vocab)) is not None:
+            elif (peer := fastest_vllm(python, folder, dtypes, arguments.vllm_threads, clients, vocab)) is not None:
                 servers.append(peer)
             seen: dict[ServerUnderTest, list[Pass]] = {server: [] for server in servers}
             for number in range(arguments.passes + 1):

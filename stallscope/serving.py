@@ -41,6 +41,7 @@ def serve(
     host: str,
     port: int,
     api_keys: Path | None,
+    threads: int | None,
     max_queue: int,
     drain_timeout_s: float,
     out: Path | None,
@@ -67,7 +68,7 @@ def serve(
         raise UsageError(str(error)) from error
     with ExitStack() as until_end:
         until_end.enter_context(listener)
-        executor = _torch_executor(config)
+        executor = _torch_executor(config, threads)
         exporters = _exporters(out, force)
         engine = Engine(config, executor, WallClock())
         _warm_up(config, executor)
@@ -130,14 +131,15 @@ def _exporters(out: Path | None, force: bool) -> list[SpanExporter]:
         raise UsageError(f"{out} can't be written: {error}") from error
 
 
-def _torch_executor(config: EngineConfig) -> TorchExecutor:
+def _torch_executor(config: EngineConfig, threads: int | None) -> TorchExecutor:
     try:
         import torch
 
         from stallscope_engine.executors.torch_cpu import TorchExecutor
     except ModuleNotFoundError as error:
         raise UsageError(f"the server needs {error.name}: pip install 'stallscope[engine]'") from error
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # the other half is for HTTP and telemetry
+    # All cores, unlike in a recording: HTTP and telemetry take a twentieth of the processor time.
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     try:
         return TorchExecutor(config, config.model)
     except ValueError as error:
