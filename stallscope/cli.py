@@ -161,9 +161,7 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in a batch.")] = 2048,
     kv_blocks: Annotated[int, typer.Option(min=1, help="Blocks of the KV cache, 16 tokens each.")] = 4096,
     chunked_prefill: Annotated[bool, typer.Option(help="Cut long prompts into several steps.")] = True,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Of the model's computation; all cores by default.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute; all cores by default.")] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Most requests that wait; others are told to come back.")] = 256,
     drain_timeout: Annotated[float, typer.Option(min=0, help="Seconds to finish requests after SIGTERM.")] = 30.0,
     out: Annotated[

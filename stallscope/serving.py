@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_BODY_BYTES_A_TOKEN = 64  # of the longest context: text or ids of a prompt that fits take less
 _WARM_UP_TOKENS = ((100, 8), (30, 4), (200, 4), (100, 6))  # prompt, output
 
 
@@ -76,13 +77,10 @@ def serve(
             emitter = Emitter(resource_attributes(describe(config, "torch")), exporters, random.Random())
             engine.recorder = until_end.enter_context(emitter)
         shape = executor.model_config
-        server = Server(
-            AsyncEngine(engine, config.model),
-            ByteTokenizer(shape.vocab_size),
-            limits_of(config.model, config, shape.vocab_size, shape.max_position_embeddings),
-            Settings(max_queue=max_queue),
-            keys,
-        )
+        limits = limits_of(config.model, config, shape.vocab_size, shape.max_position_embeddings)
+        settings = Settings(max_queue=max_queue, max_body=max(2**20, _BODY_BYTES_A_TOKEN * limits.tokens))
+        tokenizer = ByteTokenizer(shape.vocab_size)
+        server = Server(AsyncEngine(engine, config.model), tokenizer, limits, settings, keys)
 
         def reload() -> None:
             if api_keys is not None:

@@ -53,7 +53,7 @@ class Settings:
     """What the server allows its clients."""
 
     max_queue: int = 256  # requests beyond those that run; more are told to come back
-    max_body: int = 8 * 2**20  # bytes
+    max_body: int = 2**20  # bytes; reading a body holds everybody up
     max_unread: int = 2048  # tokens of an answer that its client has not taken; with more, the request is given up
 
 
@@ -168,6 +168,7 @@ class Server:
         queued = self.engine.queue_length
         if queued < self._settings.max_queue:
             return
+        self.engine.metrics.rejected += 1
         rate = self.engine.drain_rate()
         retry_s = min(MOST_RETRY_S, math.ceil((queued + 1) / rate)) if rate else 1
         raise ApiError(

@@ -91,7 +91,7 @@ class AsyncEngine:
         self._is_stopping = False
         self._open: dict[Request, Stream] = {}  # on the engine's thread
         self._streams: set[Stream] = set()  # on the loop: submitted, and not delivered
-        self._finish_times_ns: deque[int] = deque()  # on the loop
+        self._finish_times_ns: deque[int] = deque(maxlen=1000)  # on the loop
         self._failures = 0
 
     # --- on the event loop ----------------------------------------------------------------------------------------

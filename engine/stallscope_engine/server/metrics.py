@@ -115,9 +115,13 @@ class Load(Protocol):
 
 
 class Metrics(Collector):
-    """Counters of one replica. All methods but ``collect`` are for the engine's thread."""
+    """Counters of one replica. ``tokens`` and ``finished`` are for the engine's thread.
+
+    ``rejected`` counts the requests that found the queue full, on the event loop.
+    """
 
     def __init__(self, model: str, load: Load) -> None:
+        self.rejected = 0
         self._labels = (model, "0")
         self._load = load
         self._prompt_tokens = 0
@@ -184,6 +188,13 @@ class Metrics(Collector):
         for reason, count in self._finished.items():
             success.add_metric((*self._labels, reason), count)
         yield success
+        rejections = CounterMetricFamily(
+            "vllm:admission_rejections",
+            "Number of admission attempts rejected by a queue limit, by reason.",
+            labels=("model_name", "reason"),
+        )
+        rejections.add_metric((self._labels[0], "max_num_queued_reqs"), self.rejected)
+        yield rejections
         for name, about, histogram in (
             ("time_to_first_token_seconds", "Histogram of time to first token in seconds.", self._first_token),
             ("inter_token_latency_seconds", "Histogram of inter-token latency in seconds.", self._token_gap),

@@ -134,6 +134,8 @@ def test_a_full_queue_says_when_to_come_back() -> None:
             assert refused.status_code == 429
             assert refused.json()["error"]["code"] == "queue_full"
             assert 1 <= int(refused.headers["Retry-After"]) <= 600
+            rejected = 'vllm:admission_rejections_total{model_name="tiny",reason="max_num_queued_reqs"}'
+            assert live.metric(rejected) == 1
             live.executor.free.set()
             assert len([one.result() for one in taken]) == most
         live.still_works()
