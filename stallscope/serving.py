@@ -25,8 +25,6 @@ from stallscope_telemetry.records import RequestInfo
 from stallscope_telemetry.spans import resource_attributes
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace.export import SpanExporter
-
     from stallscope_engine.executors.torch_cpu import TorchExecutor
     from stallscope_engine.server.tenants import ApiKeys
 
@@ -70,11 +68,10 @@ def serve(
     with ExitStack() as until_end:
         until_end.enter_context(listener)
         executor = _torch_executor(config, threads)
-        exporters = _exporters(out, force)
+        emitter = _emitter(config, out, force)
         engine = Engine(config, executor, WallClock())
         _warm_up(config, executor)
-        if exporters:
-            emitter = Emitter(resource_attributes(describe(config, "torch")), exporters, random.Random())
+        if emitter is not None:
             engine.recorder = until_end.enter_context(emitter)
         shape = executor.model_config
         limits = limits_of(config.model, config, shape.vocab_size, shape.max_position_embeddings)
@@ -116,17 +113,18 @@ def _read_keys(path: Path) -> ApiKeys:
         raise UsageError(f"{path}: {error}") from error
 
 
-def _exporters(out: Path | None, force: bool) -> list[SpanExporter]:
+def _emitter(config: EngineConfig, out: Path | None, force: bool) -> Emitter | None:
+    """Telemetry to ``out`` and to where the environment says; None where nobody takes any."""
     exporters = exporters_from_environment()
-    if out is None:
-        return exporters
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists: choose another name, or overwrite it with --force")
-    try:
-        out.unlink(missing_ok=True)
-        return [OtlpFileExporter(out), *exporters]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{out} can't be written: {error}") from error
+    if out is not None:
+        if out.exists() and not force:
+            raise UsageError(f"{out} exists: choose another name, or overwrite it with --force")
+        try:
+            out.unlink(missing_ok=True)
+            exporters.append(OtlpFileExporter(out))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{out} can't be written: {error}") from error
+    return Emitter(resource_attributes(describe(config, "torch")), exporters, random.Random()) if exporters else None
 
 
 def _torch_executor(config: EngineConfig, threads: int | None) -> TorchExecutor:
