@@ -5,9 +5,10 @@
 Both servers run from start to end and one is loaded at a time: 32 clients stream completions of token ids, each
 sending its next request when its last is done. Clients live in a process of their own that hardly looks at what it
 receives. Model, prompts and lengths are those of ``engine_cpu.py``: tiny-llama with random weights, at most 32
-sequences and 2,048 tokens a step, no prefix cache. Each server runs in its fastest data type: vLLM's is found by a
-trial, ours chooses its own. Passes take turns, each with new prompts, the same for both; the first is not counted. The
-result is the median, and the median of the ratios within a pass.
+sequences and 2,048 tokens a step, no prefix cache. Each server runs with the threads (all cores, or half of them) and,
+vLLM, in the data type that are fastest in a trial; ours chooses its type itself. Passes take turns, each with new
+prompts, the same for both; the first is not counted. The result is the median, and the median of the ratios within a
+pass. Run it on an idle machine: where others are on the cores, threads that wait for one another measure them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TypedDict
 
@@ -172,15 +174,15 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def stallscope(folder: str) -> ServerUnderTest:
+def stallscope(folder: str, threads: int) -> ServerUnderTest:
     port = free_port()
-    command = [sys.executable, "-m", "stallscope.cli", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "stallscope.cli", "serve", "--port", str(port), "--threads", str(threads)]
     command += ["--max-num-seqs", str(MAX_NUM_SEQS), "--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS)]
-    command += ["-o", str(Path(folder, "served.otlp.jsonl.zst"))]  # its telemetry is part of the price
-    return ServerUnderTest("stallscope", command, port, folder, {})
+    command += ["-o", str(Path(folder, f"{threads}.otlp.jsonl.zst"))]  # its telemetry is part of the price
+    return ServerUnderTest(f"stallscope-{threads}t", command, port, folder, {})
 
 
-def vllm(python: str, folder: str, dtype: str, threads: int | None) -> ServerUnderTest:
+def vllm(python: str, folder: str, dtype: str, threads: int) -> ServerUnderTest:
     port = free_port()
     command = [str(Path(python).parent / "vllm"), "serve", folder, "--served-model-name", "tiny-llama"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy", "--skip-tokenizer-init"]
@@ -192,10 +194,9 @@ def vllm(python: str, folder: str, dtype: str, threads: int | None) -> ServerUnd
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(threads),
     }
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    return ServerUnderTest(f"vllm-{dtype}", command, port, folder, environment)
+    return ServerUnderTest(f"vllm-{dtype}-{threads}t", command, port, folder, environment)
 
 
 class Clients:
@@ -222,37 +223,35 @@ class Clients:
         self._process.wait(30)
 
 
-def fastest_vllm(
-    python: str, folder: str, dtypes: Sequence[str], threads: int | None, clients: Clients, vocab: int
-) -> ServerUnderTest | None:
-    """vLLM's server in the fastest of ``dtypes``; None, and a line that says why, if it does not start."""
-    fastest, most = None, -1.0
-    for dtype in dtypes:
-        server = vllm(python, folder, dtype, threads)
+def fastest(starts: Sequence[Callable[[], ServerUnderTest]], clients: Clients, vocab: int) -> ServerUnderTest | None:
+    """The fastest of the servers that ``starts`` start; None, and a line for each, if none does. Others are stopped."""
+    best, most = None, -1.0
+    for start in starts:
+        server = start()
         if not server.is_ready():
             last = server.log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
             print(f"{server.name}: skipped, it does not start: {last[0]}")
             server.stop()
             continue
         rate = 0.0
-        for trial in range(TRIALS if len(dtypes) > 1 else 0):
+        for trial in range(TRIALS if len(starts) > 1 else 0):
             rate = clients.load(server, draw_work(-1 - trial, vocab, REQUESTS // 4))["tokens_per_s"]
             print(f"trial: {server.name} {rate:,.0f}", flush=True)
-        slower = fastest if rate > most else server
+        slower = best if rate > most else server
         if rate > most:
-            fastest, most = server, rate
+            best, most = server, rate
         if slower is not None:
             slower.stop()
-    return fastest
+    return best
 
 
 def report(seen: dict[ServerUnderTest, list[Pass]]) -> None:
     ours = next(iter(seen.values()))
     passes = "".join(f"{f'pass {number + 1}':>9}" for number in range(len(ours)))
-    print(f"\n{'output tokens/s':16}{passes}{'median':>9}{'TTFT p50':>10}{'gap p99':>9}{'ours/peer':>11}  (min-max)")
+    print(f"\n{'output tokens/s':18}{passes}{'median':>9}{'TTFT p50':>10}{'gap p99':>9}{'ours/peer':>11}  (min-max)")
     for server, values in seen.items():
         rates = [one["tokens_per_s"] for one in values]
-        line = f"{server.name:16}" + "".join(f"{rate:9,.0f}" for rate in rates) + f"{statistics.median(rates):9,.0f}"
+        line = f"{server.name:18}" + "".join(f"{rate:9,.0f}" for rate in rates) + f"{statistics.median(rates):9,.0f}"
         line += f"{statistics.median(one['ttft_p50_s'] for one in values) * 1000:7,.0f} ms"
         line += f"{statistics.median(one['gap_p99_s'] for one in values) * 1000:6,.0f} ms"
         if values is not ours:
@@ -262,10 +261,11 @@ def report(seen: dict[ServerUnderTest, list[Pass]]) -> None:
 
 
 def main() -> None:
+    cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", default=os.environ.get("STALLSCOPE_VLLM_PYTHON"), metavar="PATH")
-    parser.add_argument("--vllm-dtype", choices=DTYPES, help="without it, the faster one in a trial")
-    parser.add_argument("--vllm-threads", type=int, help="without it, what vLLM takes by itself")
+    parser.add_argument("--vllm-dtypes", nargs="*", choices=DTYPES, default=DTYPES, help="for vLLM to try")
+    parser.add_argument("--threads", nargs="*", type=int, default=sorted({cores, max(1, cores // 2)}), help="to try")
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clients", action="store_true", help=argparse.SUPPRESS)
@@ -275,32 +275,33 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         vocab = write_config(folder)
+        starts = {"stallscope": [partial(stallscope, folder, threads) for threads in arguments.threads]}
+        python = arguments.vllm_python
+        if python is None or not Path(python).exists():
+            print("vllm: skipped, name its interpreter with --vllm-python or STALLSCOPE_VLLM_PYTHON")
+        else:
+            settings = product(arguments.vllm_dtypes, arguments.threads)
+            starts["vllm"] = [partial(vllm, python, folder, dtype, threads) for dtype, threads in settings]
         clients = Clients()
-        servers = [stallscope(folder)]
+        seen: dict[ServerUnderTest, list[Pass]] = {}
         try:
-            if not servers[0].is_ready():
-                raise SystemExit(f"stallscope does not start:\n{servers[0].log.read_text()[-2000:]}")
-            python = arguments.vllm_python
-            dtypes = [arguments.vllm_dtype] if arguments.vllm_dtype else DTYPES
-            if python is None or not Path(python).exists():
-                print("vllm: skipped, name its interpreter with --vllm-python or STALLSCOPE_VLLM_PYTHON")
-            elif (peer := fastest_vllm(python, folder, dtypes, arguments.vllm_threads, clients, vocab)) is not None:
-                servers.append(peer)
-            seen: dict[ServerUnderTest, list[Pass]] = {server: [] for server in servers}
+            for tried in starts.values():
+                if (server := fastest(tried, clients, vocab)) is not None:
+                    seen[server] = []
             for number in range(arguments.passes + 1):
                 work = draw_work(1000 * arguments.seed + number, vocab)
-                for server in servers:
+                for server, passes in seen.items():
                     one = clients.load(server, work)
                     if number:
-                        seen[server].append(one)
-                    print(
-                        f"{f'pass {number}' if number else 'warm-up'}: {server.name} {one['tokens_per_s']:,.0f}",
-                        flush=True,
-                    )
+                        passes.append(one)
+                    name = f"pass {number}" if number else "warm-up"
+                    print(f"{name}: {server.name} {one['tokens_per_s']:,.0f}", flush=True)
         finally:
-            for server in servers:
+            for server in seen:
                 server.stop()
             clients.stop()
+    if not seen or not next(iter(seen)).name.startswith("stallscope"):
+        raise SystemExit("stallscope itself does not start")
     report(seen)
 
 
