@@ -1,18 +1,18 @@
 """How much continuous batching gains over static batches, taken apart: slots, memory, and latency under load.
 
 Both run on this engine, with the same executor, requests and lengths; only the policy differs (``policies.static``
-against ``policies.fcfs``). (a) Equal slots, and KV memory enough for all: a slot whose request is done stays empty until
-the longest of its batch is, so the gain can't exceed 1 / (utilisation of static batches). (b) Equal KV memory, slots as
-many as fit: static batches reserve prompt + max_tokens for each. (c) The same open-loop load on both, in the setting of
-(b). Static batches are treated kindly: an empty slot costs no computation, and a token counts when it is made.
+against ``policies.fcfs``). (a) Equal slots, and KV memory enough for all: a slot whose request is done stays empty
+until the longest of its batch is, so the gain can't exceed 1 / (utilisation of static batches). (b) Equal KV memory,
+slots as many as fit: static batches reserve prompt + max_tokens for each. (c) The same open-loop load on both, in the
+setting of (b). Static batches are treated kindly: an empty slot costs no computation, and tokens count when made.
 
     batching.py                       in virtual time, on a GPU-shaped cost model
     batching.py --executor torch      for real, on this machine (lengths scaled down)
     batching.py --executor torch --device cuda --model llama-8b
 
-Lengths: ``azure`` are those of a public trace of a chat service (data/azure_conv_lengths.csv), ``heavy`` has prompts of
-32 to 512 tokens and exponential answers of 128 on average, at most 1,536. Each figure is the median over seeds, with the
-least and the most.
+Lengths: ``azure`` are those of a public trace of a chat service (data/azure_conv_lengths.csv), ``heavy`` has prompts
+of 32 to 512 tokens and exponential answers of 128 on average, at most 1,536. Each figure is the median over seeds, with
+the least and the most.
 """
 
 from __future__ import annotations

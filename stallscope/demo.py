@@ -14,7 +14,8 @@ from stallscope.diagnosis.model import Quantile
 from stallscope.reports.text import print_diagnosis
 from stallscope.trace import read_trace
 from stallscope.views import words
-from stallscope.workloads.recording import ExecutorName, record, time_prefill
+from stallscope.workloads.recording import record, time_prefill
+from stallscope.workloads.replica import ExecutorName
 from stallscope.workloads.scenario import Scenario, load_scenario
 
 SCENARIO, VARIANT, SLOW_VARIANT, WATCHED = "reasoning_prompt", "demo", "demo_slow", "chat"

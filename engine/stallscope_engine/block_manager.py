@@ -126,6 +126,16 @@ class BlockManager:
                 self._hash_of[block] = digest
         request.kept_blocks = last
 
+    def forget(self, request: Request, tokens: int) -> None:
+        """Makes the blocks of ``request`` from token ``tokens`` on unknown: their content was never written."""
+        first = tokens // self.block_size
+        for block in request.blocks[first : request.kept_blocks]:
+            digest = self._hash_of[block]
+            if digest is not None:
+                del self._block_of[digest]
+                self._hash_of[block] = None
+        request.kept_blocks = min(request.kept_blocks, first)
+
     def _evict(self, taker: Request) -> int:
         block, _ = self._reusable.popitem(last=False)
         digest = self._hash_of[block]

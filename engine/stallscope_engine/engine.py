@@ -137,6 +137,10 @@ class Engine:
         if self.recorder is not None:
             self.recorder.request(_request_record(request, now_ns))
 
+    def note_idle(self, idle_ns: int) -> None:
+        """Says that for this part of the time before the next step there was no request at all."""
+        self._idle_ns += idle_ns
+
     def step(self) -> list[Request]:
         """Schedules and dispatches one batch and completes the oldest that is due; returns who finished with it."""
         scheduled = self.scheduler.has_work and self._dispatch_next()
@@ -153,18 +157,33 @@ class Engine:
         if self.before_dispatch is not None:
             self.before_dispatch(batch)
         self._in_flight.append(StepInFlight(batch, self.steps, self._idle_ns, self.clock.now_ns(), keyframe))
-        self.executor.dispatch(batch)
         self._idle_ns = 0
-        self.steps += 1
+        try:
+            self.executor.dispatch(batch)
+        except BaseException:
+            self._lose_in_flight()
+            raise
+        finally:
+            self.steps += 1
         return True
 
     def _complete_oldest(self) -> list[Request]:
-        oldest = self._in_flight.popleft()
-        result = self.executor.collect(oldest.batch)
+        oldest = self._in_flight[0]
+        try:
+            result = self.executor.collect(oldest.batch)
+        except BaseException:
+            self._lose_in_flight()
+            raise
+        self._in_flight.popleft()
         ready_ns = self.clock.now_ns()
         finished = self.scheduler.complete(oldest.batch, ready_ns, result.stopped)
         self._record(oldest, finished, ready_ns, result.device_ns)
         return finished
+
+    def _lose_in_flight(self) -> None:
+        """Forgets steps whose outputs will never come: they leave no record, and their tokens were not computed."""
+        self._in_flight.clear()
+        self.scheduler.lose_in_flight()
 
     # What telemetry costs this thread is in the two methods below (benchmarks/telemetry_overhead.py times them).
 
@@ -234,7 +253,7 @@ class Engine:
                     after_step(finished)
             elif pending:
                 self.clock.wait_until(pending[0].info.arrival_ns)
-                self._idle_ns += self.clock.now_ns() - now_ns
+                self.note_idle(self.clock.now_ns() - now_ns)
 
 
 def _request_record(request: Request, delivered_ns: int) -> RequestRecord:

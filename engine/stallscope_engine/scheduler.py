@@ -187,6 +187,16 @@ class Scheduler:
             self.running = [request for request in self.running if request.finish_reason is None]
         return finished
 
+    def lose_in_flight(self) -> None:
+        """Takes back all steps in flight, whose outputs will never come: what they computed is to be computed again."""
+        while self._in_flight:
+            batch = self._in_flight.pop()
+            for request, start, samples in zip(batch.requests, batch.starts, batch.samples, strict=True):
+                request.pending_tokens -= samples
+                if request.state is RequestState.RUNNING and request.finish_reason is None:
+                    self.blocks.forget(request, start)
+                    request.computed_tokens = min(request.computed_tokens, start)
+
     def snapshot(self, batch: Batch) -> list[RequestSnapshot]:
         """Everybody as a keyframe of ``batch`` shows them: after admission, before the step's tokens are counted.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections import deque
@@ -11,34 +10,30 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import Literal
 
-import stallscope
 from stallscope.errors import UsageError
 from stallscope.workloads.closed_loop import clients_of
 from stallscope.workloads.draws import stream
 from stallscope.workloads.engine_clients import EngineClients
 from stallscope.workloads.faults import Collector, EngineFaults, FaultPlan, plan_faults, slowdown
+from stallscope.workloads.replica import ExecutorName, describe, serve_all, torch_executor, warm_up
 from stallscope.workloads.scenario import Scenario
 from stallscope.workloads.traffic import PlannedRequest, plan
 from stallscope_engine.config import EngineConfig
-from stallscope_engine.engine import Engine, Executor, Recorder, VirtualClock, WallClock
+from stallscope_engine.engine import Engine, Recorder, VirtualClock, WallClock
 from stallscope_engine.executors.virtual import VirtualExecutor, cost_for
 from stallscope_engine.models.configs import random_prompt
 from stallscope_engine.request import Request
 from stallscope_telemetry.emitter import Emitter, exporters_from_environment
 from stallscope_telemetry.files import OtlpFileExporter
 from stallscope_telemetry.records import RequestInfo, RequestRecord, StepRecord
-from stallscope_telemetry.spans import EngineDescription, resource_attributes
+from stallscope_telemetry.spans import resource_attributes
 
-ExecutorName = Literal["torch", "virtual"]
 Prompts = Callable[[PlannedRequest], Sequence[int]]
 
-REPLICA = "engine-0"  # says nothing of the scenario: its name would be the answer
 VIRTUAL_START_NS = int(datetime(2026, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000_000
 MOST_DRAIN_S = 30.0  # after the last arrival; who is not done then stays open in the trace
 _PROGRESS_STEP = 0.01
-_WARM_UP_TOKENS = ((100, 8), (30, 4), (200, 4), (100, 6))  # prompt, output
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +87,7 @@ def record(
     *,
     seed: int,
     executor: ExecutorName,
+    device: str = "auto",
     inject: bool = True,
     force: bool = False,
     progress: Callable[[float], None] | None = None,
@@ -108,7 +104,7 @@ def record(
     if executor == "torch":
         if faults.throttles:
             raise UsageError(f"{scenario.name}: a throttle needs virtual time; record it with --executor virtual")
-        engine, prompts = _torch_engine(scenario, seed, inject)
+        engine, prompts = _torch_engine(scenario, seed, inject, device)
     else:
         engine, prompts = _virtual_engine(scenario.engine, seed, faults), _no_prompt
     try:
@@ -119,7 +115,7 @@ def record(
         raise UsageError(f"{out} can't be written: {error}") from error
     collector = Collector(faults, engine.clock)
     emitter = Emitter(
-        resource_attributes(_describe(scenario.engine, executor)),
+        resource_attributes(describe(engine.config, executor)),
         collector.exporters([file, *exporters_from_environment()], blocking=executor == "torch"),
         random.Random(f"{scenario.name}/{seed}/{inject}") if executor == "virtual" else random.Random(),
         background=executor == "torch",
@@ -215,28 +211,6 @@ def _request(handle: int, planned: PlannedRequest, start_ns: int, prompt: Sequen
     return Request(info, prompt, stop_after=planned.output_tokens if planned.max_tokens else 0)
 
 
-def _describe(config: EngineConfig, executor: ExecutorName) -> EngineDescription:
-    return EngineDescription(
-        replica=REPLICA,
-        model=config.model,
-        engine_version=stallscope.__version__,
-        executor=executor,
-        block_size=config.block_size,
-        total_blocks=config.kv_blocks,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        chunked_prefill=config.chunked_prefill,
-        policy=config.policy,
-        watermark=config.watermark,
-        prefix_caching=config.prefix_caching,
-        async_scheduling=config.async_scheduling,
-        preemption=config.preemption,
-        long_prefill_token_threshold=config.long_prefill_token_threshold,
-        tenant_kv_share=config.tenant_kv_share,
-        tenant_token_share=config.tenant_token_share,
-    )
-
-
 def _virtual_engine(config: EngineConfig, seed: int, faults: FaultPlan, recorder: Recorder | None = None) -> Engine:
     try:
         cost = cost_for(config.model)
@@ -249,61 +223,23 @@ def _virtual_engine(config: EngineConfig, seed: int, faults: FaultPlan, recorder
 
 def time_prefill(config: EngineConfig, tokens: int) -> float:
     """Seconds that a prompt of ``tokens`` tokens takes on the torch executor of this machine, once it is warm."""
-    executor, prompts = _torch_executor(config, 0)
-    _warm_up(config, executor, prompts, tokens)
+    config, executor = torch_executor(config, device="cpu")
+    warm_up(config, executor, tokens)
+    request = _request(1, PlannedRequest(0, "", tokens, 1, "timed"), 0, random_prompt(executor.model_config, tokens, 0))
     started = time.perf_counter()
-    _run_alone(config, executor, prompts, PlannedRequest(0, "", tokens, 1, "timed"))
+    serve_all(config, executor, [request])
     return time.perf_counter() - started
 
 
-def _torch_engine(scenario: Scenario, seed: int, inject: bool) -> tuple[Engine, Prompts]:
+def _torch_engine(scenario: Scenario, seed: int, inject: bool, device: str) -> tuple[Engine, Prompts]:
     """An engine that computes, warm, and the token ids of each prompt."""
-    config = scenario.engine
-    executor, prompts = _torch_executor(config, seed)
+    config, executor = torch_executor(scenario.engine, device=device, seed=seed)
     lengths = [one.prompt_tokens for one in plan(scenario, seed, inject)]
     lengths += [client.longest_prompt_tokens for client in clients_of(scenario, seed)]
-    _warm_up(config, executor, prompts, max(lengths, default=1))
-    return Engine(config, executor, WallClock()), prompts
-
-
-def _torch_executor(config: EngineConfig, seed: int) -> tuple[Executor, Prompts]:
-    """An executor and the token ids of each prompt."""
-    try:
-        import torch
-
-        from stallscope_engine.executors.torch_cpu import TorchExecutor
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the torch executor needs {error.name}: pip install 'stallscope[engine]', or use --executor virtual"
-        ) from error
-    # Threads work in step, so one that another program holds up stalls the whole step: a tenth of a second in every
-    # decode on two busy cores. Half of the cores are left to whatever else runs.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-    try:
-        executor = TorchExecutor(config, config.model, seed=seed)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    warm_up(config, executor, max(lengths, default=1))
 
     def prompt(one: PlannedRequest) -> list[int]:
         drawn = int(stream(seed, "token_ids", one.prompt_key or one.request_id).integers(2**63))
         return random_prompt(executor.model_config, one.prompt_tokens, drawn)
 
-    return executor, prompt
-
-
-def _warm_up(config: EngineConfig, executor: Executor, prompts: Prompts, longest_tokens: int) -> None:
-    """Runs requests nobody records, so that first allocations and compilations are no stall of the recording's."""
-    engine = Engine(config, executor, WallClock())
-    for handle, (prompt_tokens, output_tokens) in enumerate(_WARM_UP_TOKENS, start=1):
-        planned = PlannedRequest(0, "", prompt_tokens, output_tokens, f"warm-up-{handle}")
-        engine.submit(_request(handle, planned, 0, prompts(planned)))
-    while engine.has_work:
-        engine.step()
-    _run_alone(config, executor, prompts, PlannedRequest(0, "", longest_tokens, 1, "warm-up-longest"))
-
-
-def _run_alone(config: EngineConfig, executor: Executor, prompts: Prompts, planned: PlannedRequest) -> None:
-    engine = Engine(config, executor, WallClock())
-    engine.submit(_request(1, planned, 0, prompts(planned)))
-    while engine.has_work:
-        engine.step()
+    return Engine(config, executor, WallClock()), prompt

@@ -304,3 +304,17 @@ def test_who_stops_while_its_next_step_is_in_flight_is_told_by_that_step_and_its
     assert (first.left, second.left) == ([], [(1, 0)])
     assert (second.decode_tokens, second.size, second.paused) == (0, 0, [(1, 0)])
     assert request.output_tokens == 1
+
+
+def test_what_a_failed_step_would_have_computed_is_computed_again() -> None:
+    config = EngineConfig(async_scheduling=True, prefix_caching=True, block_size=4)
+    request = Request(RequestInfo(1, "r1", 0, 20, 4), [5] * 20)
+    scheduler = start(config, [request])
+    assert scheduler.schedule(1) is not None
+    assert scheduler.schedule(2) is not None
+    scheduler.lose_in_flight()
+    assert (request.computed_tokens, request.pending_tokens) == (0, 0)
+    assert scheduler.blocks.match(Request(RequestInfo(2, "r2", 0, 21, 1), [5] * 21)) == []
+    again = scheduler.schedule(3)
+    assert again is not None
+    assert (again.starts, again.num_tokens) == ([0], [20])

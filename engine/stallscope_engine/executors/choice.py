@@ -40,17 +40,23 @@ def find_device(device: str = "auto") -> str:
     raise ValueError(f"device cuda: {why}; install a CUDA build and a driver, or use device cpu")
 
 
-def fit_to_device(config: EngineConfig, model: ModelConfig | str, device: str) -> EngineConfig:
-    """``config``; on a GPU with its block size and as many KV blocks as fit its memory, for a user who set neither.
+def fit_to_device(
+    config: EngineConfig, model: ModelConfig | str, device: str, fill_memory: bool = True
+) -> EngineConfig:
+    """``config``; on a GPU with its block size, asynchronous scheduling, and as many KV blocks as fit its memory.
 
-    Raises ValueError, in one line, where not even the weights fit.
+    Without ``fill_memory`` the cache keeps its size in tokens. Raises ValueError, in one line, where not even the
+    weights fit.
     """
     if device == "cpu":
         return config
     import torch
 
     shape = model if isinstance(model, ModelConfig) else load_config(model)
-    config = replace(config, block_size=CUDA_BLOCK_SIZE)
+    tokens = config.kv_blocks * config.block_size
+    config = replace(config, block_size=CUDA_BLOCK_SIZE, async_scheduling=True)
+    if not fill_memory:
+        return replace(config, kv_blocks=-(-tokens // CUDA_BLOCK_SIZE))
     free, total = torch.cuda.mem_get_info()
     item_bytes = torch.bfloat16.itemsize
     weights = weight_bytes(shape, item_bytes)
