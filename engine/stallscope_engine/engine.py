@@ -76,7 +76,7 @@ class Recorder(Protocol):
     def request(self, record: RequestRecord) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class StepInFlight:
     """A dispatched batch, and what its record says of the time before."""
 

@@ -62,14 +62,14 @@ class Request:
     @property
     def remaining_tokens(self) -> int:
         """Tokens to compute until the next output token."""
-        return self.total_tokens - self.computed_tokens
+        return self.info.prompt_tokens + self.output_tokens + self.pending_tokens - self.computed_tokens
 
     @property
     def prefills(self) -> bool:
         """Whether it fills its KV cache still: prompt, or what a preemption threw away, from its admission on."""
-        if self.remaining_tokens > 1 or self.computed_tokens == self.cached_now:
-            return True
-        return not (self.output_tokens or self.pending_tokens)
+        made = self.output_tokens + self.pending_tokens
+        computed = self.computed_tokens
+        return computed + 1 < self.info.prompt_tokens + made or computed == self.cached_now or not made
 
     @property
     def all_scheduled(self) -> bool:

@@ -80,7 +80,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.policy.waiting or self.running)
+        return bool(self.running or self.policy.waiting)
 
     # --- requests come and go -------------------------------------------------------------------------------
 
@@ -226,14 +226,17 @@ class Scheduler:
 
         A request for which no budget is left, or whose last token is in flight, takes none.
         """
+        block_size = self.config.block_size
         for request in self.running.copy() if requests is None else requests:
             if batch.budget <= 0:
                 break
-            if request.all_scheduled or request.state is not RequestState.RUNNING:
+            if request.state is not RequestState.RUNNING or request.all_scheduled:
                 continue  # or it has just lost its blocks to one before it
-            tokens = self._most_tokens(request, batch.budget)
-            if tokens and self._grow_or_preempt(request, request.computed_tokens + tokens, batch):
-                self._put(batch, request, tokens)
+            remaining = request.remaining_tokens
+            tokens = 1 if remaining == 1 else self._most_tokens(request, remaining, batch.budget)
+            end = request.computed_tokens + tokens
+            if tokens and (end <= len(request.blocks) * block_size or self._grow_or_preempt(request, end, batch)):
+                self._put(batch, request, tokens, remaining)
 
     def admit(self, batch: Batch, wanted: Callable[[Request], bool] | None = None) -> WaitReason | None:
         """Admits from the queue while slots, budget, blocks and quotas last; returns what was short, if anything.
@@ -256,14 +259,12 @@ class Scheduler:
 
     # --- how it is done -------------------------------------------------------------------------------------
 
-    def _most_tokens(self, request: Request, budget: int) -> int:
-        """Tokens that a running ``request`` may compute in this step (0: its tenant has had its share)."""
-        tokens = request.remaining_tokens
-        if tokens > 1 and self.config.long_prefill_token_threshold:
-            tokens = min(tokens, self.config.long_prefill_token_threshold)
-        if self.quotas and request.prefills and (left := self.quotas.tokens_left(request)) is not None:
+    def _most_tokens(self, request: Request, remaining: int, budget: int) -> int:
+        """Tokens of a prefill's ``remaining`` ones that a step may compute (0: its tenant has had its share)."""
+        tokens = min(remaining, budget, self.config.long_prefill_token_threshold or remaining)
+        if self.quotas and (left := self.quotas.tokens_left(request)) is not None:
             tokens = min(tokens, max(left, 0))
-        return min(tokens, budget)
+        return tokens
 
     def _admit_one(self, request: Request, batch: Batch) -> WaitReason | None:
         """Admits ``request``; if it can't be, says what is short."""
@@ -271,7 +272,7 @@ class Scheduler:
         cached = len(matched) * self.config.block_size
         request.computed_tokens = request.cached_now = cached
         remaining = request.remaining_tokens
-        tokens = self._most_tokens(request, batch.budget)
+        tokens = self._most_tokens(request, remaining, batch.budget)
         if tokens < remaining and not self.config.chunked_prefill:
             if remaining > batch.budget:
                 return self._turn_away(request, WaitReason.BUDGET)
@@ -301,7 +302,7 @@ class Scheduler:
         request.scheduled_ns = request.scheduled_ns or batch.scheduled_ns
         request.wait_reason = None
         self.policy.admitted(request)
-        self._put(batch, request, tokens)
+        self._put(batch, request, tokens, remaining)
         return None
 
     def _turn_away(self, request: Request, reason: WaitReason, lacking: int = 0) -> WaitReason:
@@ -310,12 +311,21 @@ class Scheduler:
             self._over_quota[account_of(request)] = lacking
         return reason
 
-    def _put(self, batch: Batch, request: Request, tokens: int) -> None:
+    def _put(self, batch: Batch, request: Request, tokens: int, remaining: int) -> None:
         batch.requests.append(request)
         batch.num_tokens.append(tokens)
+        batch.starts.append(request.computed_tokens)
+        batch.samples.append(tokens == remaining)
         batch.budget -= tokens
         if self.quotas and request.prefills:
             self.quotas.spend(request, tokens)
+
+    @staticmethod
+    def _put_out(batch: Batch, request: Request) -> None:
+        index = batch.requests.index(request)
+        batch.budget += batch.num_tokens[index]
+        for column in (batch.requests, batch.num_tokens, batch.starts, batch.samples):
+            del column[index]
 
     def _grow_or_preempt(self, request: Request, tokens: int, batch: Batch) -> bool:
         while not self.blocks.grow(request, tokens):
@@ -328,9 +338,7 @@ class Scheduler:
     def _preempt(self, victim: Request, taker: Request, batch: Batch) -> None:
         """Takes the victim's blocks and queues it again; its tokens are computed again."""
         if victim in batch.requests:
-            index = batch.requests.index(victim)
-            batch.budget += batch.num_tokens.pop(index)
-            del batch.requests[index]
+            self._put_out(batch, victim)
         self.running.remove(victim)
         self.blocks.release(victim)
         victim.state = RequestState.PREEMPTED
@@ -344,28 +352,26 @@ class Scheduler:
 
     def _commit(self, batch: Batch) -> None:
         """Counts the batch's tokens as computed, since no later step runs before it, and closes its books."""
-        caches = self.blocks.prefix_caching
-        for request, tokens in zip(batch.requests, batch.num_tokens, strict=True):
-            is_decode = not request.prefills
-            if is_decode:
-                batch.decode_tokens += tokens
-            else:
-                batch.prefill_tokens += tokens
+        caches, policy_counts, prefill_tokens = self.blocks.prefix_caching, self._policy_counts, 0
+        for request, tokens, samples in zip(batch.requests, batch.num_tokens, batch.samples, strict=True):
+            prefills = request.prefills
+            if prefills:
+                prefill_tokens += tokens
                 batch.chunks.append((request.info.handle, tokens))
-            if self._policy_counts:
-                self.policy.computed(request, tokens, is_decode)
-            samples = tokens == request.remaining_tokens
-            batch.starts.append(request.computed_tokens)
-            batch.samples.append(samples)
+            if policy_counts:
+                self.policy.computed(request, tokens, not prefills)
             request.computed_tokens += tokens
             request.pending_tokens += samples
             if caches:
                 self.blocks.keep(request)
+        batch.prefill_tokens = prefill_tokens
+        batch.decode_tokens = sum(batch.num_tokens) - prefill_tokens
         if len(batch.requests) < len(self.running):
             taking = set(batch.requests)
             batch.paused = [(request.info.handle, 0) for request in self.running if request not in taking]
-        batch.evicted = [(*pair, blocks) for pair, blocks in self.blocks.evicted.items()]
-        self.blocks.evicted.clear()
+        if self.blocks.evicted:
+            batch.evicted = [(*pair, blocks) for pair, blocks in self.blocks.evicted.items()]
+            self.blocks.evicted.clear()
         batch.size = len(batch.requests)
         batch.running = len(self.running)
         batch.waiting = len(self.policy.waiting)

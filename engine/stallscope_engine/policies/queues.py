@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
 from stallscope_engine.request import Request
@@ -35,37 +35,24 @@ def account_of(request: Request) -> str:
     return "" if info.tenant_source.startswith("claim") else info.tenant
 
 
-def first_outside(requests: Iterator[Request], skip: Collection[str]) -> Request | None:
+def first_outside(requests: Iterable[Request], skip: Collection[str]) -> Request | None:
     """The first request whose account is not in ``skip``."""
-    return next((request for request in requests if not skip or account_of(request) not in skip), None)
+    return next((request for request in requests if account_of(request) not in skip), None)
 
 
-class ArrivalQueue:
+class ArrivalQueue(deque[Request]):
     """First come, first served. A preempted request that is pushed back stands before all others."""
 
-    def __init__(self) -> None:
-        self._requests: deque[Request] = deque()
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._requests)
-
     def push(self, request: Request) -> None:
-        self._requests.append(request)
+        self.append(request)
 
     def push_back(self, request: Request) -> None:
-        self._requests.appendleft(request)
-
-    def remove(self, request: Request) -> None:
-        if self._requests[0] is request:
-            self._requests.popleft()
-        else:
-            self._requests.remove(request)
+        self.appendleft(request)
 
     def head(self, skip: Collection[str] = NOBODY) -> Request | None:
-        return first_outside(iter(self._requests), skip)
+        if not skip:
+            return self[0] if self else None
+        return first_outside(self, skip)
 
 
 class SortedQueue:
@@ -91,7 +78,7 @@ class SortedQueue:
         self._requests.remove(request)
 
     def head(self, skip: Collection[str] = NOBODY) -> Request | None:
-        return first_outside(iter(self._requests), skip)
+        return first_outside(self._requests, skip)
 
     def _place(self, request: Request) -> tuple[int, int, int]:
         return self._key(request), request.info.arrival_ns, request.info.handle
