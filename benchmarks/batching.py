@@ -55,7 +55,7 @@ class Setting:
 
 SETTINGS = {
     # Llama-2-7B's cache (half a megabyte a token) in 20 GB: what such systems had when they were compared.
-    "virtual": Setting(requests=1500, slots=32, budget=4096, kv_tokens=40_000, max_tokens=2048, scale=1),
+    "virtual": Setting(requests=1000, slots=32, budget=4096, kv_tokens=40_000, max_tokens=2048, scale=1),
     "torch": Setting(requests=160, slots=16, budget=2048, kv_tokens=5_000, max_tokens=256, scale=8),
     "cuda": Setting(requests=1000, slots=32, budget=8192, kv_tokens=40_000, max_tokens=2048, scale=1),
 }

@@ -28,7 +28,7 @@ import torch
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import Engine, StepResult, WallClock
 from stallscope_engine.executors.choice import CUDA_BLOCK_SIZE, find_device
-from stallscope_engine.executors.memory import block_bytes, weight_bytes
+from stallscope_engine.executors.cuda.memory import block_bytes, weight_bytes
 from stallscope_engine.executors.torch_cuda import TorchCudaExecutor
 from stallscope_engine.models.configs import ModelConfig, load_config, random_prompt
 from stallscope_engine.request import Request

@@ -178,6 +178,7 @@ def stallscope(folder: str, threads: int) -> ServerUnderTest:
     port = free_port()
     command = [sys.executable, "-m", "stallscope.cli", "serve", "--port", str(port), "--threads", str(threads)]
     command += ["--max-num-seqs", str(MAX_NUM_SEQS), "--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS)]
+    command += ["--no-prefix-caching"]
     command += ["-o", str(Path(folder, f"{threads}.otlp.jsonl.zst"))]  # its telemetry is part of the price
     return ServerUnderTest(f"stallscope-{threads}t", command, port, folder, {})
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from stallscope.errors import UsageError
-from stallscope.workloads.replica import describe, torch_executor, warm_up
+from stallscope.workloads.replica import describe, gpu_sampling, torch_executor, warm_up
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import Engine, WallClock
 from stallscope_telemetry.emitter import Emitter, exporters_from_environment
@@ -73,6 +73,7 @@ def serve(
         warm_up(config, executor)
         if emitter is not None:
             engine.recorder = until_end.enter_context(emitter)
+            until_end.enter_context(gpu_sampling(engine, emitter))
         shape = executor.model_config
         try:
             tokenizer = load_tokenizer(config.model, shape)

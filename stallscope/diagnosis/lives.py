@@ -64,8 +64,8 @@ class Lives:
     head: Ints
 
 
-def read_lives(ledger: Ledger, requests: pd.DataFrame, residency: pd.DataFrame) -> Lives:
-    """Lives of one replica's requests.
+def read_lives(ledger: Ledger, requests: pd.DataFrame, residency: pd.DataFrame, by_arrival: bool = True) -> Lives:
+    """Lives of one replica's requests; ``by_arrival``: its queue is served first come, first served.
 
     ``requests``: index 0..n-1 are the request codes; columns arrival, end (ns; the time of the last sight for those
     that never ended). ``residency``: the rows of ``ledger.stretches``, with request and holder as codes (holder -1:
@@ -93,7 +93,7 @@ def read_lives(ledger: Ledger, requests: pd.DataFrame, residency: pd.DataFrame) 
     rows["end"] = np.clip(rows["end"].to_numpy(), arrival[code], last[code])
     lives = pd.concat([rows, _between(rows, arrival, last, timeline)], ignore_index=True)
     lives = lives[lives["end"] > lives["begin"]].sort_values(["request", "begin"], kind="stable")
-    return Lives(lives.reset_index(drop=True), _head_of_queue(ledger, rows, arrival))
+    return Lives(lives.reset_index(drop=True), _head_of_queue(ledger, rows, arrival, by_arrival))
 
 
 def _states(residency: pd.DataFrame) -> Ints:
@@ -146,10 +146,11 @@ def _between(rows: pd.DataFrame, arrival: Ints, last: Ints, timeline: Timeline) 
     return joined[joined["end"] > joined["begin"]]
 
 
-def _head_of_queue(ledger: Ledger, rows: pd.DataFrame, arrival: Ints) -> Ints:
-    """Per step, the request whose turn it is: preempted ones first, then by arrival (first come, first served).
+def _head_of_queue(ledger: Ledger, rows: pd.DataFrame, arrival: Ints, by_arrival: bool) -> Ints:
+    """Per step, the request whose turn it is: preempted ones first, then by arrival.
 
-    Looked up only in steps in which somebody waits because of the head.
+    Looked up only in steps in which somebody waits because of the head. In a queue of another order than arrival it
+    is known only where just one request can be meant.
     """
     timeline, stretches = ledger.timeline, ledger.stretches
     n = len(timeline)
@@ -180,5 +181,7 @@ def _head_of_queue(ledger: Ledger, rows: pd.DataFrame, arrival: Ints) -> Ints:
     best = np.full(len(asked), len(order), dtype=np.int64)
     np.minimum.at(best, where, np.repeat(rank, counts))
     found = best < len(order)
+    if not by_arrival:
+        found &= np.bincount(where, minlength=len(asked)) == 1
     head[asked[found]] = request[order[best[found]]]
     return head

@@ -20,6 +20,9 @@ from stallscope.trace import Trace
 MOST_TENANTS = 50  # by tokens; the rest are analysed as one
 OTHER = "(other)"
 
+# Policies whose queue is served in the order of arrival.
+FIRST_COME = ("fcfs", "prefill_first", "static")
+
 
 @dataclass(frozen=True)
 class RequestFacts:
@@ -119,9 +122,15 @@ def _read(trace: Trace, name: str) -> Replica:
     )
     life = requests[["arrival"]].assign(end=requests["seen_until"])
     ledger = Ledger(timeline, stretches)
-    partition = Partition(ledger, read_lives(ledger, life, residency))
+    partition = Partition(ledger, read_lives(ledger, life, residency, _serves_by_arrival(trace, name)))
     sources = _commonest(raw["tenant_source"].astype(object).fillna("").astype(str), tenant_codes, len(tenants))
     return Replica(name, tenants, sources, requests, gaps, steps, partition)
+
+
+def _serves_by_arrival(trace: Trace, name: str) -> bool:
+    """Whether the replica's queue is first come, first served; so is that of an engine that does not say."""
+    policies = _rows(trace.replicas, name)["policy"].dropna().astype(str)
+    return bool(policies.isin(FIRST_COME).all())
 
 
 def _commonest(names: pd.Series[str], group: Ints, groups: int) -> tuple[str, ...]:

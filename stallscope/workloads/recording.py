@@ -16,7 +16,14 @@ from stallscope.workloads.closed_loop import clients_of
 from stallscope.workloads.draws import stream
 from stallscope.workloads.engine_clients import EngineClients
 from stallscope.workloads.faults import Collector, EngineFaults, FaultPlan, plan_faults, slowdown
-from stallscope.workloads.replica import ExecutorName, describe, serve_all, torch_executor, warm_up
+from stallscope.workloads.replica import (
+    ExecutorName,
+    describe,
+    gpu_sampling,
+    serve_all,
+    torch_executor,
+    warm_up,
+)
 from stallscope.workloads.scenario import Scenario
 from stallscope.workloads.traffic import PlannedRequest, plan
 from stallscope_engine.config import EngineConfig
@@ -120,7 +127,7 @@ def record(
         random.Random(f"{scenario.name}/{seed}/{inject}") if executor == "virtual" else random.Random(),
         background=executor == "torch",
     )
-    with emitter, collector:
+    with emitter, collector, gpu_sampling(engine, emitter):
         engine.recorder = emitter if executor == "torch" else collector.recorder(emitter)
         run = _run(engine, scenario, seed, inject, faults, collector, prompts=prompts, progress=progress)
         end_ns = engine.clock.now_ns()

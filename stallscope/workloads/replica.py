@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import stallscope
@@ -11,6 +12,8 @@ from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import Engine, Executor, WallClock
 from stallscope_engine.models.configs import random_prompt
 from stallscope_engine.request import Request
+from stallscope_telemetry.emitter import Emitter
+from stallscope_telemetry.gpu import GpuSampler
 from stallscope_telemetry.records import RequestInfo
 from stallscope_telemetry.spans import EngineDescription
 
@@ -72,6 +75,14 @@ def torch_executor(
         return fitting, make_executor(fitting, config.model, found, seed=seed)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def gpu_sampling(engine: Engine, emitter: Emitter) -> AbstractContextManager[object]:
+    """Samples the GPUs while it is open, on the engine's clock; does nothing where the engine computes on none."""
+    device = getattr(engine.executor, "device", None)  # only an executor for devices has one
+    if device is None or device.type != "cuda":
+        return nullcontext()
+    return GpuSampler(emitter, now_ns=engine.clock.now_ns)
 
 
 def warm_up(config: EngineConfig, executor: TorchExecutor | TorchCudaExecutor, longest_tokens: int = 1) -> None:

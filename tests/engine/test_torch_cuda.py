@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.executors.choice import find_device, fit_to_device, make_executor
-from stallscope_engine.executors.memory import block_bytes, fitting_blocks, weight_bytes
+from stallscope_engine.executors.cuda.memory import block_bytes, fitting_blocks, weight_bytes
 from stallscope_engine.models.configs import NAMED, ModelConfig, random_prompt
 from stallscope_engine.request import Request, Sampling
 from stallscope_engine.scheduler import Batch, Scheduler
@@ -23,9 +23,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra: engi
 pytest.importorskip("transformers", reason="transformers is not installed (extra: dev)")
 
 from stallscope_engine.executors import torch_cuda  # noqa: E402
-from stallscope_engine.executors.decode_graphs import DecodeGraphs, batch_sizes, context_sizes  # noqa: E402
-from stallscope_engine.executors.sampling import draw_chances, sample  # noqa: E402
-from stallscope_engine.executors.step_buffer import GROUPS, StepBuffer, StepShape  # noqa: E402
+from stallscope_engine.executors.cuda.decode_graphs import DecodeGraphs, batch_sizes, context_sizes  # noqa: E402
+from stallscope_engine.executors.cuda.sampling import draw_chances, sample  # noqa: E402
+from stallscope_engine.executors.cuda.step_buffer import GROUPS, StepBuffer, StepShape  # noqa: E402
 from stallscope_engine.executors.torch_cpu import TorchExecutor  # noqa: E402
 from stallscope_engine.executors.torch_cuda import TorchCudaExecutor  # noqa: E402
 from stallscope_engine.models.cuda.attention import (  # noqa: E402

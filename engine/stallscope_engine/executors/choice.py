@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stallscope_engine.config import EngineConfig
-from stallscope_engine.executors.memory import fitting_blocks, weight_bytes
+from stallscope_engine.executors.cuda.memory import fitting_blocks, weight_bytes
 from stallscope_engine.models.configs import ModelConfig, load_config
 
 if TYPE_CHECKING:

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import StepResult
-from stallscope_engine.executors.decode_graphs import DecodeGraphs
-from stallscope_engine.executors.lines import Lines
-from stallscope_engine.executors.memory import activation_bytes, block_bytes, fitting_blocks
-from stallscope_engine.executors.sampling import draw_chances, sample
-from stallscope_engine.executors.step_buffer import StepBuffer, StepInputs, StepShape
+from stallscope_engine.executors.cuda.decode_graphs import DecodeGraphs
+from stallscope_engine.executors.cuda.lines import Lines
+from stallscope_engine.executors.cuda.memory import activation_bytes, block_bytes, fitting_blocks
+from stallscope_engine.executors.cuda.sampling import draw_chances, sample
+from stallscope_engine.executors.cuda.step_buffer import StepBuffer, StepInputs, StepShape
 from stallscope_engine.models.configs import NAMED, ModelConfig, load_config
 from stallscope_engine.models.cuda.attention import QueryGroup, choose_attention
 from stallscope_engine.models.cuda.decoder import DecoderInputs, DeviceDecoder, PlainLinear
