@@ -155,6 +155,9 @@ def equal_slots(bench: Bench, seeds: Sequence[int]) -> None:
     bounds = [1 / run.utilization for run in runs["static"]]
     shares = [gain / bound for gain, bound in zip(gains, bounds, strict=True)]
     print(f"    gain {spread(gains)}x of a bound of {spread(bounds)}x: {spread(shares, '{:.0%}')} of it")
+    slots = [ours.utilization / theirs.utilization for theirs, ours in zip(*runs.values(), strict=True)]
+    shares = [gain / bound for gain, bound in zip(slots, bounds, strict=True)]
+    print(f"    in slots filled {spread(slots)}x: {spread(shares, '{:.0%}')}; prompts, and fuller steps, cost the rest")
 
 
 def equal_memory(bench: Bench, seeds: Sequence[int]) -> dict[str, float]:
@@ -173,7 +176,8 @@ def equal_memory(bench: Bench, seeds: Sequence[int]) -> dict[str, float]:
             f"{statistics.median(run.preemptions for run in done):>16.0f}"
         )
     gains = [ours.tokens_per_s / theirs.tokens_per_s for theirs, ours in zip(*runs.values(), strict=True)]
-    print(f"    gain {spread(gains)}x")
+    together = [ours.mean_batch / theirs.mean_batch for theirs, ours in zip(*runs.values(), strict=True)]
+    print(f"    gain {spread(gains)}x; {spread(together)}x as many decode together, prompts cost both the same")
     outputs = [
         output
         for seed in seeds
@@ -186,7 +190,7 @@ def equal_memory(bench: Bench, seeds: Sequence[int]) -> dict[str, float]:
 def under_load(bench: Bench, seeds: Sequence[int], capacity: dict[str, float]) -> None:
     config = memory_config(bench.setting)
     print("\n(c) the same open-loop load on both, KV memory as in (b)")
-    print(f"    {'load':38}{'':12}{'useful tokens/s':>26}{'latency p50, s':>26}{'latency p99, s':>26}")
+    print(f"    {'load':46}{'':12}{'useful tokens/s':>26}{'latency p50, s':>26}{'latency p99, s':>26}")
     for name, whose, share in LOADS:
         per_s = share * capacity[whose]
         for policy in POLICIES:
@@ -194,7 +198,7 @@ def under_load(bench: Bench, seeds: Sequence[int], capacity: dict[str, float]) -
             p50, p99 = ([percentile(run.latencies_s, q) for run in done] for q in (0.5, 0.99))
             label = f"{per_s:.2g}/s, {name}" if policy == POLICIES[0] else ""
             print(
-                f"    {label:38}{NAMES[policy]:12}{spread([run.tokens_per_s for run in done], '{:,.0f}'):>26}"
+                f"    {label:46}{NAMES[policy]:12}{spread([run.tokens_per_s for run in done], '{:,.0f}'):>26}"
                 f"{spread(p50):>26}{spread(p99):>26}"
             )
 

@@ -45,6 +45,7 @@ class OtlpFileExporter(SpanExporter):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._compressor = _compressor(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("xb")
         self._lock = threading.Lock()  # OpenTelemetry lets other threads call force_flush and shutdown
 
