@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import StepResult
+from stallscope_engine.executors.lines import Lines
 from stallscope_engine.models.configs import NAMED, ModelConfig, load_config
 from stallscope_engine.models.decoder import Decoder, ForwardPlan
 from stallscope_engine.models.kv_cache import PagedKVCache, PrefillSpan
@@ -19,7 +20,6 @@ from stallscope_engine.models.linear import Linear
 from stallscope_engine.models.weights import load_weights, random_weights
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Batch
-from stallscope_telemetry.records import RequestState
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -51,7 +51,9 @@ class TorchExecutor:
             weights = load_weights(Path(model), self.model_config, kind, Linear)
         self._cache = PagedKVCache(self.model_config, config.kv_blocks, config.block_size, kind)
         self._decoder = Decoder(self.model_config, weights, self._cache)
-        self._table = _BlockTable(config.max_num_seqs, self._cache.table_width(config.kv_blocks))
+        # [lines, blocks]: the block ids of each running request, brought up to date as they grow.
+        self._table = torch.zeros(config.max_num_seqs, self._cache.table_width(config.kv_blocks), dtype=torch.int64)
+        self._lines = Lines(config.max_num_seqs, self._write_blocks)
         self._eos = frozenset(self.model_config.eos_token_ids)
         self._results: deque[StepResult] = deque()
 
@@ -78,6 +80,9 @@ class TorchExecutor:
                 stopped.append(request)
         return StepResult(stopped)
 
+    def _write_blocks(self, line: int, first: int, blocks: list[int]) -> None:
+        self._table[line, first : first + len(blocks)] = torch.tensor(blocks)
+
     def _plan(self, batch: Batch) -> tuple[ForwardPlan, list[Request]]:
         """Flattens the batch: prefill chunks first, then single tokens by their context, the longest first.
 
@@ -93,15 +98,15 @@ class TorchExecutor:
         for request, tokens, start, samples in zip(
             batch.requests, batch.num_tokens, batch.starts, batch.samples, strict=True
         ):
-            line = table.line_of(request)
+            line = self._lines.line_of(request)
             query = _Query(request, start + tokens, line, samples)
             if tokens == 1:
                 singles.append(query)
                 continue
             where = torch.arange(start, start + tokens)
-            spans.append(cache.span(len(token_ids), tokens, start, table.blocks, line))
+            spans.append(cache.span(len(token_ids), tokens, start, table, line))
             positions.append(where)
-            blocks.append(table.blocks[line][where // block_size])
+            blocks.append(table[line][where // block_size])
             token_ids += _tokens(request, start, start + tokens)
             if samples:
                 sampled.append((len(token_ids) - 1, query))
@@ -119,14 +124,14 @@ class TorchExecutor:
         positions.append(torch.tensor(contexts, dtype=torch.int64) - 1)
         blocks.append(torch.tensor(single_blocks, dtype=torch.int64))
         where = torch.cat(positions)
-        groups = cache.groups(contexts, table.blocks, [query.line for query in singles], first)
+        groups = cache.groups(contexts, table, [query.line for query in singles], first)
         if len(sampled) == len(singles) and not spans:
             sampled_rows, sampled_groups = None, groups
         else:
             sampled.sort(key=lambda pair: -pair[1].context)
             sampled_rows = torch.tensor([row for row, _ in sampled], dtype=torch.int64)
             lines = [query.line for _, query in sampled]
-            sampled_groups = cache.groups([query.context for _, query in sampled], table.blocks, lines, 0)
+            sampled_groups = cache.groups([query.context for _, query in sampled], table, lines, 0)
         token_ids += [0] * (_padded_rows(len(token_ids)) - len(token_ids))
         plan = ForwardPlan(
             torch.tensor(token_ids),
@@ -148,44 +153,6 @@ class _Query:
     context: int
     line: int
     samples: bool
-
-
-class _BlockTable:
-    """``blocks`` [lines, blocks]: the block ids of each running request, brought up to date as they grow."""
-
-    def __init__(self, lines: int, width: int) -> None:
-        self.blocks = torch.zeros(lines, width, dtype=torch.int64)
-        self._array = self.blocks.numpy()
-        self._free = list(range(lines))
-        self._lines: dict[Request, _Line] = {}
-
-    def line_of(self, request: Request) -> int:
-        """The request's line, with all of its blocks on it. What stands behind them is old, but in range."""
-        line = self._lines.get(request)
-        if line is None:
-            if not self._free:
-                self._reclaim()
-            line = self._lines[request] = _Line(self._free.pop())
-        if line.preemptions != request.preemptions:
-            line.preemptions, line.known = request.preemptions, 0
-        blocks = len(request.blocks)
-        if blocks > line.known:
-            self._array[line.number, line.known : blocks] = request.blocks[line.known :]
-            line.known = blocks
-        return line.number
-
-    def _reclaim(self) -> None:
-        """Takes the lines of requests that run no more: nobody tells an executor when they leave."""
-        for request in [*self._lines]:
-            if request.finish_reason is not None or request.state is not RequestState.RUNNING:
-                self._free.append(self._lines.pop(request).number)
-
-
-@dataclass(slots=True)
-class _Line:
-    number: int
-    known: int = 0  # blocks written
-    preemptions: int = 0  # of the request, when they were written
 
 
 def _context(query: _Query) -> int:

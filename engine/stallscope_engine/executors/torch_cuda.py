@@ -25,10 +25,11 @@ from torch import Tensor
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import StepResult
 from stallscope_engine.executors.cuda.decode_graphs import DecodeGraphs
-from stallscope_engine.executors.cuda.lines import Lines
 from stallscope_engine.executors.cuda.memory import activation_bytes, block_bytes, fitting_blocks
 from stallscope_engine.executors.cuda.sampling import draw_chances, sample
 from stallscope_engine.executors.cuda.step_buffer import StepBuffer, StepInputs, StepShape
+from stallscope_engine.executors.cuda.table_changes import TableChanges
+from stallscope_engine.executors.lines import Lines
 from stallscope_engine.models.configs import NAMED, ModelConfig, load_config
 from stallscope_engine.models.cuda.attention import QueryGroup, choose_attention
 from stallscope_engine.models.cuda.decoder import DecoderInputs, DeviceDecoder, PlainLinear
@@ -78,7 +79,8 @@ class TorchCudaExecutor:
         # A line and a block more than there are: padding of a graph reads and writes there.
         self._spare_line, self._spare_block = config.max_num_seqs, config.kv_blocks
         lines, width = config.max_num_seqs, config.kv_blocks
-        self._lines = Lines(lines, width)
+        self._changes = TableChanges(width)
+        self._lines = Lines(lines, self._changes.write)
         self._table = torch.full((lines + 1, width), self._spare_block, dtype=torch.int32, device=self.device)
         self._last_tokens = torch.zeros(lines + 1, dtype=torch.int32, device=self.device)
         rows = max(config.max_num_batched_tokens, lines)
@@ -136,7 +138,7 @@ class TorchCudaExecutor:
         singles = all(part.tokens == 1 for part in parts)
         most_context = max((part.context for part in parts), default=0)
         graph = self._graphs.fitting(len(parts), most_context) if self._graphs is not None and singles else None
-        changed, blocks = self._lines.take_changes()
+        changed, blocks = self._changes.take()
         while len(changed) > MOST_CHANGES:
             self._send_changes(changed[:MOST_CHANGES], blocks[:MOST_CHANGES])
             changed, blocks = changed[MOST_CHANGES:], blocks[MOST_CHANGES:]
