@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 
@@ -164,14 +165,16 @@ def _run(
     """Lets the planned traffic arrive, and the clients of closed loops live."""
     planned = [(one, prompts(one)) for one in plan(scenario, seed, inject)]
     start_ns = engine.clock.now_ns()
-    arrivals = deque(_request(handle, one, start_ns, prompt) for handle, (one, prompt) in enumerate(planned, start=1))
+    arrivals = deque(
+        _request(handle, one, start_ns, prompt, engine.config) for handle, (one, prompt) in enumerate(planned, start=1)
+    )
     handles = count(len(arrivals) + 1)
     clients = EngineClients(
         engine,
         clients_of(scenario, seed),
         arrivals,
         start_ns,
-        lambda one: _request(next(handles), one, start_ns, prompts(one)),
+        lambda one: _request(next(handles), one, start_ns, prompts(one), engine.config),
     )
     host = EngineFaults(faults, engine, start_ns)
     if collector is not None:
@@ -200,7 +203,9 @@ def _run(
     return _Run(start_ns, len(planned) + clients.sent, finished, clients.given_up)
 
 
-def _request(handle: int, planned: PlannedRequest, start_ns: int, prompt: Sequence[int]) -> Request:
+def _request(
+    handle: int, planned: PlannedRequest, start_ns: int, prompt: Sequence[int], config: EngineConfig
+) -> Request:
     info = RequestInfo(
         handle,
         planned.request_id,
@@ -215,7 +220,21 @@ def _request(handle: int, planned: PlannedRequest, start_ns: int, prompt: Sequen
         planned.retry_of,
     )
     # Where another limit is asked for, the answer ends by itself at the length that was drawn.
-    return Request(info, prompt, stop_after=planned.output_tokens if planned.max_tokens else 0)
+    stop_after = planned.output_tokens if planned.max_tokens else 0
+    # Without token ids the engine must be told what prompts have in common.
+    known = config.prefix_caching and not prompt
+    return Request(
+        info, prompt, stop_after=stop_after, block_hashes=_block_hashes(planned, config.block_size) if known else []
+    )
+
+
+def _block_hashes(planned: PlannedRequest, block_size: int) -> list[bytes]:
+    """Names for the full blocks of a prompt, the same where prompts drawn from the same key begin alike."""
+    key = planned.prompt_key or planned.request_id
+    return [
+        blake2b(f"{key}/{block}".encode(), digest_size=16).digest()
+        for block in range(planned.prompt_tokens // block_size)
+    ]
 
 
 def _virtual_engine(config: EngineConfig, seed: int, faults: FaultPlan, recorder: Recorder | None = None) -> Engine:
@@ -232,7 +251,9 @@ def time_prefill(config: EngineConfig, tokens: int) -> float:
     """Seconds that a prompt of ``tokens`` tokens takes on the torch executor of this machine, once it is warm."""
     config, executor = torch_executor(config, device="cpu")
     warm_up(config, executor, tokens)
-    request = _request(1, PlannedRequest(0, "", tokens, 1, "timed"), 0, random_prompt(executor.model_config, tokens, 0))
+    request = _request(
+        1, PlannedRequest(0, "", tokens, 1, "timed"), 0, random_prompt(executor.model_config, tokens, 0), config
+    )
     started = time.perf_counter()
     serve_all(config, executor, [request])
     return time.perf_counter() - started

@@ -135,6 +135,16 @@ def test_the_run_without_the_injection_has_the_same_turns() -> None:
     assert {name: harmed[name] for name in shared} == {name: usual[name] for name in shared}
 
 
+def test_a_growing_conversation_finds_its_beginning_in_the_prefix_cache() -> None:
+    talk = Tenant("agents", ClosedLoop(2, Literal(0.1), context_tokens=600), Lengths(Literal(50), Literal(10)))
+    run = simulate(replace(STORY, tenants=(talk,), engine=EngineConfig(kv_blocks=256, prefix_caching=True)), 0)
+    later = [one for one in run.requests if one.info.prompt_tokens > 50]
+    assert len(later) > 20
+    # All but the end of what was asked before, and its answer, whose tokens nobody knows beforehand.
+    assert all(one.info.prompt_tokens - 16 - 60 <= one.cached_tokens < one.info.prompt_tokens for one in later)
+    assert any(step.kv_cached for step in run.steps)
+
+
 def test_the_last_client_to_give_up_ends_the_run() -> None:
     hopeless = Tenant("agents", ClosedLoop(1, Literal(0), timeout_s=0.5), Lengths(Literal(100), Literal(60_000)))
     run = simulate(replace(STORY, tenants=(hopeless,), engine=EngineConfig(kv_blocks=8192)), 0)
@@ -219,10 +229,15 @@ def test_an_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:
     assert len(spans(path)) > 50
 
 
-@pytest.mark.parametrize("name", ["story.csv", "missing/story.otlp.jsonl"])
+@pytest.mark.parametrize("name", ["story.csv", "file/story.otlp.jsonl"])
 def test_a_file_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()  # where a folder would have to be
     with pytest.raises(UsageError, match=r"^[^\n]*story[^\n]*$"):
         record(STORY, tmp_path / name, seed=0, executor="virtual")
+
+
+def test_the_folder_of_a_trace_is_made(tmp_path: Path) -> None:
+    assert record(STORY, tmp_path / "new" / "run" / "story.otlp.jsonl", seed=0, executor="virtual").path.exists()
 
 
 @pytest.mark.parametrize("executor", ["virtual", "torch"])

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -201,3 +202,15 @@ def test_requests_that_wait_when_the_engine_stops_are_answered(live: Running) ->
         client.join(30)
     assert len(answers) == 30
     assert {answer.status_code for answer in answers} == {500, 503}
+
+
+def test_overlapped_steps_survive_a_failed_batch_and_the_prefix_cache_keeps_nothing_of_it() -> None:
+    with running(replace(CONFIG, async_scheduling=True, prefix_caching=True)) as live:
+        asked = {"prompt": [*range(5, 105)], "max_tokens": 6, "return_token_ids": True, "temperature": 0}
+        live.executor.failures = 1
+        assert live.post(**asked).status_code == 500
+        first = live.complete(**asked)["choices"][0]["token_ids"]
+        again = live.complete(**asked)
+        assert again["choices"][0]["token_ids"] == first
+        assert live.recorded.requests[-1].cached_tokens == 96
+        live.still_works()
