@@ -53,7 +53,8 @@ class Executor(Protocol):
 
     ``dispatch`` starts a batch and may return before it is done; batches run in the order of their dispatch.
     ``collect`` returns when the outputs of ``batch``, the oldest in flight, are ready on the engine's clock, and has
-    appended the sampled token ids to each request where it computes any.
+    appended the sampled token ids to each request where it computes any. Where one of the two raises, all batches in
+    flight are lost, and others may follow.
     """
 
     def dispatch(self, batch: Batch) -> None: ...

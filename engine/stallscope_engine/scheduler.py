@@ -193,6 +193,7 @@ class Scheduler:
             batch = self._in_flight.pop()
             for request, start, samples in zip(batch.requests, batch.starts, batch.samples, strict=True):
                 request.pending_tokens -= samples
+                del request.output_token_ids[request.output_tokens + request.pending_tokens :]
                 if request.state is RequestState.RUNNING and request.finish_reason is None:
                     self.blocks.forget(request, start)
                     request.computed_tokens = min(request.computed_tokens, start)

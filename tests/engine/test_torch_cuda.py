@@ -308,15 +308,17 @@ def test_a_request_that_ended_while_its_step_was_in_flight_gets_no_token(referen
     assert (len(gone.output_token_ids), len(stays.output_token_ids)) == (1, 2)
 
 
-def test_batches_are_collected_in_the_order_of_their_dispatch(references: dict[str, Reference]) -> None:
+def test_a_batch_that_was_passed_over_is_lost(references: dict[str, Reference]) -> None:
     executor = on_cpu(EngineConfig(max_num_seqs=3, kv_blocks=12), references["grouped"])
     request = make_request(0, 5, 9)
     request.blocks = [3]
     first, second = steps_of((request, 0, 5), steps=2)
     executor.dispatch(first)
     executor.dispatch(second)
-    with pytest.raises(ValueError, match="in the order in which they were dispatched"):
-        executor.collect(second)
+    executor.collect(second)
+    assert len(request.output_token_ids) == 1
+    with pytest.raises(ValueError, match="never dispatched, or is lost"):
+        executor.collect(first)
 
 
 def test_an_executor_outlives_many_more_requests_than_it_has_lines(references: dict[str, Reference]) -> None:

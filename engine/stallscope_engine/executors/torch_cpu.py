@@ -55,17 +55,20 @@ class TorchExecutor:
         self._table = torch.zeros(config.max_num_seqs, self._cache.table_width(config.kv_blocks), dtype=torch.int64)
         self._lines = Lines(config.max_num_seqs, self._write_blocks)
         self._eos = frozenset(self.model_config.eos_token_ids)
-        self._results: deque[StepResult] = deque()
+        self._results: deque[tuple[Batch, StepResult]] = deque()
 
     def dispatch(self, batch: Batch) -> None:
         """Computes the batch's tokens, all of them before it returns, and appends one to each request that samples.
 
         Raises ValueError where a request's prompt token ids are not as many as its record says.
         """
-        self._results.append(self._compute(batch))
+        self._results.append((batch, self._compute(batch)))
 
     def collect(self, batch: Batch) -> StepResult:
-        return self._results.popleft()
+        done, result = self._results.popleft()
+        while done is not batch:  # lost with a batch that failed after it
+            done, result = self._results.popleft()
+        return result
 
     @torch.inference_mode()
     def _compute(self, batch: Batch) -> StepResult:

@@ -114,11 +114,15 @@ class TorchCudaExecutor:
     def collect(self, batch: Batch) -> StepResult:
         """Waits for ``batch``, the oldest in flight, and appends one token to each of its requests that samples.
 
-        A request that has ended meanwhile gets none. Raises ValueError for another batch than the oldest.
+        A request that has ended meanwhile gets none. Older batches are dropped: they were lost with one that failed.
+        Raises ValueError for a batch that is not in flight.
         """
-        if not self._in_flight or self._in_flight[0].batch is not batch:
-            raise ValueError("batches must be collected in the order in which they were dispatched")
-        flight = self._in_flight.popleft()
+        if not any(flight.batch is batch for flight in self._in_flight):
+            raise ValueError(
+                "the batch was never dispatched, or is lost: batches are collected in the order of dispatch"
+            )
+        while (flight := self._in_flight.popleft()).batch is not batch:
+            pass
         device_ns = flight.wait()
         stopped = []
         if flight.tokens is not None:

@@ -209,6 +209,11 @@ def test_overlapped_steps_survive_a_failed_batch_and_the_prefix_cache_keeps_noth
         asked = {"prompt": [*range(5, 105)], "max_tokens": 6, "return_token_ids": True, "temperature": 0}
         live.executor.failures = 1
         assert live.post(**asked).status_code == 500
+        with live.client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            live.executor.failures = 1  # while a step before it is in flight
+            assert json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]
         first = live.complete(**asked)["choices"][0]["token_ids"]
         again = live.complete(**asked)
         assert again["choices"][0]["token_ids"] == first
