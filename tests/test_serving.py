@@ -139,7 +139,7 @@ def test_a_second_signal_ends_at_once_and_new_keys_are_read_at_sighup(tmp_path: 
         (["--model", "gpt-9"], "gpt-9"),
         (["-o", "exists.otlp.jsonl"], "--force"),
         (["-o", "trace.txt"], "trace.txt"),
-        (["-o", "no/such/folder.otlp.jsonl"], "no/such"),
+        (["-o", "wrong.yaml/trace.otlp.jsonl"], "wrong.yaml"),
     ],
 )
 def test_what_can_not_be_served_is_one_line_and_exit_code_2(
