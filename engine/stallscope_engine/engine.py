@@ -129,14 +129,22 @@ class Engine:
 
         Waits for the steps in flight, so that what they compute for it is told truly.
         """
-        while self._in_flight:
-            self._finished += self._complete_oldest()
+        self.drain()
         if request.finish_reason is not None:
             return
         now_ns = self.clock.now_ns()
         self.scheduler.abort(request, reason, now_ns)
         if self.recorder is not None:
             self.recorder.request(_request_record(request, now_ns))
+
+    def drain(self) -> None:
+        """Completes the steps in flight, without scheduling another; the next step returns who finished."""
+        while self._in_flight:
+            self._finished += self._complete_oldest()
+
+    def _take_finished(self) -> list[Request]:
+        finished, self._finished = self._finished, []
+        return finished
 
     def note_idle(self, idle_ns: int) -> None:
         """Says that for this part of the time before the next step there was no request at all."""
@@ -145,7 +153,7 @@ class Engine:
     def step(self) -> list[Request]:
         """Schedules and dispatches one batch and completes the oldest that is due; returns who finished with it."""
         scheduled = self.scheduler.has_work and self._dispatch_next()
-        finished, self._finished = self._finished, []
+        finished = self._take_finished()
         if self._in_flight and (len(self._in_flight) > self._most_in_flight or not scheduled):
             finished += self._complete_oldest()
         return finished
@@ -245,6 +253,9 @@ class Engine:
                 before_step()
             now_ns = self.clock.now_ns()
             if until_ns is not None and now_ns >= until_ns:
+                self.drain()
+                if after_step is not None:
+                    after_step(self._take_finished())
                 return
             while pending and pending[0].info.arrival_ns <= now_ns:
                 self.submit(pending.popleft())
