@@ -393,7 +393,6 @@ class Scheduler:
         del request.output_token_ids[request.output_tokens :]  # what a step in flight computed beyond its end
         request.events.append(("finished", now_ns))
         self.blocks.release(request)
-        self.policy.left(request)
 
     # --- why the others wait --------------------------------------------------------------------------------
 

@@ -69,6 +69,3 @@ class Policy:
 
     def computed(self, request: Request, tokens: int, is_decode: bool) -> None:
         """``request`` takes ``tokens`` tokens of a step."""
-
-    def left(self, request: Request) -> None:
-        """``request`` has ended and left queue or batch."""
