@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Union, get_args, get_origin, get_type_hints
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Verdict(StrEnum):
@@ -22,6 +22,8 @@ class Verdict(StrEnum):
     SELF_INFLICTED = "self_inflicted"
     OVERLOAD = "overload"
     ENGINE_STALL = "engine_stall"
+    COLD_CACHE = "cold_cache"
+    OUTSIDE_ENGINE = "outside_engine"
     HEALTHY = "healthy"
     INSUFFICIENT_DATA = "insufficient_data"
 
@@ -82,9 +84,81 @@ class SuspectRequest:
     share: float  # of what its tenant caused
 
 
+class InterventionKind(StrEnum):
+    """What a replay changed: blame rests on ``USUAL``, ``FAIR_SHARE`` where no usual is known; the rest is what if."""
+
+    USUAL = "usual"  # tenants thinned to their own usual rate and sizes
+    FAIR_SHARE = "fair_share"  # a tenant held to its max-min fair share
+    WITHOUT_TENANT = "without_tenant"
+    WITHOUT_REQUEST = "without_request"
+    REMEDY = "remedy"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One tenant's percentile as recorded, replayed unchanged, and with the intervention; ``low_s`` to ``high_s``: 90%
+    of the draws of a replay."""
+
+    tenant: str
+    metric: str
+    quantile: float
+    requests: int
+    recorded_s: float
+    replayed_s: float
+    predicted_s: float
+    low_s: float
+    high_s: float
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A replay of an incident with something changed, and what it would have done.
+
+    ``restored``: share of the victims' excess that would have been gone (negative: it would have been worse).
+    ``throughput``: output tokens finished a second, relative to the unchanged replay. ``tonight``: of a remedy, whether
+    it needs no change of the engine. ``unseen``: share of replayed steps larger than any in the recording.
+    """
+
+    kind: InterventionKind
+    what: str  # "reasoner as usual", "max_num_batched_tokens=512"
+    how: str  # of a remedy, what to type or change
+    tenants: tuple[str, ...]  # who was changed
+    restored: float
+    restored_low: float
+    restored_high: float
+    predictions: tuple[Prediction, ...]
+    throughput: float
+    tonight: bool
+    unseen: float
+
+
+@dataclass(frozen=True)
+class ReplayCheck:
+    """How well a replica's recording could be replayed unchanged; ``trusted``: well enough for verdicts to rest on it.
+
+    ``forced_agreement``: of recorded steps, the share whose batch the scheduler chose from the recorded state.
+    ``free_error``: median relative error of the tenants' percentiles in a free run; NaN is never stored: -1 where there
+    was none. ``reason`` says why there was no replay, or why it is not trusted; "" where it is.
+    """
+
+    replica: str
+    policy: str
+    forced_agreement: float
+    forced_steps: int
+    free_error: float
+    step_cost_error: float  # mean relative error of the step cost on steps it was not fitted on
+    draws: int
+    trusted: bool
+    reason: str
+
+
 @dataclass(frozen=True)
 class Culprit:
-    """A tenant to blame: what it caused, by which mechanism, through which requests, and how unusual its load was."""
+    """A tenant to blame: what it caused, by which mechanism, through which requests, and how unusual its load was.
+
+    ``restored``: share of the victims' excess that its return to usual restores by replay; ``shapley``: its part of
+    what all culprits' return restores. Both None without a replay.
+    """
 
     tenant: str
     tenant_source: str
@@ -96,6 +170,8 @@ class Culprit:
     load_of: str  # step time, KV cache, slots (shares of the engine's)
     requests: tuple[SuspectRequest, ...]
     dominating_request: str | None
+    restored: float | None = None
+    shapley: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +179,9 @@ class Incident:
     """A stretch in which requests waited far longer than their tenants' usual.
 
     ``lost_s``: seconds by which its stalled waits exceeded the usual. ``charged_s``: the part of it that can be laid at
-    somebody's door; the rest is what a step costs whatever is in it.
+    somebody's door; the rest is what a step costs whatever is in it. ``group``: what several culprits that act alike
+    have in common ("" for none). ``interventions`` are replays, those that blame rests on first; ``remedies`` are
+    sorted: what can be done tonight first, then by what they restore.
     """
 
     replica: str
@@ -120,6 +198,9 @@ class Incident:
     runner_up: str | None
     runner_up_share: float  # of charged_s
     reasons: tuple[str, ...]
+    group: str = ""
+    interventions: tuple[Intervention, ...] = ()
+    remedies: tuple[Intervention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +244,7 @@ class Diagnosis:
     incidents: tuple[Incident, ...]
     tenants: tuple[TenantSummary, ...]
     notes: tuple[str, ...]
+    replays: tuple[ReplayCheck, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, object]:

@@ -19,6 +19,8 @@ _STYLE = {
     Verdict.SELF_INFLICTED: "bold yellow",
     Verdict.OVERLOAD: "bold yellow",
     Verdict.ENGINE_STALL: "bold magenta",
+    Verdict.COLD_CACHE: "bold yellow",
+    Verdict.OUTSIDE_ENGINE: "bold magenta",
     Verdict.INSUFFICIENT_DATA: "bold",
 }
 
