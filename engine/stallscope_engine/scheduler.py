@@ -85,10 +85,18 @@ class Scheduler:
     # --- requests come and go -------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Queues a new request.
+        """Queues a new request. Raises RequestRejected as ``check`` does."""
+        self.check(request)
+        self.policy.queued(request)
+        self.policy.waiting.push(request)
+        self._next.joined.append(request)
+        self._queue_changed = True
 
-        Raises RequestRejected where it could never finish: more tokens than the KV cache or its tenant's share of it
-        holds or, without chunked prefill, than a step's budget.
+    def check(self, request: Request) -> None:
+        """Raises RequestRejected where a request could never finish.
+
+        That is: more tokens than the KV cache or its tenant's share of it holds or, without chunked prefill, than a
+        step's budget.
         """
         info, config = request.info, self.config
         if info.prompt_tokens < 1 or info.max_tokens < 1:
@@ -109,9 +117,28 @@ class Scheduler:
                 f"request {info.request_id}: {most} tokens do not fit the {self.quotas.kv_blocks * config.block_size} "
                 f"that tenant {info.tenant} may hold; raise tenant_kv_share"
             )
-        self.policy.queued(request)
-        self.policy.waiting.push(request)
-        self._next.joined.append(request)
+
+    def resume(self, running: Sequence[Request], waiting: Sequence[Request]) -> None:
+        """Goes on where another run stood, as a new scheduler.
+
+        ``running`` by admission, with what they have computed; ``waiting`` in the order of arrival. Who does not find
+        its blocks free waits like one that was preempted.
+        """
+        lost = []
+        for request in running:
+            if self.blocks.grow(request, self.policy.held_tokens(request, request.computed_tokens)):
+                request.state = RequestState.RUNNING
+                self.blocks.keep(request)
+                self.running.append(request)
+            else:
+                request.computed_tokens = request.cached_now = 0
+                request.state = RequestState.PREEMPTED
+                lost.append(request)
+        for request in waiting:
+            self.policy.queued(request)
+            self.policy.waiting.push(request)
+        for request in reversed(lost):
+            self.policy.put_back(request)
         self._queue_changed = True
 
     def abort(self, request: Request, reason: FinishReason, now_ns: int) -> None:

@@ -2,9 +2,11 @@
 
 duration = b0 + b1 prefill tokens + b2 sum(chunk * context) + b3 decode requests + b4 sum(decode context)
 
-Additive so that each request's marginal cost is its own; accuracy for replay comes elsewhere. Coefficients are not
-negative. The fit minimises the error relative to the measured duration, which bounds what one stalled step can weigh,
-and then again without the steps that took far longer than the model says (iterated Huber weights).
+Additive so that each request's marginal cost is its own; accuracy for replay comes elsewhere (``replay.step_cost``).
+Coefficients are not negative. The fit minimises the error relative to the measured duration, which bounds what one
+stalled step can weigh, and then again without the steps that took far longer than the model says (iterated Huber
+weights). A trace has a hundred small decode steps for each large prefill, and stalls are made of the latter: steps
+weigh less the more of their like there are.
 """
 
 from __future__ import annotations
@@ -46,15 +48,26 @@ def fit_cost_model(features: Floats, duration_ns: Floats) -> CostModel:
     scale = np.sqrt((relative**2).sum(axis=0))
     scale[scale == 0] = 1.0
     scaled = relative / scale
-    weight = np.ones(len(y))
+    rarity = _rarity(x)
+    weight = rarity
     solution = np.zeros(x.shape[1])
     for _ in range(_ROUNDS):
         solution = _least_squares_not_negative(scaled, weight)
         residual = np.abs(1.0 - scaled @ solution)
-        weight = np.minimum(1.0, _HUBER / np.maximum(residual, 1e-12))
+        weight = rarity * np.minimum(1.0, _HUBER / np.maximum(residual, 1e-12))
     b0, b1, b2, b3, b4 = (float(value) for value in solution / scale)
     error = float(np.median(np.abs(1.0 - scaled @ solution)))
     return CostModel((b0, b1, b2, b3, b4), error, len(y))
+
+
+def _rarity(features: Floats) -> Floats:
+    """Weights of steps: the root of how rare their like is, by powers of two of each feature; 1 on average."""
+    magnitude = np.log2(1.0 + features[:, 1:]).astype(np.int64)
+    key = magnitude @ (64 ** np.arange(magnitude.shape[1]))
+    _, group, count = np.unique(key, return_inverse=True, return_counts=True)
+    weight: Floats = count[group] ** -0.5
+    weight /= weight.mean()
+    return weight
 
 
 def _least_squares_not_negative(x: Floats, weight: Floats) -> Floats:

@@ -7,6 +7,7 @@ requests outside all incidents give its mean load and, as a compound Poisson pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,18 @@ class Load:
         return difference / deviation if deviation > 0 else (float("inf") if difference > 0 else 0.0)
 
 
+@dataclass(frozen=True, eq=False)
+class Calm:
+    """What of a tenant is usual: ``requests`` (by request code), and the ``stretches`` (ns) in which they arrived."""
+
+    requests: NDArray[np.bool_]
+    stretches: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def length(self) -> int:
+        return sum(end - start for start, end in self.stretches)
+
+
 class Loads:
     """Loads of the tenants of a replica, given the windows (begin and end, ns) that are not usual."""
 
@@ -66,6 +79,7 @@ class Loads:
         rows = np.arange(len(self._stretches))
         self._begin = timeline.before[self._stretches.first]
         self._end = timeline.end[self._stretches.last]
+        self._calm_of: dict[int, Calm] = {}
         self._known: dict[tuple[str, int, int], tuple[Load, ...]] = {}
         self._whole = {resource: self._amount(rows, resource, self._begin, self._end) for resource in RESOURCES}
 
@@ -76,6 +90,10 @@ class Loads:
             tenants = range(len(self._replica.tenants))
             self._known[key] = tuple(self._of(tenant, resource, start, end) for tenant in tenants)
         return self._known[key]
+
+    def usual_is_known(self, tenant: int) -> bool:
+        """Whether there is enough calm time to tell what is usual for a tenant."""
+        return self.calm(tenant).length >= LEAST_CALM * (self._span[1] - self._span[0])
 
     def growth_of_others(self, tenant: int, resource: str, start: int, end: int) -> float:
         """The growth that is common: the lower median among the other tenants, at least 1.
@@ -96,8 +114,8 @@ class Loads:
         rows = np.flatnonzero(self._replica.tenant_of_request[self._stretches.request] == tenant)
         begin, finish = np.clip(self._begin[rows], start, end), np.clip(self._end[rows], start, end)
         level = float(self._amount(rows, resource, begin, finish).sum()) / length
-        calm_requests, calm_ns = self._calm(tenant)
-        if calm_ns < LEAST_CALM * (self._span[1] - self._span[0]):
+        calm_requests, calm_ns = self.calm(tenant).requests, self.calm(tenant).length
+        if not self.usual_is_known(tenant):
             return Load(level, float("nan"), float("nan"), float("nan"))
         rows = rows[calm_requests[self._stretches.request[rows]]]
         request = self._stretches.request[rows]
@@ -111,8 +129,13 @@ class Loads:
         deviation = float(np.sqrt(((stay[met] + length) * weight**2).sum() / calm_ns)) / length
         return Load(level, usual, deviation, float(np.sqrt((spent**2).sum())) / calm_ns)
 
-    def _calm(self, tenant: int) -> tuple[NDArray[np.bool_], int]:
-        """Which requests are the tenant's usual ones, and the time (ns) in which they arrived."""
+    def calm(self, tenant: int) -> Calm:
+        """Which requests are the tenant's usual ones, and when they arrived."""
+        if tenant not in self._calm_of:
+            self._calm_of[tenant] = self._find_calm(tenant)
+        return self._calm_of[tenant]
+
+    def _find_calm(self, tenant: int) -> Calm:
         requests = self._replica.requests
         arrival, until = requests["arrival"].to_numpy(), requests["seen_until"].to_numpy()
         calm = requests["tenant"].to_numpy() == tenant
@@ -123,11 +146,12 @@ class Loads:
             since = min(start, int(arrival[there].min())) if there.any() else start
             excluded.append((max(since, first), min(end, last)))
             calm &= (arrival < since) | (arrival > end)
-        time, reach = last - first, first
-        for start, end in sorted(excluded):
-            time -= max(0, end - max(start, reach))
+        stretches, reach = [], first
+        for start, end in [*sorted(excluded), (last, last)]:
+            if start > reach:
+                stretches.append((reach, start))
             reach = max(reach, end)
-        return calm, time
+        return Calm(calm, tuple(stretches))
 
     def _amount(self, rows: Ints, resource: str, begin: Ints, end: Ints) -> Floats:
         """What each stretch took between two times: ns of step time, of the whole KV cache, or of all slots."""

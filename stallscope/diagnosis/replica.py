@@ -20,7 +20,7 @@ from stallscope.trace import Trace
 MOST_TENANTS = 50  # by tokens; the rest are analysed as one
 OTHER = "(other)"
 
-# Policies whose queue is served in the order of arrival.
+# Policies whose queue is served in the order of arrival; so is that of an engine that does not say.
 FIRST_COME = ("fcfs", "prefill_first", "static")
 
 
@@ -43,8 +43,9 @@ class Replica:
     """One replica's tables with codes.
 
     ``requests`` (index = request code): request, tenant (code), arrival, first_token, end (ns; -1 where there is none),
-    seen_until (end, or the last sight), prompt_tokens, output_tokens, state. ``gaps``: request (code), start,
-    length_ns, count.
+    seen_until (end, or the last sight), prompt_tokens, output_tokens, max_tokens, cached_tokens, priority (0 where
+    unknown), state, and finish_reason, session, predecessor, retry_of ("" where there is none). ``gaps``: request
+    (code), start, length_ns, count. ``settings``: its row of ``replicas``.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Replica:
     requests: pd.DataFrame
     gaps: pd.DataFrame
     steps: pd.DataFrame
+    settings: dict[str, object]
     partition: Partition
 
     @property
@@ -118,19 +120,28 @@ def _read(trace: Trace, name: str) -> Replica:
             "prompt_tokens": raw["prompt_tokens"].fillna(0).astype(np.int64),
             "output_tokens": raw["output_tokens"].fillna(0).astype(np.int64),
             "state": raw["state"].astype(str),
+            **{name: raw[name].fillna(0).astype(np.int64) for name in ("max_tokens", "cached_tokens", "priority")},
+            **{
+                name: raw[name].astype(object).fillna("").astype(str)
+                for name in ("finish_reason", "session", "predecessor", "retry_of")
+            },
         }
     )
     life = requests[["arrival"]].assign(end=requests["seen_until"])
     ledger = Ledger(timeline, stretches)
-    partition = Partition(ledger, read_lives(ledger, life, residency, _serves_by_arrival(trace, name)))
+    settings = _settings(trace, name)
+    by_arrival = settings.get("policy") in (None, *FIRST_COME)
+    partition = Partition(ledger, read_lives(ledger, life, residency, by_arrival))
     sources = _commonest(raw["tenant_source"].astype(object).fillna("").astype(str), tenant_codes, len(tenants))
-    return Replica(name, tenants, sources, requests, gaps, steps, partition)
+    return Replica(name, tenants, sources, requests, gaps, steps, settings, partition)
 
 
-def _serves_by_arrival(trace: Trace, name: str) -> bool:
-    """Whether the replica's queue is first come, first served; so is that of an engine that does not say."""
-    policies = _rows(trace.replicas, name)["policy"].dropna().astype(str)
-    return bool(policies.isin(FIRST_COME).all())
+def _settings(trace: Trace, name: str) -> dict[str, object]:
+    """What the replica said of itself last; empty where it said nothing."""
+    rows: list[dict[str, object]] = trace.replicas.filter(
+        pc.equal(trace.replicas["replica"].cast(pa.string()), name)
+    ).to_pylist()
+    return rows[-1] if rows else {}
 
 
 def _commonest(names: pd.Series[str], group: Ints, groups: int) -> tuple[str, ...]:

@@ -1,0 +1,92 @@
+"""Does the replay's scheduler do what the recorded one did? Judged before anything rests on a replay.
+
+Teacher-forced: from the recorded state before a step, does it choose the recorded batch? Whether a free run gives the
+recorded percentiles is looked at incident by incident (``interventions``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stallscope.diagnosis.replay.history import History, Standing, make_request
+from stallscope_engine.request import Request
+from stallscope_engine.scheduler import Scheduler
+from stallscope_telemetry.records import RequestState
+
+MOST_STEPS = 400
+LEAST_AGREEMENT = 0.95  # below, the policy counts as unknown
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Share of ``steps`` steps whose recorded batch the scheduler chose from the recorded state."""
+
+    share: float
+    steps: int
+
+
+def forced_agreement(history: History, first: int, last: int) -> Agreement:
+    """Looks at up to ``MOST_STEPS`` steps between two positions of the timeline, and only where there is a choice.
+
+    A step in which nobody waits and nobody joins can be told by any policy: half of those looked at have a queue, where
+    there are as many.
+    """
+    chosen = _worth_looking_at(history, first, last)
+    agreed = sum(_agrees(history, position) for position in chosen)
+    return Agreement(agreed / len(chosen) if chosen else 0.0, len(chosen))
+
+
+def _worth_looking_at(history: History, first: int, last: int) -> list[int]:
+    steps = history.replica.steps.iloc[first : last + 1]
+    positions = np.arange(first, last + 1)
+    # A first step, and one after lost telemetry, follow no known state.
+    known = (positions > 0) & history.replica.timeline.observed[first : last + 1]
+    busy = (steps["waiting"].fillna(0).to_numpy(np.int64) > 0) | (steps["prefill_tokens"].fillna(0).to_numpy() > 0)
+    chosen = [*_spread(positions[known & busy], MOST_STEPS // 2), *_spread(positions[known], MOST_STEPS // 2)]
+    return sorted(set(chosen))
+
+
+def _spread(positions: np.ndarray[tuple[int], np.dtype[np.int64]], most: int) -> list[int]:
+    """At most ``most`` of them, evenly spread."""
+    if len(positions) <= most:
+        return positions.tolist()
+    spread: list[int] = positions[np.linspace(0, len(positions) - 1, most).astype(np.int64)].tolist()
+    return spread
+
+
+def _agrees(history: History, position: int) -> bool:
+    recorded = history.batch_at(position)
+    scheduler = Scheduler(history.config)
+    standing = history.standing_at(position)
+    requests = {one.request: _as_it_stood(history, one) for one in standing}
+    running = [requests[one.request] for one in standing if one.running]
+    preempted = [requests[one.request] for one in standing if one.preempted]
+    waiting = [requests[one.request] for one in standing if not one.running and not one.preempted]
+    scheduler.resume(running, preempted + waiting)
+    batch = scheduler.schedule(int(history.replica.timeline.scheduled[position]))
+    code_of = {request: code for code, request in requests.items()}
+    replayed = {} if batch is None else dict(zip((code_of[r] for r in batch.requests), batch.num_tokens, strict=True))
+    return replayed == recorded
+
+
+def _as_it_stood(history: History, one: Standing) -> Request:
+    row = history.requests.iloc[one.request]
+    request = make_request(
+        history,
+        one.request + 1,
+        int(row["tenant"]),
+        int(row["arrival"]),
+        int(row["prompt_tokens"]),
+        max(int(row["output_tokens"]), one.output_tokens + 1),
+        int(row["limit"]),
+        int(row["priority"]),
+        0,
+        0,
+    )
+    request.output_tokens = one.output_tokens
+    request.computed_tokens = one.computed_tokens
+    if one.preempted:
+        request.state = RequestState.PREEMPTED
+    return request
