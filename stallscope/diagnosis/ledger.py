@@ -80,8 +80,10 @@ class Ledger:
         self.stretches = stretches
         self._sums = StepSums(stretches, timeline.step)
         features = self._features()
+        self.features = features
         # A step whose batch is not fully known (after lost telemetry) would teach the model nonsense.
-        self.model = fit_cost_model(features[features[:, 1:].any(axis=1)], self._durations(features))
+        self.known = features[:, 1:].any(axis=1)
+        self.model = fit_cost_model(features[self.known], timeline.duration.astype(np.float64)[self.known])
         predicted = self.model.predict(features)
         duration = timeline.duration.astype(np.float64)
         self._scale = np.minimum(1.0, np.divide(duration, predicted, out=np.ones_like(duration), where=predicted > 0))
@@ -98,9 +100,6 @@ class Ledger:
         self.unexplained_per_step = unexplained
         self._scale_sum = timeline.over_slices(self._scale)
         self._scaled_step_sum = timeline.over_slices(self._scale * (timeline.step - timeline.step[0]))
-
-    def _durations(self, features: Floats) -> Floats:
-        return self.timeline.duration.astype(np.float64)[features[:, 1:].any(axis=1)]
 
     def _features(self) -> Floats:
         """Step features (n x 5) in the order of ``cost_model.FEATURES``."""

@@ -12,9 +12,9 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.replay.disturbances import CLOCK_BIN_NS, SLICE_NS, Disturbances
+from stallscope.diagnosis.replay.disturbances import CLOCK_BIN_NS, SLICE_NS
 from stallscope.diagnosis.replay.history import History, Standing, block_hashes, make_request
-from stallscope.diagnosis.replay.step_cost import StepCost
+from stallscope.diagnosis.replay.machine import Machine
 from stallscope.diagnosis.timeline import Ints
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import Engine, StepResult, VirtualClock
@@ -24,14 +24,6 @@ from stallscope_telemetry.records import FinishReason, RequestInfo, RequestState
 
 _NOISE_SLICES = 4096
 _NOTHING = StepResult()
-
-
-@dataclass(frozen=True, eq=False)
-class Machine:
-    """What runs the batches: cost of a step, and what no batch explains."""
-
-    cost: StepCost
-    disturbances: Disturbances
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """Plans for a replay: the recorded requests of a stretch, and the same with tenants as usual, or without them.
 
-A tenant as usual is not its average: a stretch of its own calm time, chosen by draw, is put in the place of what it did.
-So its rate, its sizes and its bursts are those that it has, a newcomer's are nothing, and what chance makes of them
-shows in the draws.
+A tenant as usual is not its average: a stretch of its own calm time, chosen by draw, is put in the place of what it
+did. So its rate, its sizes and its bursts are those that it has, a newcomer's are nothing, and what chance makes of
+them shows in the draws.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def _calm_stretch(history: History, calm: Calm, start: int, end: int, generator:
         chosen = moved < end - start
         parts.append(mine[chosen].assign(arrival=start + moved[chosen]))
     # They follow nobody: whom they followed is elsewhere.
-    return pd.concat(parts, ignore_index=True).assign(code=-1, follows=-1, think=0, retry=False)
+    moved_here: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    return moved_here.assign(code=-1, follows=-1, think=0, retry=False)
 
 
 def _keep(plan: Plan, kept: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Plan:
