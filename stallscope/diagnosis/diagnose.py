@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from stallscope.diagnosis.evidence import quantiles
-from stallscope.diagnosis.incidents import find_windows, measure_waits
+from stallscope.diagnosis.incidents import find_episodes, find_windows, measure_waits
 from stallscope.diagnosis.load import KV, STEP_TIME, Loads
-from stallscope.diagnosis.model import Confidence, Coverage, Diagnosis, Incident, TenantSummary, Verdict
+from stallscope.diagnosis.model import Confidence, Coverage, Diagnosis, Incident, ReplayCheck, TenantSummary, Verdict
+from stallscope.diagnosis.replay.replayer import prepare_replay
 from stallscope.diagnosis.replica import Replica, replicas
 from stallscope.diagnosis.verdict import judge
 from stallscope.trace import Trace
@@ -18,15 +20,21 @@ FEWEST_REQUESTS = 20  # below, usual and unusual can't be told apart
 UNKNOWN = "(unknown)"
 
 
-def diagnose(trace: Trace) -> Diagnosis:
-    """Finds the incidents of a trace and judges each; needs steps (fidelity 3)."""
+def diagnose(trace: Trace, *, replay: bool = True) -> Diagnosis:
+    """Finds the incidents of a trace and judges each; needs steps (fidelity 3). ``replay``: by what would have been."""
     incidents: list[Incident] = []
     summaries: list[TenantSummary] = []
     errors: list[float] = []
+    checks: list[ReplayCheck] = []
     for replica in replicas(trace):
         waits = measure_waits(replica)
-        windows = find_windows(waits, replica)
-        incidents.extend(judge(replica, waits, windows))
+        episodes = find_episodes(waits)
+        windows = find_windows(waits, episodes, replica)
+        replayer = None
+        if replay and windows:
+            replayer = prepare_replay(replica, fidelity=_fidelity(trace, replica.name))
+            checks.append(replayer.check)
+        incidents.extend(judge(replica, waits, episodes, windows, replayer))
         summaries.extend(_summaries(replica, waits.table))
         errors.append(replica.ledger.model.error)
     incidents.sort(key=lambda incident: -incident.lost_s)
@@ -43,7 +51,14 @@ def diagnose(trace: Trace) -> Diagnosis:
         incidents=tuple(incidents),
         tenants=tuple(summaries),
         notes=tuple(f"{finding.text} ({finding.where}, {finding.count} times)" for finding in trace.findings),
+        replays=tuple(checks),
     )
+
+
+def _fidelity(trace: Trace, replica: str) -> int:
+    """The least that is known of a replica's steps in any stretch."""
+    coverage = trace.coverage.filter(pc.equal(trace.coverage["replica"].cast(pa.string()), replica))
+    return int(pc.min(coverage["fidelity"]).as_py() or 0)
 
 
 def _overall(incidents: list[Incident], coverage: Coverage) -> tuple[Verdict, Confidence]:

@@ -117,11 +117,10 @@ def _bars(table: pd.DataFrame, bin_ns: int) -> Floats:
     return found
 
 
-def find_windows(waits: Waits, replica: Replica) -> list[Window]:
-    """Stretches of stalled waits that a percentile would show: sorted by time, none overlapping.
+def find_episodes(waits: Waits) -> list[Window]:
+    """All stretches of stalled waits, sorted by time, none overlapping.
 
-    Waits that follow one another within a few seconds are one stretch. One in which no tenant has at least
-    ``FEWEST_STALLED`` stalled requests, and 1% of the ``TAIL_REQUESTS`` around it, is no incident.
+    Waits that follow one another within a few seconds are one stretch.
     """
     stalled = waits.table[waits.table["stalled"]].sort_values("begin", kind="stable")
     if stalled.empty:
@@ -130,16 +129,28 @@ def find_windows(waits: Waits, replica: Replica) -> list[Window]:
     reach = np.maximum.accumulate(stalled["end"].to_numpy())
     fresh = np.ones(len(stalled), dtype=bool)
     fresh[1:] = stalled["begin"].to_numpy()[1:] > reach[:-1] + slack
-    episode = np.cumsum(fresh) - 1
+    return [
+        Window(int(group["begin"].min()), int(group["end"].max()), group.index.to_numpy(np.int64))
+        for _, group in stalled.groupby(np.cumsum(fresh))
+    ]
+
+
+def find_windows(waits: Waits, episodes: list[Window], replica: Replica) -> list[Window]:
+    """The episodes that a percentile would show.
+
+    One in which no tenant has at least ``FEWEST_STALLED`` stalled requests, and 1% of the ``TAIL_REQUESTS`` around it,
+    is no incident.
+    """
     tenant_of, arrival = replica.tenant_of_request, replica.requests["arrival"].to_numpy(np.int64)
     arrivals = [np.sort(arrival[tenant_of == code]) for code in range(len(replica.tenants))]
     windows = []
-    for _, group in stalled.groupby(episode):
-        start, end = int(group["begin"].min()), int(group["end"].max())
-        hit = np.bincount(group.drop_duplicates("request")["tenant"], minlength=len(arrivals))
-        shares = [count / _requests_around(times, start, end) for count, times in zip(hit, arrivals, strict=True)]
+    for episode in episodes:
+        stalled = waits.table.loc[episode.waits]
+        hit = np.bincount(stalled.drop_duplicates("request")["tenant"], minlength=len(arrivals))
+        around = [_requests_around(times, episode.start, episode.end) for times in arrivals]
+        shares = [count / all_of_them for count, all_of_them in zip(hit, around, strict=True)]
         if any(count >= FEWEST_STALLED and share > TAIL_SHARE for count, share in zip(hit, shares, strict=True)):
-            windows.append(Window(start, end, group.index.to_numpy(np.int64)))
+            windows.append(episode)
     return windows
 
 

@@ -57,10 +57,14 @@ class Load:
 
 @dataclass(frozen=True, eq=False)
 class Calm:
-    """What of a tenant is usual: ``requests`` (by request code), and the ``stretches`` (ns) in which they arrived."""
+    """What of a tenant is usual: ``requests`` (by request code), and the ``stretches`` (ns) in which they arrived.
+
+    ``unusual``: the stretches between those, of which some may overlap.
+    """
 
     requests: NDArray[np.bool_]
     stretches: tuple[tuple[int, int], ...]
+    unusual: tuple[tuple[int, int], ...]
 
     @cached_property
     def length(self) -> int:
@@ -151,7 +155,7 @@ class Loads:
             if start > reach:
                 stretches.append((reach, start))
             reach = max(reach, end)
-        return Calm(calm, tuple(stretches))
+        return Calm(calm, tuple(stretches), tuple(sorted(excluded)))
 
     def _amount(self, rows: Ints, resource: str, begin: Ints, end: Ints) -> Floats:
         """What each stretch took between two times: ns of step time, of the whole KV cache, or of all slots."""

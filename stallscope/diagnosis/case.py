@@ -1,0 +1,115 @@
+"""One incident as a case to be judged: what its victims lost, to whom, and who of those was not as usual."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from stallscope.diagnosis.evidence import share
+from stallscope.diagnosis.incidents import Waits, Window
+from stallscope.diagnosis.load import Loads
+from stallscope.diagnosis.model import Confidence, Verdict
+from stallscope.diagnosis.partition import Party
+from stallscope.diagnosis.replica import Replica
+from stallscope.diagnosis.suspects import (
+    QUEUES,
+    STEP_FIXED,
+    Suspect,
+    excess_charges,
+    find_suspect,
+    pass_on_head_of_line,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A window and its charges above usual (``excess``: wait, victim, holder, mechanism, ns).
+
+    ``everything`` has in addition what a step costs whatever is in it: part of the loss, but no tenant's doing and no
+    fault. ``suspects`` cost others something, the most first; ``own`` cost their own tenant. ``unusual``: whose load
+    was beyond chance.
+    """
+
+    replica: Replica
+    waits: Waits
+    window: Window
+    loads: Loads
+    healthy: pd.DataFrame
+    everything: pd.DataFrame
+    excess: pd.DataFrame
+    suspects: tuple[Suspect, ...]
+    own: tuple[Suspect, ...]
+    unusual: frozenset[int]
+
+    @property
+    def charged_ns(self) -> float:
+        return float(self.excess["ns"].sum())
+
+    @property
+    def lost_ns(self) -> float:
+        return float(self.everything["ns"].sum())
+
+    @property
+    def own_share(self) -> float:
+        """Share of what is charged that victims' own tenants are charged."""
+        own = self.excess["holder"] == self.excess["victim"]
+        return share(float(self.excess.loc[own, "ns"].sum()), self.charged_ns)
+
+    @property
+    def backlog(self) -> float:
+        """Share that tenants as usual are charged for queueing before one another.
+
+        After a stall that is part of the loss, and no cause of it.
+        """
+        queued = self.excess["mechanism"].isin(QUEUES) & (self.excess["holder"] >= 0)
+        queued &= ~self.excess["holder"].isin(self.unusual)
+        return share(float(self.excess.loc[queued, "ns"].sum()), self.charged_ns)
+
+    def share_of(self, party: Party) -> float:
+        """Share of what is charged that is charged to somebody who is no tenant."""
+        mine = self.excess["holder"] == int(party)
+        return share(float(self.excess.loc[mine, "ns"].sum()), self.charged_ns)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A judgement on a case. ``culprits``: the worst first; ``restored``, ``shapley``: by tenant, where replayed."""
+
+    verdict: Verdict
+    confidence: Confidence
+    culprits: tuple[Suspect, ...]
+    mechanism: str | None
+    reasons: tuple[str, ...]
+    restored: dict[int, float]
+    shapley: dict[int, float]
+    group: str = ""
+
+
+def open_case(
+    replica: Replica, waits: Waits, window: Window, loads: Loads, healthy: pd.DataFrame, usual: pd.Series[float]
+) -> Case:
+    """``healthy``: the waits that are usual; ``usual``: what holders are charged for those (``suspects``)."""
+    everything = excess_charges(waits, window, usual)
+    excess = everything[everything["mechanism"] != STEP_FIXED]
+    tenants = range(len(replica.tenants))
+    first_look = {tenant: find_suspect(excess, tenant, loads, window) for tenant in tenants}
+    unusual = frozenset(tenant for tenant, suspect in first_look.items() if suspect and suspect.unusual)
+    excess = pass_on_head_of_line(excess, waits, window, set(unusual))
+    own = excess["holder"] == excess["victim"]
+    suspects, selves = (
+        sorted(
+            (s for tenant in tenants if (s := find_suspect(part, tenant, loads, window)) is not None),
+            key=lambda suspect: -suspect.caused_ns,
+        )
+        for part in (excess[~own], excess[own])
+    )
+    return Case(replica, waits, window, loads, healthy, everything, excess, tuple(suspects), tuple(selves), unusual)
+
+
+def load_reason(case: Case, suspect: Suspect) -> str:
+    """How a tenant's load was unusual, as a sentence."""
+    load, tenant = suspect.load, case.replica.tenants[suspect.tenant]
+    if load.usual <= 0:
+        return f"{tenant} took {load.level:.0%} of the {suspect.resource}; outside incidents it takes none"
+    return f"{tenant} took {load.level:.0%} of the {suspect.resource}, usually {load.usual:.1%}"

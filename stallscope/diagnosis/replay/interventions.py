@@ -1,0 +1,255 @@
+"""One incident replayed: unchanged, and with something changed, by the same draws; and what the change restores.
+
+Replays of the same draw meet the same noise at the same time and the same unknown answers, so that what differs between
+them is what was changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from stallscope.diagnosis.incidents import METRICS, TAIL_REQUESTS, Window
+from stallscope.diagnosis.load import Loads
+from stallscope.diagnosis.model import Intervention, InterventionKind, Prediction
+from stallscope.diagnosis.replay.harm import Norms, in_scope, recorded_outcomes, waits_of
+from stallscope.diagnosis.replay.history import History
+from stallscope.diagnosis.replay.machine import Machine
+from stallscope.diagnosis.replay.run import Outcome, Plan, replay
+from stallscope.diagnosis.replay.usual import as_recorded, as_usual, without
+from stallscope.diagnosis.timeline import Floats, Ints
+from stallscope_engine.config import EngineConfig
+
+LEAD_NS = 15_000_000_000  # of a replay before the window, so that it has forgotten how it began
+MOST_LEAD_NS = 60_000_000_000
+TAIL_NS = 10_000_000_000
+DRAWS = (0, 1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What a change restores of the victims' excess, by draw; ``own``: of the changed tenants' excess a request."""
+
+    restored: tuple[float, ...]
+    own: float
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.restored) / len(self.restored)
+
+
+class StretchReplays:
+    """Replays of one stretch of a replica's time, in which some incidents lie; made when asked for, and kept."""
+
+    def __init__(self, history: History, machine: Machine, loads: Loads, start_ns: int, end_ns: int) -> None:
+        self.history = history
+        self.machine = machine
+        self.start_ns = start_ns
+        self.end_ns = end_ns
+        self._loads = loads
+        self._made: dict[tuple[object, ...], Outcome] = {}
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The recorded arrivals of the stretch, from before anything unusual in it on."""
+        tenants = range(len(self.history.replica.tenants))
+        since = min((span[0] for tenant in tenants for span in self.spans(tenant)), default=self.start_ns)
+        begin = max(min(self.start_ns - LEAD_NS, since - 1), self.start_ns - MOST_LEAD_NS)
+        return as_recorded(self.history, begin, self.end_ns + TAIL_NS, self.end_ns + TAIL_NS)
+
+    def spans(self, tenant: int) -> list[tuple[int, int]]:
+        """Parts of the stretch in which what the tenant did is not part of its usual."""
+        earliest, latest = self.start_ns - MOST_LEAD_NS, self.end_ns
+        return [span for span in self._loads.calm(tenant).unusual if span[1] >= earliest and span[0] <= latest]
+
+    def unchanged(self, draw: int) -> Outcome:
+        return self._replay(("unchanged", draw), lambda: self.plan, draw)
+
+    def usual(self, tenants: Sequence[int], draw: int) -> Outcome:
+        """With these tenants as usual."""
+
+        def plan() -> Plan:
+            spans = {tenant: self.spans(tenant) for tenant in tenants}
+            calm = {tenant: self._loads.calm(tenant) for tenant in tenants}
+            return as_usual(self.history, self.plan, spans, calm, draw)
+
+        return self._replay(("usual", frozenset(tenants), draw), plan, draw)
+
+    def without_faults(self, draw: int) -> Outcome:
+        """With an engine without pauses and drops of its clocks."""
+        return self._replay(("faults", draw), lambda: self.plan, draw, machine=self.machine.without_faults())
+
+    def without(self, tenants: Sequence[int], requests: Sequence[int], draw: int) -> Outcome:
+        """Without some tenants, and some requests (codes)."""
+        key = ("without", frozenset(tenants), frozenset(requests), draw)
+        return self._replay(key, lambda: without(self.plan, tenants=tenants, requests=requests), draw)
+
+    def configured(self, config: EngineConfig, draw: int) -> Outcome:
+        """With another configuration."""
+        return self._replay(("configured", config, draw), lambda: self.plan, draw, config=config)
+
+    def _replay(
+        self,
+        key: tuple[object, ...],
+        plan: Callable[[], Plan],
+        draw: int,
+        *,
+        machine: Machine | None = None,
+        config: EngineConfig | None = None,
+    ) -> Outcome:
+        if key not in self._made:
+            self._made[key] = replay(self.history, machine or self.machine, plan(), draw, config)
+        return self._made[key]
+
+
+class IncidentReplays:
+    """The replays of a stretch as one of its incidents sees them (``window``)."""
+
+    def __init__(self, stretch: StretchReplays, norms: Norms, window: Window) -> None:
+        self.stretch = stretch
+        self.history = stretch.history
+        self.window = window
+        self._norms = norms
+        requests = self.history.replica.requests
+        there = (requests["arrival"] <= window.end) & (requests["seen_until"] >= window.start)
+        self._scope: Ints = np.flatnonzero(there.to_numpy())
+        self._recorded = recorded_outcomes(self.history.replica)
+
+    @cached_property
+    def recorded_excess(self) -> float:
+        """Seconds by which the window's requests were delayed beyond the usual."""
+        return self._excess(self._recorded)
+
+    @cached_property
+    def replayed_excess(self) -> float:
+        """The same in an unchanged replay."""
+        return self._excess(self.stretch.unchanged(DRAWS[0]).requests)
+
+    def usual(self, tenants: Sequence[int], draws: Sequence[int] = DRAWS) -> Effect:
+        """The effect of these tenants' return to their usual."""
+        return self._effect([self.stretch.usual(tenants, draw) for draw in draws], draws, tenants)
+
+    def without_faults(self, draws: Sequence[int] = DRAWS) -> Effect:
+        """The effect of an engine without pauses and drops of its clocks."""
+        return self._effect([self.stretch.without_faults(draw) for draw in draws], draws, ())
+
+    def without_requests(self, requests: Sequence[int], draws: Sequence[int] = DRAWS[:1]) -> Effect:
+        """The effect of some requests (codes) not being there."""
+        tenants = self.history.requests["tenant"].to_numpy()[list(requests)].tolist()
+        return self._effect([self.stretch.without((), requests, draw) for draw in draws], draws, tenants)
+
+    def without_tenants(self, tenants: Sequence[int], draws: Sequence[int] = DRAWS[:1]) -> Effect:
+        """The effect of some tenants not being there."""
+        return self._effect([self.stretch.without(tenants, (), draw) for draw in draws], draws, tenants)
+
+    def configured(self, config: EngineConfig, draws: Sequence[int] = DRAWS[:1]) -> Effect:
+        """The effect of another configuration."""
+        return self._effect([self.stretch.configured(config, draw) for draw in draws], draws, ())
+
+    # --- measures ---------------------------------------------------------------------------------------------
+
+    def _excess(self, outcomes: pd.DataFrame, apart: Sequence[int] = ()) -> float:
+        rows = in_scope(outcomes, self._scope) & ~outcomes["tenant"].isin(list(apart)).to_numpy()
+        return float(self._norms.excess(outcomes[rows]).sum()) / 1e9
+
+    def excess_of(self, tenants: Sequence[int]) -> float:
+        """Seconds of the unchanged replay's excess that are these tenants' own."""
+        return self.replayed_excess - self._excess(self.stretch.unchanged(DRAWS[0]).requests, tenants)
+
+    def _effect(self, outcomes: Sequence[Outcome], draws: Sequence[int], tenants: Sequence[int]) -> Effect:
+        restored = []
+        for draw, outcome in zip(draws, outcomes, strict=True):
+            before = self._excess(self.stretch.unchanged(draw).requests, tenants)
+            after = self._excess(outcome.requests, tenants)
+            restored.append(1.0 - after / before if before > 0 else 0.0)
+        return Effect(tuple(restored), self._own(outcomes, draws, tenants), tuple(outcomes))
+
+    def _own(self, outcomes: Sequence[Outcome], draws: Sequence[int], tenants: Sequence[int]) -> float:
+        """Share of the tenants' own excess a request, in the window, that their return to usual restores."""
+        before = [self._each(self.stretch.unchanged(draw).requests, tenants) for draw in draws]
+        after = [self._each(outcome.requests, tenants) for outcome in outcomes]
+        mean = sum(before) / len(before)
+        return 1.0 - sum(after) / len(after) / mean if mean > 0 else 0.0
+
+    def _each(self, outcomes: pd.DataFrame, tenants: Sequence[int]) -> float:
+        mine = outcomes["tenant"].isin(list(tenants)).to_numpy()
+        arrival = outcomes["arrival"].to_numpy(np.int64)
+        mine = mine & (arrival >= self.window.start) & (arrival <= self.window.end)
+        return float(self._norms.excess(outcomes[mine]).sum()) / max(int(mine.sum()), 1)
+
+    # --- for people -------------------------------------------------------------------------------------------
+
+    def describe(
+        self, kind: InterventionKind, what: str, tenants: Sequence[int], effect: Effect, how: str = ""
+    ) -> Intervention:
+        """An effect as reports show it, with the percentiles of all tenants that met the incident."""
+        names = self.history.replica.tenants
+        whole = self._unchanged(effect.outcomes)
+        made = sum(_finished_tokens(one) for one in effect.outcomes) / max(sum(map(_finished_tokens, whole)), 1.0)
+        return Intervention(
+            kind=kind,
+            what=what,
+            how=how,
+            tenants=tuple(names[tenant] for tenant in tenants),
+            restored=effect.mean,
+            restored_low=min(effect.restored),
+            restored_high=max(effect.restored),
+            predictions=tuple(self._predictions(effect.outcomes)),
+            throughput=made,
+            tonight=False,
+            unseen=float(np.mean([one.unseen for one in effect.outcomes])),
+        )
+
+    def _unchanged(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """As many unchanged replays, by the same draws."""
+        return [self.stretch.unchanged(draw) for draw in DRAWS[: len(outcomes)]]
+
+    def _predictions(self, outcomes: Sequence[Outcome]) -> list[Prediction]:
+        found = []
+        for tenant in range(len(self.history.replica.tenants)):
+            for metric, name in enumerate(METRICS):
+                recorded = self._waits(self._recorded, tenant, metric)
+                if not len(recorded):
+                    continue
+                quantile = 0.99 if len(recorded) >= TAIL_REQUESTS else 0.9
+                before = [self._waits(one.requests, tenant, metric) for one in self._unchanged(outcomes)]
+                after = [_quantile(self._waits(one.requests, tenant, metric), quantile) for one in outcomes]
+                found.append(
+                    Prediction(
+                        self.history.replica.tenants[tenant],
+                        name,
+                        quantile,
+                        len(recorded),
+                        _quantile(recorded, quantile),
+                        float(np.mean([_quantile(waits, quantile) for waits in before])),
+                        float(np.mean(after)),
+                        min(after),
+                        max(after),
+                    )
+                )
+        return found
+
+    def _waits(self, outcomes: pd.DataFrame, tenant: int, metric: int) -> Floats:
+        """Of the tenant's requests that arrived in the window."""
+        arrival = outcomes["arrival"].to_numpy(np.int64)
+        mine = (outcomes["tenant"].to_numpy() == tenant) & (arrival >= self.window.start) & (arrival <= self.window.end)
+        return waits_of(outcomes[mine & (outcomes["arrived"].to_numpy() >= 0)], metric)
+
+
+def _quantile(waits: Floats, quantile: float) -> float:
+    """In seconds; 0 of nothing."""
+    return float(np.quantile(waits, quantile, method="higher")) / 1e9 if len(waits) else 0.0
+
+
+def _finished_tokens(outcome: Outcome) -> float:
+    return float(outcome.requests["output_tokens"].sum())
+
+
+def with_settings(config: EngineConfig, **settings: object) -> EngineConfig:
+    """The configuration with some settings changed; ValueError where they don't go together."""
+    return replace(config, **settings)  # type: ignore[arg-type]

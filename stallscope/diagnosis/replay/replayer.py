@@ -1,0 +1,97 @@
+"""Everything that replays of one replica need, made once: its history, its machine, and how far they can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from stallscope.diagnosis.incidents import Waits, Window
+from stallscope.diagnosis.load import Loads
+from stallscope.diagnosis.model import ReplayCheck
+from stallscope.diagnosis.replay.check import LEAST_AGREEMENT, forced_agreement
+from stallscope.diagnosis.replay.harm import read_norms
+from stallscope.diagnosis.replay.history import History, NotReplayable, read_history
+from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays, StretchReplays
+from stallscope.diagnosis.replay.machine import Machine, learn_machine
+from stallscope.diagnosis.replica import Replica
+
+TOGETHER_NS = 60_000_000_000  # incidents that are no further apart are replayed in one stretch
+MOST_STRETCH_NS = 600_000_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Replayer:
+    """``check`` says how well the recording can be replayed; history and machine are None where it can't at all."""
+
+    check: ReplayCheck
+    history: History | None
+    machine: Machine | None
+
+    @property
+    def trusted(self) -> bool:
+        return self.check.trusted
+
+    def incidents(
+        self, windows: Sequence[Window], waits: Waits, healthy: pd.DataFrame, loads: Loads
+    ) -> list[IncidentReplays]:
+        """The replays of each window; those of windows that are near one another are the same.
+
+        Raises ValueError where the recording can't be replayed.
+        """
+        if self.history is None or self.machine is None:
+            raise ValueError(f"{self.check.replica} can't be replayed: {self.check.reason}")
+        norms = read_norms(self.history.replica, waits, healthy)
+        found = []
+        for stretch in _stretches(windows):
+            replays = StretchReplays(self.history, self.machine, loads, stretch[0].start, stretch[-1].end)
+            found += [IncidentReplays(replays, norms, window) for window in stretch]
+        return found
+
+
+def _stretches(windows: Sequence[Window]) -> list[list[Window]]:
+    """Windows, which are ordered by time, in runs that are replayed together."""
+    runs: list[list[Window]] = []
+    for window in windows:
+        if (
+            runs
+            and window.start <= runs[-1][-1].end + TOGETHER_NS
+            and window.end <= runs[-1][0].start + MOST_STRETCH_NS
+        ):
+            runs[-1].append(window)
+        else:
+            runs.append([window])
+    return runs
+
+
+def prepare_replay(replica: Replica, *, fidelity: int) -> Replayer:
+    """Reads history and machine of a replica and checks its scheduler against the recording."""
+    policy = str(replica.settings.get("policy") or "unknown")
+    if fidelity < 3:
+        return _impossible(replica, policy, "its batches are not known: telemetry gives sums or requests alone")
+    try:
+        history = read_history(replica)
+        machine = learn_machine(history)
+    except NotReplayable as error:
+        return _impossible(replica, policy, str(error))
+    agreement = forced_agreement(history, 0, len(replica.timeline) - 1)
+    trusted = agreement.share >= LEAST_AGREEMENT
+    reason = "" if trusted else f"its scheduler chose otherwise in {1 - agreement.share:.0%} of the steps looked at"
+    check = ReplayCheck(
+        replica=replica.name,
+        policy=history.config.policy,
+        forced_agreement=agreement.share,
+        forced_steps=agreement.steps,
+        free_error=-1.0,
+        step_cost_error=machine.cost.error,
+        draws=len(DRAWS),
+        trusted=trusted,
+        reason=reason,
+    )
+    return Replayer(check, history, machine)
+
+
+def _impossible(replica: Replica, policy: str, reason: str) -> Replayer:
+    check = ReplayCheck(replica.name, policy, 0.0, 0, -1.0, -1.0, 0, False, reason)
+    return Replayer(check, None, None)
