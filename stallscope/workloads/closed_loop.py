@@ -11,7 +11,7 @@ from enum import Enum, auto
 
 from stallscope.workloads.draws import Draw, Uniform, stream
 from stallscope.workloads.scenario import ClosedLoop, Scenario, Tenant
-from stallscope.workloads.traffic import PlannedRequest, tokens
+from stallscope.workloads.traffic import PlannedRequest, settled, tokens
 
 RETRY_PAUSE_NS = 500_000_000  # after a refusal that does not say when to come back
 
@@ -123,7 +123,7 @@ class Client:
 def clients_of(scenario: Scenario, seed: int) -> list[Client]:
     """The clients of all closed loops of a scenario, none of which has begun."""
     return [
-        Client(tenant, tenant.arrivals, number, seed, round(scenario.duration_s * 1e9))
+        Client(settled(tenant, seed), tenant.arrivals, number, seed, round(scenario.duration_s * 1e9))
         for tenant in scenario.tenants
         if isinstance(tenant.arrivals, ClosedLoop)
         for number in range(1, tenant.arrivals.clients + 1)

@@ -88,24 +88,37 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Lognormal:
-    """exp(Normal(log ``median``, ``sigma``)), cut at three standard deviations."""
+    """exp(Normal(log ``median``, ``sigma``)), cut at three standard deviations.
 
-    median: float
+    A median that is evenly drawn itself is drawn once a run (``settle``), so that runs differ in more than chance.
+    """
+
+    median: float | Uniform
     sigma: float
 
     @property
     def bounds(self) -> tuple[float, float]:
         spread = math.exp(_LOGNORMAL_CUT * self.sigma)
-        return self.median / spread, self.median * spread
+        low, high = (self.median, self.median) if isinstance(self.median, float | int) else self.median.bounds
+        return low / spread, high * spread
 
     def sample(self, generator: np.random.Generator, size: int) -> NDArray[np.float64]:
-        return np.clip(self.median * np.exp(self.sigma * generator.standard_normal(size)), *self.bounds)
+        drawn = self.median if isinstance(self.median, float | int) else float(self.median.sample(generator, 1)[0])
+        return np.clip(drawn * np.exp(self.sigma * generator.standard_normal(size)), *self.bounds)
 
     def scaled(self, factor: float) -> Lognormal:
-        return replace(self, median=self.median * factor)
+        median = self.median * factor if isinstance(self.median, float | int) else self.median.scaled(factor)
+        return replace(self, median=median)
 
 
 Draw = Literal | Uniform | Choice | Lognormal
+
+
+def settle(draw: Draw, seed: int, *key: str | int) -> Draw:
+    """``draw`` once that is drawn which a run draws once."""
+    if isinstance(draw, Lognormal) and isinstance(draw.median, Uniform):
+        return replace(draw, median=draw_one(draw.median, seed, *key, "median"))
+    return draw
 
 
 def draw_one(draw: Draw, seed: int, *key: str | int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from opentelemetry.sdk.trace import ReadableSpan
@@ -20,6 +20,7 @@ from stallscope.workloads.scenario import (
     EnginePause,
     Fault,
     Scenario,
+    SlowClient,
     SlowStep,
     TelemetryAggregate,
     TelemetryDrop,
@@ -27,7 +28,7 @@ from stallscope.workloads.scenario import (
     TelemetrySample,
     Throttle,
 )
-from stallscope_engine.engine import Clock, Engine
+from stallscope_engine.engine import Clock, Engine, Recorder
 from stallscope_engine.scheduler import Batch
 from stallscope_telemetry import names
 from stallscope_telemetry.emitter import CAPACITY, Emitter
@@ -60,6 +61,7 @@ class FaultPlan:
     pauses: tuple[Stretch, ...] = ()
     slow_steps: tuple[tuple[Stretch, int, int], ...] = ()  # every n-th step, by so many ns
     throttles: tuple[tuple[Stretch, float], ...] = ()  # factor on the time of the device
+    slow_clients: tuple[tuple[str, Stretch, Draw], ...] = ()  # tenant, and the seconds that each of its answers takes
     hangs: tuple[Stretch, ...] = ()
     lost_steps: tuple[float, ...] = ()  # shares
     kept_requests: tuple[float, ...] = ()  # shares
@@ -83,6 +85,9 @@ def plan_faults(scenario: Scenario, seed: int, inject: bool = True) -> FaultPlan
             (one.stretch(), round(one("every")), _ns(one("by_s"))) for one in faults if isinstance(one.fault, SlowStep)
         ),
         throttles=tuple((one.stretch(), one("factor")) for one in faults if isinstance(one.fault, Throttle)),
+        slow_clients=tuple(
+            (one.fault.tenant, one.stretch(), one.fault.delay_s) for one in faults if isinstance(one.fault, SlowClient)
+        ),
         hangs=tuple(sorted((one.stretch() for one in faults if isinstance(one.fault, TelemetryHang)), key=_start)),
         lost_steps=tuple(one("share") for one in faults if isinstance(one.fault, TelemetryDrop)),
         kept_requests=tuple(one("share") for one in faults if isinstance(one.fault, TelemetrySample)),
@@ -174,6 +179,28 @@ def slowdown(plan: FaultPlan, start_ns: int) -> Callable[[int], float]:
         return math.prod(factor for stretch, factor in plan.throttles if stretch.holds(time_ns - start_ns))
 
     return factor_at
+
+
+class SlowDelivery:
+    """A recorder before which clients read their answers slowly, in a run that starts at ``start_ns``.
+
+    The engine is done with a request when its last token is made; what the client takes beyond that is delivery.
+    """
+
+    def __init__(self, recorder: Recorder, plan: FaultPlan, start_ns: int) -> None:
+        self._recorder = recorder
+        self._plan = plan
+        self._start_ns = start_ns
+        self.wants_keyframe = recorder.wants_keyframe
+        self.step = recorder.step
+
+    def request(self, record: RequestRecord) -> None:
+        delay_ns = sum(
+            _ns(draw_one(delay_s, self._plan.seed, "slow_client", number, record.info.request_id))
+            for number, (tenant, stretch, delay_s) in enumerate(self._plan.slow_clients)
+            if tenant == record.info.tenant and stretch.holds(record.end_ns - self._start_ns)
+        )
+        self._recorder.request(replace(record, delivered_ns=record.delivered_ns + delay_ns))
 
 
 # --- telemetry ----------------------------------------------------------------------------------------------

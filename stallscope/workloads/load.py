@@ -25,7 +25,7 @@ from stallscope.workloads.clients import (
 )
 from stallscope.workloads.closed_loop import RETRY_PAUSE_NS, Client, Outcome, clients_of
 from stallscope.workloads.endpoint import Answer, Endpoint, Target, connect
-from stallscope.workloads.scenario import AddedRequests, AddedTraffic, Change, Scenario
+from stallscope.workloads.scenario import Scenario, Traffic
 from stallscope.workloads.traffic import PlannedRequest, plan
 from stallscope_engine.engine import WallClock
 from stallscope_telemetry.clients import Caller, ClientFile, ClientRecord
@@ -125,7 +125,7 @@ def _nobody_listens(_: float) -> None:
 
 def _left_out(scenario: Scenario) -> list[str]:
     """What a client can't do to an endpoint, as a note."""
-    others = [one for one in scenario.inject if not isinstance(one, AddedRequests | AddedTraffic | Change)]
+    others = [one for one in scenario.inject if not isinstance(one, Traffic)]
     if not others:
         return []
     return [

@@ -16,14 +16,15 @@ only way find use may water long little very after words called just where most 
 
 
 def token_ids(planned: PlannedRequest, seed: int, vocabulary: int = VOCABULARY) -> list[int]:
-    """``prompt_tokens`` ids below ``vocabulary``; prompts of one ``prompt_key`` begin alike."""
-    drawn = stream(seed, "token_ids", planned.prompt_key or planned.request_id)
-    ids: list[int] = drawn.integers(FIRST_TOKEN_ID, vocabulary, planned.prompt_tokens).tolist()
+    """``prompt_tokens`` ids below ``vocabulary``; prompts of one key begin alike (``PlannedRequest.prompt_parts``)."""
+    ids: list[int] = []
+    for key, tokens in planned.prompt_parts:
+        ids += stream(seed, "token_ids", key).integers(FIRST_TOKEN_ID, vocabulary, tokens).tolist()
     return ids
 
 
 def words(planned: PlannedRequest, seed: int) -> str:
-    """``prompt_tokens`` common words; prompts of one ``prompt_key`` begin alike."""
+    """``prompt_tokens`` common words; prompts of one key begin alike (``PlannedRequest.prompt_parts``)."""
     known = _WORDS.split()
-    drawn = stream(seed, "words", planned.prompt_key or planned.request_id)
-    return " ".join(known[number] for number in drawn.integers(len(known), size=planned.prompt_tokens))
+    numbers = [stream(seed, "words", key).integers(len(known), size=tokens) for key, tokens in planned.prompt_parts]
+    return " ".join(known[number] for drawn in numbers for number in drawn)

@@ -16,7 +16,7 @@ from stallscope.errors import UsageError
 from stallscope.workloads.closed_loop import clients_of
 from stallscope.workloads.draws import stream
 from stallscope.workloads.engine_clients import EngineClients
-from stallscope.workloads.faults import Collector, EngineFaults, FaultPlan, plan_faults, slowdown
+from stallscope.workloads.faults import Collector, EngineFaults, FaultPlan, SlowDelivery, plan_faults, slowdown
 from stallscope.workloads.replica import (
     ExecutorName,
     describe,
@@ -177,6 +177,8 @@ def _run(
         lambda one: _request(next(handles), one, start_ns, prompts(one), engine.config),
     )
     host = EngineFaults(faults, engine, start_ns)
+    if faults.slow_clients and engine.recorder is not None:
+        engine.recorder = SlowDelivery(engine.recorder, faults, start_ns)
     if collector is not None:
         collector.begin(start_ns)
     until_ns = start_ns + round((scenario.duration_s + MOST_DRAIN_S) * 1e9)
@@ -229,10 +231,11 @@ def _request(
 
 
 def _block_hashes(planned: PlannedRequest, block_size: int) -> list[bytes]:
-    """Names for the full blocks of a prompt, the same where prompts drawn from the same key begin alike."""
-    key = planned.prompt_key or planned.request_id
+    """Names for the full blocks of a prompt, the same where prompts begin alike (``PlannedRequest.prompt_parts``)."""
+    own, _ = planned.prompt_parts[-1]
+    shared = planned.prefix_tokens // block_size
     return [
-        blake2b(f"{key}/{block}".encode(), digest_size=16).digest()
+        blake2b(f"{planned.prefix_key if block < shared else own}/{block}".encode(), digest_size=16).digest()
         for block in range(planned.prompt_tokens // block_size)
     ]
 
@@ -267,7 +270,7 @@ def _torch_engine(scenario: Scenario, seed: int, inject: bool, device: str) -> t
     warm_up(config, executor, max(lengths, default=1))
 
     def prompt(one: PlannedRequest) -> list[int]:
-        drawn = int(stream(seed, "token_ids", one.prompt_key or one.request_id).integers(2**63))
-        return random_prompt(executor.model_config, one.prompt_tokens, drawn)
+        parts = [(int(stream(seed, "token_ids", key).integers(2**63)), tokens) for key, tokens in one.prompt_parts]
+        return [token for drawn, size in parts for token in random_prompt(executor.model_config, size, drawn)]
 
     return Engine(config, executor, WallClock()), prompt

@@ -63,6 +63,8 @@ class Lengths:
     output_tokens: Draw
     priority: int = 0
     max_tokens: Draw | None = None  # the limit asked for, where the answer ends before it; None: it is output_tokens
+    shared_prefix_tokens: int = 0  # of each prompt, where it has as many, that others of the tenant begin with too
+    shared_prefixes: int = 1  # such beginnings of the tenant, each request's as likely
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,28 @@ class AddedRequests:
 
 @dataclass(frozen=True, slots=True)
 class AddedTraffic:
-    """Injection: requests at a rate, over a stretch."""
+    """Injection: requests at a rate, over a stretch. ``others`` act like the tenant, each with requests of its own."""
 
     tenant: str
     from_s: Draw
     to_s: Draw
     arrivals: Arrivals
     lengths: Lengths
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Injection: over a stretch a tenant, and ``others`` with it, sends ``factor`` times its usual requests.
+
+    The usual ones stay as they are; more of the same kind come between them.
+    """
+
+    tenant: str
+    from_s: Draw
+    to_s: Draw
+    factor: Draw
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +168,16 @@ class Throttle:
 
 
 @dataclass(frozen=True, slots=True)
+class SlowClient:
+    """Injection: over a stretch a tenant's clients take ``delay_s`` to read an answer that is ready."""
+
+    tenant: str
+    from_s: Draw
+    to_s: Draw
+    delay_s: Draw
+
+
+@dataclass(frozen=True, slots=True)
 class TelemetryHang:
     """Injection: over a stretch the collector takes no telemetry, and does not say so."""
 
@@ -177,8 +204,10 @@ class TelemetryAggregate:
     """Injection: step spans say how many, and not who."""
 
 
-Fault = EnginePause | SlowStep | Throttle | TelemetryHang | TelemetryDrop | TelemetrySample | TelemetryAggregate
-Traffic = AddedRequests | AddedTraffic | Change
+EngineFault = EnginePause | SlowStep | Throttle
+TelemetryFault = TelemetryHang | TelemetryDrop | TelemetrySample | TelemetryAggregate
+Fault = EngineFault | SlowClient | TelemetryFault
+Traffic = AddedRequests | AddedTraffic | Growth | Change
 Injection = Traffic | Fault
 
 
@@ -215,6 +244,14 @@ def load_scenario(source: str | Path, variant: str = DEFAULT_VARIANT) -> Scenari
 
     Raises UsageError, in one line with file and key, for whatever is not as the format says.
     """
+    variants = load_variants(source)
+    if variant not in variants:
+        raise UsageError(f"{_find(source)}: no variant {variant!r}; {suggest(variant, variants)}")
+    return variants[variant]
+
+
+def load_variants(source: str | Path) -> dict[str, Scenario]:
+    """All variants of a scenario by name, the file as it stands first. Raises UsageError as ``load_scenario`` does."""
     path = _find(source)
     document = read_yaml(path)
     root = Node(str(path), "", document)
@@ -225,9 +262,7 @@ def load_scenario(source: str | Path, variant: str = DEFAULT_VARIANT) -> Scenari
             raise node.error("a variant has no variants of its own")
         merged = _merge(document, node.value, _MERGE_DEPTH)
         scenarios[name] = _parse(Node(f"{path} (variant {name})", "", merged), path.parent)
-    if variant not in scenarios:
-        raise UsageError(f"{path}: no variant {variant!r}; {suggest(variant, scenarios)}")
-    return scenarios[variant]
+    return scenarios
 
 
 def _find(source: str | Path) -> Path:
@@ -262,7 +297,7 @@ def _parse(root: Node, folder: Path) -> Scenario:
     if not tenants:
         raise keys["tenants"].error("name at least one tenant")
     inject = tuple(reader.injection(node, tenants) for node in keys["inject"].items()) if "inject" in keys else ()
-    named = [*tenants, *(entry.tenant for entry in inject if isinstance(entry, Traffic))]
+    named = [*tenants, *(name for entry in inject if isinstance(entry, Traffic) for name in tenants_of(entry))]
     return Scenario(
         name=keys["name"].check_name(keys["name"].text()),
         about=keys["about"].text() if "about" in keys else "",
@@ -273,6 +308,12 @@ def _parse(root: Node, folder: Path) -> Scenario:
         inject=inject,
         expect=_expect(keys["expect"], named) if "expect" in keys else None,
     )
+
+
+def tenants_of(injection: Traffic) -> tuple[str, ...]:
+    """Who sends what is injected."""
+    others = injection.others if isinstance(injection, AddedTraffic | Growth) else ()
+    return (injection.tenant, *others)
 
 
 def _engine(node: Node) -> EngineConfig:
@@ -307,24 +348,35 @@ def _expect(node: Node, named: Collection[str]) -> Expect:
     return Expect(verdict, tuple(node.text() for node in culprits), tuple(node.text() for node in mechanism))
 
 
-_LENGTH_KEYS = ("prompt_tokens", "output_tokens", "max_tokens", "priority")
+_LENGTH_KEYS = (
+    "prompt_tokens",
+    "output_tokens",
+    "max_tokens",
+    "priority",
+    "shared_prefix_tokens",
+    "shared_prefixes",
+)
 _CLOSED_LOOP_KEYS = ("clients", "think_s", "timeout_s", "retries", "context_tokens")
 _ARRIVAL_KEYS = ("poisson_per_s", "every_s", "trace", "column", "scale")
 _INJECT_KEYS = {
     "requests": ("tenant", "at_s", "count", *_LENGTH_KEYS),
-    "traffic": ("tenant", "from_s", "to_s", *_ARRIVAL_KEYS, *_LENGTH_KEYS),
+    "traffic": ("tenant", "tenants", "from_s", "to_s", *_ARRIVAL_KEYS, *_LENGTH_KEYS),
+    "growth": ("tenant", "tenants", "from_s", "to_s", "grow"),
     "change": ("tenant", "from_s", "to_s", "arrivals", "prompt_tokens", "output_tokens"),
     "pause": ("engine", "at_s", "for_s"),
     "slow_step": ("engine", "from_s", "to_s", "every", "by_s"),
     "throttle": ("engine", "from_s", "to_s", "factor"),
+    "slow_client": ("frontend", "tenant", "from_s", "to_s", "delay_s"),
     "hang": ("telemetry", "from_s", "to_s"),
     "drop": ("telemetry", "share"),
     "sample": ("telemetry", "share"),
     "aggregate": ("telemetry",),
 }
 _FAULTS = {
-    where: [kind for kind, keys in _INJECT_KEYS.items() if keys[0] == where] for where in ("engine", "telemetry")
+    where: [kind for kind, keys in _INJECT_KEYS.items() if keys[0] == where]
+    for where in ("engine", "frontend", "telemetry")
 }
+_EVERYONE = "all"  # as the tenants of a growth
 _MOST_FACTOR = 1000  # what is slower than that has stopped
 
 
@@ -349,6 +401,8 @@ class _TrafficReader:
             raise node.error("give either arrivals or closed_loop")
         lengths = self._lengths(node, keys)
         if "closed_loop" in keys:
+            if "shared_prefix_tokens" in keys:
+                raise keys["shared_prefix_tokens"].error("goes with arrivals; give a closed loop context_tokens")
             return Tenant(name, self._closed_loop(keys["closed_loop"], lengths), lengths)
         return Tenant(name, self._arrivals(keys["arrivals"], keys["arrivals"].mapping(_ARRIVAL_KEYS)), lengths)
 
@@ -375,41 +429,67 @@ class _TrafficReader:
         return context
 
     def injection(self, node: Node, tenants: Mapping[str, Tenant]) -> Injection:
-        keys = node.mapping([*dict.fromkeys(key for keys in _INJECT_KEYS.values() for key in keys), "frontend"])
+        keys = node.mapping(dict.fromkeys(key for keys in _INJECT_KEYS.values() for key in keys))
         kind = self._kind(node, keys)
         for key in keys:
             if key not in _INJECT_KEYS[kind]:
                 raise keys[key].error(f"does not go with the rest: {kind} has {', '.join(_INJECT_KEYS[kind])}")
         if not keys.keys().isdisjoint(_FAULTS):
-            return self._fault(kind, node, keys)
-        tenant = keys["tenant"].check_name(keys["tenant"].text())
-        if tenant in tenants and isinstance(tenants[tenant].arrivals, ClosedLoop):
-            raise keys["tenant"].error(f"{tenant} is a closed loop, which goes its own way; name another tenant")
+            return self._fault(kind, node, keys, tenants)
+        tenant, *others = self._who(node, keys, tenants)
         if kind == "requests":
             return self._added_requests(tenant, node, keys)
         from_s, to_s = self._stretch(node, keys)
+        if kind == "growth":
+            return Growth(tenant, from_s, to_s, self._draw(keys["grow"], 1, _MOST_FACTOR), tuple(others))
         if kind == "traffic":
             arrivals = self._arrivals(node, {key: keys[key] for key in _ARRIVAL_KEYS if key in keys})
-            return AddedTraffic(tenant, from_s, to_s, arrivals, self._lengths(node, keys))
-        if tenant not in tenants:
-            raise keys["tenant"].error(f"a change needs a tenant of the usual traffic; {suggest(tenant, tenants)}")
-        return self._change(tenants[tenant], from_s, to_s, node, keys)
+            return AddedTraffic(tenant, from_s, to_s, arrivals, self._lengths(node, keys), tuple(others))
+        return self._change(self._usual(keys["tenant"], tenants), from_s, to_s, node, keys)
+
+    def _who(self, node: Node, keys: Mapping[str, Node], tenants: Mapping[str, Tenant]) -> list[str]:
+        """The tenants that an injection of traffic names, one at least; those that grow have usual traffic."""
+        if ("tenant" in keys) == ("tenants" in keys):
+            raise node.error("give either tenant or tenants")
+        grows = "grow" in keys
+        if grows and "tenants" in keys and keys["tenants"].value == _EVERYONE:
+            return [name for name, tenant in tenants.items() if isinstance(tenant.arrivals, Poisson)]
+        named = [keys["tenant"]] if "tenant" in keys else keys["tenants"].items()
+        for one in named:
+            name = one.check_name(one.text())
+            if name in tenants and isinstance(tenants[name].arrivals, ClosedLoop):
+                raise one.error(f"{name} is a closed loop, which goes its own way; name another tenant")
+            if grows and not isinstance(self._usual(one, tenants).arrivals, Poisson):
+                raise one.error(f"{name} can grow only where its arrivals are poisson_per_s")
+        names = list(dict.fromkeys(one.text() for one in named))
+        if len(names) < max(len(named), 1):
+            raise keys["tenants"].error("name each tenant once" if names else "name at least one tenant")
+        return names
+
+    @staticmethod
+    def _usual(node: Node, tenants: Mapping[str, Tenant]) -> Tenant:
+        if node.text() not in tenants:
+            raise node.error(f"a change needs a tenant of the usual traffic; {suggest(node.text(), tenants)}")
+        return tenants[node.text()]
 
     def _kind(self, node: Node, keys: Mapping[str, Node]) -> str:
-        if "frontend" in keys:
-            raise keys["frontend"].error(f"not supported yet; there is tenant, {', '.join(_FAULTS)}")
         for where, kinds in _FAULTS.items():
             if where in keys:
                 kind = keys[where].text()
                 if kind not in kinds:
                     raise keys[where].error(f"no fault {kind!r}; {suggest(kind, kinds)}")
                 return kind
-        node.need("tenant")
+        if "tenants" not in keys:
+            node.need("tenant")
+        if "grow" in keys:
+            return "growth"
         if "at_s" in keys:
             return "requests"
+        if "tenants" in keys:
+            return "traffic"
         return "change" if keys.keys().isdisjoint(_ARRIVAL_KEYS) else "traffic"
 
-    def _fault(self, kind: str, node: Node, keys: Mapping[str, Node]) -> Fault:
+    def _fault(self, kind: str, node: Node, keys: Mapping[str, Node], tenants: Mapping[str, Tenant]) -> Fault:
         if kind == "pause":
             return EnginePause(self._time(node, keys, "at_s"), self._time(node, keys, "for_s"))
         if kind == "aggregate":
@@ -421,6 +501,10 @@ class _TrafficReader:
         from_s, to_s = self._stretch(node, keys)
         if kind == "hang":
             return TelemetryHang(from_s, to_s)
+        if kind == "slow_client":
+            node.need("tenant", "delay_s")
+            tenant = self._usual(keys["tenant"], tenants)
+            return SlowClient(tenant.name, from_s, to_s, self._time(node, keys, "delay_s"))
         if kind == "throttle":
             node.need("factor")
             return Throttle(from_s, to_s, self._draw(keys["factor"], 1, _MOST_FACTOR))
@@ -486,6 +570,10 @@ class _TrafficReader:
             self._draw(keys["output_tokens"], 1),
             keys["priority"].integer() if "priority" in keys else 0,
             self._draw(keys["max_tokens"], 1) if "max_tokens" in keys else None,
+            round(keys["shared_prefix_tokens"].integer(least=0) * self.scale_tokens)
+            if "shared_prefix_tokens" in keys
+            else 0,
+            keys["shared_prefixes"].integer(least=1) if "shared_prefixes" in keys else 1,
         )
         self._check_fit(node, lengths.prompt_tokens, _longest_answer(lengths))
         return lengths
@@ -544,7 +632,15 @@ class _TrafficReader:
             raise value.error("goes with trace only")
         shape = value.mapping(("median", "sigma"))
         value.need("median", "sigma")
-        return Lognormal(shape["median"].positive(), shape["sigma"].positive())
+        return Lognormal(self._median(shape["median"]), shape["sigma"].positive())
+
+    def _median(self, node: Node) -> float | Uniform:
+        if not isinstance(node.value, dict):
+            return node.positive()
+        drawn = self._draw(node, 1e-9)
+        if not isinstance(drawn, Uniform):
+            raise node.error("must be a number, or drawn once a run: {uniform: [low, high]}")
+        return drawn
 
     def _column(self, node: Node, keys: Mapping[str, Node]) -> tuple[float, ...]:
         node.need("column")
