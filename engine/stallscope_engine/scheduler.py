@@ -126,11 +126,14 @@ class Scheduler:
         """
         lost = []
         for request in running:
-            if self.blocks.grow(request, self.policy.held_tokens(request, request.computed_tokens)):
+            held = self.policy.held_tokens(request, request.computed_tokens)
+            self.blocks.share(request, self.blocks.match(request)[: request.computed_tokens // self.config.block_size])
+            if self.blocks.grow(request, held):
                 request.state = RequestState.RUNNING
                 self.blocks.keep(request)
                 self.running.append(request)
             else:
+                self.blocks.release(request)
                 request.computed_tokens = request.cached_now = 0
                 request.state = RequestState.PREEMPTED
                 lost.append(request)

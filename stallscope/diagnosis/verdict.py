@@ -86,8 +86,6 @@ def judge_by_charges(case: Case) -> Finding:
         verdict = Verdict.OVERLOAD
         mechanism = largest_mechanism(case.excess[case.excess["holder"] >= 0])
         reasons = ["no tenant's load is beyond what chance makes of its usual: together they were too much"]
-    if verdict in (Verdict.NOISY_NEIGHBOR, Verdict.ENGINE_STALL) and backlog >= BACKLOG_WORTH_SAYING:
-        reasons.append(f"{backlog:.0%} of the loss is backlog: requests of tenants as usual queued for one another")
     named = all(case.replica.tenants[suspect.tenant] != "(unknown)" for suspect in chosen)
     # The shares that count for confidence are those of what is no backlog.
     sure = {
@@ -141,10 +139,17 @@ def _incident(case: Case, finding: Finding, interventions: tuple[Intervention, .
         charges=charges_of(replica, pd.concat([case.excess, fixed])),
         runner_up=replica.tenants[others[0].tenant] if others else None,
         runner_up_share=share(others[0].caused_ns, charged) if others else 0.0,
-        reasons=finding.reasons,
+        reasons=(*finding.reasons, *_backlog(case, finding.verdict)),
         group=finding.group,
         interventions=interventions,
     )
+
+
+def _backlog(case: Case, verdict: Verdict) -> list[str]:
+    """That a part of the loss has no cause of its own, where it is worth saying."""
+    if verdict not in (Verdict.NOISY_NEIGHBOR, Verdict.ENGINE_STALL) or case.backlog < BACKLOG_WORTH_SAYING:
+        return []
+    return [f"{case.backlog:.0%} of the loss is backlog: requests of tenants as usual queued for one another"]
 
 
 def _culprit(case: Case, suspect: Suspect, finding: Finding) -> Culprit:

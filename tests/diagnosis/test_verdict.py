@@ -105,7 +105,7 @@ def test_the_injected_tenant_and_nobody_else_is_named_by_the_right_mechanism(nam
     assert scenario.expect is not None
     diagnosis = diagnosed(scenario, seed)
     assert diagnosis.verdict is Verdict.NOISY_NEIGHBOR
-    assert diagnosis.confidence is Confidence.MEDIUM  # higher only with a replay
+    assert diagnosis.confidence is Confidence.HIGH
     assert named(diagnosis) == set(scenario.expect.culprits)
     assert worst(diagnosis).mechanism in scenario.expect.mechanism
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stallscope.diagnosis.replay.history import History, Standing, make_request
+from stallscope.diagnosis.replay.history import History, Standing, fill_cache, make_request
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Scheduler
 from stallscope_telemetry.records import RequestState
@@ -64,11 +64,20 @@ def _agrees(history: History, position: int) -> bool:
     running = [requests[one.request] for one in standing if one.running]
     preempted = [requests[one.request] for one in standing if one.preempted]
     waiting = [requests[one.request] for one in standing if not one.running and not one.preempted]
+    if history.config.prefix_caching:
+        fill_cache(scheduler, _found_later(history, standing))
     scheduler.resume(running, preempted + waiting)
     batch = scheduler.schedule(int(history.replica.timeline.scheduled[position]))
     code_of = {request: code for code, request in requests.items()}
     replayed = {} if batch is None else dict(zip((code_of[r] for r in batch.requests), batch.num_tokens, strict=True))
     return replayed == recorded
+
+
+def _found_later(history: History, standing: list[Standing]) -> list[tuple[int, int]]:
+    """Beginnings of the prompts of those who wait that they were to find in the cache."""
+    codes = [one.request for one in standing if not one.running]
+    rows = history.requests.iloc[codes]
+    return list(zip(rows["prefix"].to_list(), rows["cached_tokens"].to_list(), strict=True))
 
 
 def _as_it_stood(history: History, one: Standing) -> Request:
@@ -82,8 +91,9 @@ def _as_it_stood(history: History, one: Standing) -> Request:
         max(int(row["output_tokens"]), one.output_tokens + 1),
         int(row["limit"]),
         int(row["priority"]),
-        0,
-        0,
+        int(row["prefix"]),
+        # Who waits finds what it found then, whatever others of its kind did.
+        int(row["shared_tokens"] if one.running else row["cached_tokens"]),
     )
     request.output_tokens = one.output_tokens
     request.computed_tokens = one.computed_tokens

@@ -7,10 +7,9 @@ next when its last answer was there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cached_property
-from hashlib import blake2b
+from functools import cached_property, lru_cache
 
 import numpy as np
 import pandas as pd
@@ -20,10 +19,12 @@ from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Ints
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.request import Request
+from stallscope_engine.scheduler import Scheduler
 from stallscope_telemetry.records import RequestInfo
 
 Flags = NDArray[np.bool_]
 
+_NAMES_AT_ONCE = 64
 _GAVE_UP = ("abort", "timeout")
 _NEEDED = ("block_size", "kv_total", "max_num_seqs", "max_num_batched_tokens")
 _RENAMED = {"kv_total": "kv_blocks"}
@@ -51,7 +52,7 @@ class History:
     ``requests`` (index = request code): tenant (code), arrival (ns), prompt_tokens, output_tokens (as far as seen),
     censored (it would have made more), limit (``max_tokens``), priority, patience (ns that its client waited before it
     gave up; 0: it did not), follows (code of the request whose end it waited for, or -1), think (ns from that end),
-    retry, prefix (which prompts begin alike), shared_tokens (how many tokens of them do).
+    retry, cached_tokens (found in the cache then), prefix (which prompts begin alike), shared_tokens (so many of them).
     """
 
     replica: Replica
@@ -192,6 +193,7 @@ def _requests(replica: Replica) -> pd.DataFrame:
             "follows": np.where(waited, follows, -1),
             "think": np.where(waited, think, 0),
             "retry": (retry >= 0) & waited,
+            "cached_tokens": raw["cached_tokens"].to_numpy(np.int64),
             "prefix": prefix,
             "shared_tokens": shared,
         }
@@ -228,11 +230,16 @@ def block_hashes(config: EngineConfig, prefix: int, shared_tokens: int, prompt_t
     """Names of a prompt's full blocks, alike for those of one ``prefix`` as far as they share, then its ``own``."""
     if not config.prefix_caching:
         return []
-    shared = shared_tokens // config.block_size
-    return [
-        blake2b(f"{prefix}/{block}".encode() if block < shared else f"{own}//{block}".encode(), digest_size=16).digest()
-        for block in range(prompt_tokens // config.block_size)
+    blocks = prompt_tokens // config.block_size
+    shared = min(shared_tokens // config.block_size, blocks)
+    return _shared_names(prefix, -(-shared // _NAMES_AT_ONCE) * _NAMES_AT_ONCE)[:shared] + [
+        b"%d//%d" % (own, block) for block in range(shared, blocks)
     ]
+
+
+@lru_cache(maxsize=4096)
+def _shared_names(prefix: int, blocks: int) -> list[bytes]:
+    return [b"%d/%d" % (prefix, block) for block in range(blocks)]
 
 
 def make_request(
@@ -255,6 +262,14 @@ def make_request(
     return Request(info, stop_after=output_tokens if output_tokens < info.max_tokens else 0, block_hashes=hashes)
 
 
-def positions(history: History, times: Sequence[int]) -> Ints:
-    """The first step scheduled at or after each time (ns)."""
-    return np.searchsorted(history.replica.timeline.scheduled, np.asarray(times)).astype(np.int64)
+def fill_cache(scheduler: Scheduler, prefixes: Iterable[tuple[int, int]]) -> None:
+    """Puts beginnings of prompts, (prefix, tokens), into a new scheduler's cache; the last ones stay longest."""
+    blocks = scheduler.blocks
+    for prefix, tokens in prefixes:
+        holder = Request(RequestInfo(0, "", 0, max(tokens, 1), 1))
+        holder.block_hashes = block_hashes(scheduler.config, prefix, tokens, tokens, 0)
+        if holder.block_hashes and blocks.grow(holder, tokens):
+            holder.computed_tokens = tokens
+            blocks.keep(holder)
+            blocks.release(holder)
+    blocks.evicted.clear()

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.replay.disturbances import CLOCK_BIN_NS, SLICE_NS
-from stallscope.diagnosis.replay.history import History, Standing, block_hashes, make_request
+from stallscope.diagnosis.replay.history import History, Standing, fill_cache, make_request
 from stallscope.diagnosis.replay.machine import Machine
 from stallscope.diagnosis.timeline import Ints
 from stallscope_engine.config import EngineConfig
@@ -188,7 +188,8 @@ def replay(history: History, machine: Machine, plan: Plan, draw: int, config: En
     executor = ReplayExecutor(machine, clock, noise)
     engine = Engine(config, executor, clock, None, executor.host_work)
     requests = _build(history, plan.requests, _answers(history, plan.requests, generator))
-    _warm_cache(history, engine, plan, config)
+    if config.prefix_caching:
+        fill_cache(engine.scheduler, _earlier_prefixes(history, plan.start_ns))
     there = {one.request: one for one in plan.standing}
     codes = plan.requests["code"].to_list()
     follows = plan.requests["follows"].to_list()
@@ -261,25 +262,11 @@ def _resume(engine: Engine, standing: list[tuple[Standing, Request]]) -> None:
     engine.scheduler.resume(running, preempted + waiting)
 
 
-def _warm_cache(history: History, engine: Engine, plan: Plan, config: EngineConfig) -> None:
-    """Puts what earlier requests left in the prefix cache there, the latest to stay longest."""
-    if not config.prefix_caching:
-        return
-    earlier = history.requests[history.requests["arrival"] < plan.start_ns]
-    last = earlier.sort_values("arrival").drop_duplicates("prefix", keep="last")
-    blocks = engine.scheduler.blocks
-    for handle, (prefix, shared) in enumerate(
-        zip(last["prefix"].to_list(), last["shared_tokens"].to_list(), strict=True), start=len(plan.requests) + 1
-    ):
-        if not shared:
-            continue
-        ghost = Request(RequestInfo(handle, "", 0, shared, 1))
-        ghost.block_hashes = block_hashes(config, prefix, shared, shared, handle)
-        if blocks.grow(ghost, shared):
-            ghost.computed_tokens = shared
-            blocks.keep(ghost)
-            blocks.release(ghost)
-    blocks.evicted.clear()
+def _earlier_prefixes(history: History, before_ns: int) -> list[tuple[int, int]]:
+    """Beginnings of prompts that came before, (prefix, tokens), the latest last."""
+    earlier = history.requests[history.requests["arrival"] < before_ns]
+    last = earlier[earlier["shared_tokens"] > 0].drop_duplicates("prefix", keep="last")
+    return list(zip(last["prefix"].to_list(), last["shared_tokens"].to_list(), strict=True))
 
 
 def _outcomes(plan: Plan, requests: list[Request], end_ns: int) -> pd.DataFrame:
