@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +10,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stallscope.diagnosis.cost_model import CostModel
-from stallscope.diagnosis.incidents import ITL, METRICS, NOTICEABLE_NS, TTFT, Waits
+from stallscope.diagnosis.incidents import ITL, METRICS, NOTICEABLE_NS, TAIL_REQUESTS, TTFT, Waits, Window
 from stallscope.diagnosis.replay.run import Outcome
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints
+
+WINDOWS_NS = (15_000_000_000, 60_000_000_000)
+FEWEST_REQUESTS = 20  # that a p90 needs behind it
+LEAST_CHANGE_S, LEAST_CHANGE_SHARE = 0.05, 0.2  # what nobody would notice is no harm
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,3 +97,69 @@ def waits_of(outcome: Outcome | pd.DataFrame, metric: int) -> Floats:
     """The waits of one metric, ns, by row: TTFT, or the longest gap."""
     table = outcome.requests if isinstance(outcome, Outcome) else outcome
     return _ttft(table) if metric == TTFT else table["longest_gap"].to_numpy(np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Harm:
+    """What something did to a tenant's percentile in the worst of the windows around an incident, in seconds."""
+
+    tenant: int
+    metric: int
+    quantile: float
+    with_s: float
+    without_s: float
+
+    @property
+    def excess_s(self) -> float:
+        return self.with_s - self.without_s
+
+    @property
+    def counts(self) -> bool:
+        """Whether anybody would notice."""
+        return self.excess_s >= max(LEAST_CHANGE_S, LEAST_CHANGE_SHARE * self.without_s)
+
+
+def worst_harm(
+    with_it: pd.DataFrame, without: pd.DataFrame, window: Window, apart: Collection[int] = ()
+) -> Harm | None:
+    """The largest change of a percentile of any tenant not ``apart``, of those that count or else of all.
+
+    Both are tables as ``Outcome.requests``; only requests (codes) that both have are compared. Percentiles are p99
+    where 300 requests are in a window, else p90 of at least ``FEWEST_REQUESTS``: windows of two lengths by arrival, so
+    that neither a short stall is diluted nor a slow tenant has none.
+    """
+    columns = ["code", "tenant", "arrived", "first_token", "longest_gap", "output_tokens", "waited_until"]
+    both = with_it[columns].merge(without[columns], on="code", suffixes=("", "_without"))
+    both = both[(both["code"] >= 0) & (both["arrived"] >= 0) & (both["arrived_without"] >= 0)]
+    both = both[~both["tenant"].isin(list(apart))].sort_values("arrived", kind="stable")
+    other = both[[f"{name}_without" for name in columns[1:]]].set_axis(columns[1:], axis=1)
+    pairs = [(waits_of(both, metric), waits_of(other, metric)) for metric in range(len(METRICS))]
+    tenant_of, arrived = both["tenant"].to_numpy(np.int64), both["arrived"].to_numpy(np.int64)
+    found: list[Harm] = []
+    for tenant in np.unique(tenant_of).tolist():
+        mine = np.flatnonzero(tenant_of == tenant)
+        for first, end in _windows(arrived[mine], window):
+            quantile = 0.99 if end - first >= TAIL_REQUESTS else 0.9
+            for metric, (before, after) in enumerate(pairs):
+                rows = mine[first:end]
+                found.append(Harm(tenant, metric, quantile, _at(before[rows], quantile), _at(after[rows], quantile)))
+    return max(found, key=lambda harm: (harm.counts, harm.excess_s), default=None)
+
+
+def _windows(arrived: Ints, window: Window) -> list[tuple[int, int]]:
+    """Runs of arrivals (first, end) around an incident that are long enough for a percentile."""
+    found = []
+    for length in WINDOWS_NS:
+        starts = np.arange(window.start - length // 2, max(window.end, window.start + 1), length // 2)
+        first, end = np.searchsorted(arrived, starts), np.searchsorted(arrived, starts + length)
+        found += [(a, b) for a, b in zip(first.tolist(), end.tolist(), strict=True) if b - a >= FEWEST_REQUESTS]
+    if not found:
+        # A slow tenant: the requests nearest to the incident.
+        middle = int(np.searchsorted(arrived, (window.start + window.end) // 2))
+        first_near = max(0, min(middle - FEWEST_REQUESTS // 2, len(arrived) - FEWEST_REQUESTS))
+        found = [(first_near, min(first_near + FEWEST_REQUESTS, len(arrived)))]
+    return found
+
+
+def _at(waits: Floats, quantile: float) -> float:
+    return float(np.quantile(waits, quantile, method="higher")) / 1e9 if len(waits) else 0.0

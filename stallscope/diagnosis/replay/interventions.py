@@ -16,7 +16,7 @@ import pandas as pd
 from stallscope.diagnosis.incidents import METRICS, TAIL_REQUESTS, Window
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Intervention, InterventionKind, Prediction
-from stallscope.diagnosis.replay.harm import Norms, in_scope, recorded_outcomes, waits_of
+from stallscope.diagnosis.replay.harm import Harm, Norms, in_scope, recorded_outcomes, waits_of, worst_harm
 from stallscope.diagnosis.replay.history import History
 from stallscope.diagnosis.replay.machine import Machine
 from stallscope.diagnosis.replay.run import Outcome, Plan, replay
@@ -150,6 +150,10 @@ class IncidentReplays:
     def configured(self, config: EngineConfig, draws: Sequence[int] = DRAWS[:1]) -> Effect:
         """The effect of another configuration."""
         return self._effect([self.stretch.configured(config, draw) for draw in draws], draws, ())
+
+    def harm(self, effect: Effect, apart: Sequence[int] = ()) -> Harm | None:
+        """What that which the effect undoes had done to the worst hit percentile of tenants not ``apart``."""
+        return worst_harm(self.stretch.unchanged(DRAWS[0]).requests, effect.outcomes[0].requests, self.window, apart)
 
     # --- measures ---------------------------------------------------------------------------------------------
 
