@@ -1,19 +1,26 @@
-"""Who is to blame for an incident, by what would have been: each suspect as usual, groups of them, everyone, no faults.
+"""Who is to blame for an incident, by what would have been: suspects as usual, groups of them, everyone, no faults.
 
 A tenant is to blame if its return to usual restores the victims, and its load was beyond chance. A steady heavy tenant
 is capacity, not an incident, even though its deletion would help; where only everyone's return to usual helps, it is
-overload, and no name.
+overload, and no name. What moves nobody's percentile is no incident.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import factorial
 
+import numpy as np
+import pandas as pd
+
 from stallscope.diagnosis.case import Case, Finding, load_reason
+from stallscope.diagnosis.load import SLOTS, STEP_TIME
 from stallscope.diagnosis.model import Confidence, Intervention, InterventionKind, Verdict
-from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays
+from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
+from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
+from stallscope.diagnosis.replay.relaxations import relaxations
 from stallscope.diagnosis.suspects import Suspect, largest_mechanism
 
 ENOUGH = 0.8  # share of the victims' excess that the return of all culprits to usual must restore
@@ -21,19 +28,40 @@ ACCUSES = 0.5  # below, nobody is accused
 MOST_SUSPECTS = 6
 MOST_CULPRITS = 4
 LEAST_GAIN = 0.1  # what one more culprit must add
+FEWEST_ALIKE = 3  # newcomers of one shape that count as one
+ALIKE = 1.5  # their sizes differ by no larger factor
+WORTH_TRYING = 0.1  # share of the culprits' charges by the mechanisms of a relaxation, for that to be tried
+TIE = 0.1  # restored so nearly alike, relaxations are told apart by charges
 REPRODUCED = (0.5, 2.0)  # replayed over recorded excess, outside of which a replay says nothing
 
 
-def judge_by_replay(
-    case: Case, replays: IncidentReplays, by_charges: Finding
-) -> tuple[Finding, tuple[Intervention, ...]]:
-    """The finding that replays support, and those replays; ``by_charges`` where they don't reproduce the incident."""
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """One suspect, or several newcomers that act alike; the one that cost most first."""
+
+    suspects: tuple[Suspect, ...]
+    group: str = ""
+
+    @property
+    def tenants(self) -> tuple[int, ...]:
+        return tuple(suspect.tenant for suspect in self.suspects)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What replays say of a window: a finding and the replays behind it. Without a finding it was no incident."""
+
+    finding: Finding | None
+    interventions: tuple[Intervention, ...]
+
+
+def judge_by_replay(case: Case, replays: IncidentReplays, by_charges: Finding) -> Judgement:
+    """The finding that replays support; ``by_charges`` where they don't reproduce the incident."""
     reproduced = replays.replayed_excess / max(replays.recorded_excess, 1e-9)
     if not REPRODUCED[0] <= reproduced <= REPRODUCED[1]:
-        return by_charges, ()
+        return Judgement(by_charges, ())
     trial = _Trial(case, replays)
-    finding = trial.decide()
-    return finding, tuple(trial.interventions)
+    return Judgement(trial.decide(), tuple(trial.interventions))
 
 
 class _Trial:
@@ -44,31 +72,49 @@ class _Trial:
         self.replays = replays
         self.interventions: list[Intervention] = []
 
-    def decide(self) -> Finding:
-        suspects = self._suspects()
-        restored = {suspect.tenant: self._glance([suspect.tenant]) for suspect in suspects}
-        unusual = sorted(suspects, key=lambda s: -restored[s.tenant])
-        faults = self._faults()
-        best = restored[unusual[0].tenant] if unusual else 0.0
-        if faults >= ACCUSES and faults >= best:
-            return self._engine(faults)
-        if (finding := self._self_inflicted(unusual, restored)) is not None:
+    def decide(self) -> Finding | None:
+        candidates = self._candidates()
+        glances = {one: self._glance(one.tenants) for one in candidates}
+        best = max(glances.values(), default=0.0)
+        if (finding := self._engine(best)) is not None:
             return finding
-        chosen = self._smallest_set(unusual, restored)
-        total = self._restored([suspect.tenant for suspect in chosen]) if chosen else 0.0
-        if chosen and total >= ACCUSES:
-            return self._neighbors(chosen, total, restored)
-        return self._overload()
+        if (finding := self._self_inflicted()) is not None:
+            return finding
+        if (finding := self._neighbors(glances)) is not None:
+            return finding
+        return self._chronic() or self._overload()
 
     # --- suspects ---------------------------------------------------------------------------------------------
 
-    def _suspects(self) -> list[Suspect]:
+    def _candidates(self) -> list[_Candidate]:
         """Those worth a replay: whose load was unusual, by what the victims are charged for them."""
         found: dict[int, Suspect] = {}
         for suspect in [*self.case.suspects, *self.case.own]:
             if suspect.tenant not in found and suspect.unusual:
                 found[suspect.tenant] = suspect
-        return sorted(found.values(), key=lambda s: -s.caused_ns)[:MOST_SUSPECTS]
+        groups = self._alike([suspect for suspect in found.values() if suspect.load.usual <= 0])
+        grouped = {tenant for group in groups for tenant in group.tenants}
+        single = [_Candidate((suspect,)) for suspect in found.values() if suspect.tenant not in grouped]
+        ranked = sorted([*groups, *single], key=lambda one: -sum(s.caused_ns for s in one.suspects))
+        return ranked[:MOST_SUSPECTS]
+
+    def _alike(self, newcomers: list[Suspect]) -> list[_Candidate]:
+        """Newcomers whose requests are of one shape, as groups."""
+        requests = self.case.replica.requests
+        shapes = {}
+        for suspect in newcomers:
+            mine = requests[requests["tenant"] == suspect.tenant]
+            shapes[suspect.tenant] = mine[["prompt_tokens", "max_tokens"]].median().to_numpy(np.float64) + 1.0
+        left = sorted(newcomers, key=lambda s: -s.caused_ns)
+        groups = []
+        while left:
+            shape = shapes[left[0].tenant]
+            group = [s for s in left if np.abs(np.log(shapes[s.tenant] / shape)).max() <= np.log(ALIKE)]
+            left = [s for s in left if s not in group]
+            if len(group) >= FEWEST_ALIKE:
+                text = f"{len(group)} newcomers of one shape: prompts of about {shape[0] - 1:,.0f} tokens"
+                groups.append(_Candidate(tuple(group), text))
+        return groups
 
     def _restored(self, tenants: Sequence[int]) -> float:
         return self.replays.usual(tenants).mean
@@ -77,106 +123,183 @@ class _Trial:
         """The same by one draw: enough to choose whom to look at."""
         return self.replays.usual(tenants, DRAWS[:1]).mean
 
-    def _faults(self) -> float:
-        if not self.replays.stretch.machine.disturbances.any_fault:
-            return 0.0
-        return self.replays.without_faults().mean
-
-    def _smallest_set(self, unusual: list[Suspect], restored: dict[int, float]) -> list[Suspect]:
-        """The fewest whose return to usual restores enough, found by adding the one that helps most."""
-        chosen: list[Suspect] = []
-        reached = 0.0
-        left = list(unusual)
-        while left and reached < ENOUGH and len(chosen) < MOST_CULPRITS:
-            gains = {
-                s.tenant: restored[s.tenant] if not chosen else self._glance([c.tenant for c in [*chosen, s]])
-                for s in left
-            }
-            best = max(left, key=lambda s: gains[s.tenant])
-            if gains[best.tenant] < reached + LEAST_GAIN:
-                break
-            chosen.append(best)
-            reached = gains[best.tenant]
-            left.remove(best)
-        return chosen
+    def _counts(self, effect: Effect, apart: Sequence[int] = ()) -> bool:
+        """Whether what the effect undoes had moved a percentile so that somebody would notice."""
+        harm = self.replays.harm(effect, apart)
+        return harm is not None and harm.counts
 
     # --- findings ---------------------------------------------------------------------------------------------
 
-    def _neighbors(self, chosen: list[Suspect], total: float, restored: dict[int, float]) -> Finding:
-        tenants = [suspect.tenant for suspect in chosen]
-        names = [self.case.replica.tenants[tenant] for tenant in tenants]
-        self._note(InterventionKind.USUAL, f"{' and '.join(names)} as usual", tenants)
-        reasons = [load_reason(self.case, suspect) for suspect in chosen]
-        reasons.append(f"as usual, {'they' if len(chosen) > 1 else 'it'} would have spared the victims {total:.0%}")
-        sure = total >= ENOUGH and "(unknown)" not in names
+    def _engine(self, best: float) -> Finding | None:
+        """Whether an engine without faults restores the victims, and better than any tenant's return."""
+        if not self.replays.stretch.machine.disturbances.any_fault:
+            return None
+        effect = self.replays.without_faults()
+        if effect.mean < max(ACCUSES, best) or not self._counts(effect):
+            return None
+        reason = f"without the engine's pauses and slow stretches the victims would have been spared {effect.mean:.0%}"
+        engines = self.case.excess[self.case.excess["holder"] == int(Party.ENGINE)]
+        confidence = Confidence.HIGH if effect.mean >= ENOUGH else Confidence.MEDIUM
+        mechanism = largest_mechanism(engines) or str(Mechanism.UNEXPLAINED)
+        return Finding(Verdict.ENGINE_STALL, confidence, (), mechanism, (reason,), {}, {})
+
+    def _self_inflicted(self) -> Finding | None:
+        """Whether nearly all of the excess is one tenant's own, and its return to usual ends it."""
+        for suspect in self.case.own[:1]:
+            tenants = [suspect.tenant]
+            mine = self.replays.excess_of(tenants)
+            if not suspect.unusual or mine < ENOUGH * self.replays.replayed_excess:
+                continue
+            effect = self.replays.usual(tenants)
+            if effect.own < ACCUSES or self._counts(effect, tenants):
+                continue
+            self._note(InterventionKind.USUAL, f"{self._name(suspect.tenant)} as usual", tenants, effect)
+            return Finding(
+                Verdict.SELF_INFLICTED,
+                Confidence.HIGH if effect.own >= ENOUGH else Confidence.MEDIUM,
+                (suspect,),
+                str(suspect.mechanism),
+                (load_reason(self.case, suspect),),
+                {suspect.tenant: effect.own},
+                {},
+            )
+        return None
+
+    def _neighbors(self, glances: dict[_Candidate, float]) -> Finding | None:
+        """The fewest whose return to usual restores the victims."""
+        chosen = self._smallest_set(glances)
+        if not chosen:
+            return None
+        tenants = [tenant for one in chosen for tenant in one.tenants]
+        effect = self.replays.usual(tenants)
+        if effect.mean < ACCUSES or not self._counts(effect, tenants):
+            return None
+        names = [self._name(tenant) for tenant in tenants]
+        self._note(InterventionKind.USUAL, f"{', '.join(names)} as usual", tenants, effect)
+        suspects = [suspect for one in chosen for suspect in one.suspects]
+        reasons = [load_reason(self.case, one.suspects[0]) for one in chosen if not one.group]
+        reasons += [one.group for one in chosen if one.group]
+        it = "they" if len(tenants) > 1 else "it"
+        reasons.append(f"as usual, {it} would have spared the victims {effect.mean:.0%}")
+        sure = effect.mean >= ENOUGH and "(unknown)" not in names
         return Finding(
             Verdict.NOISY_NEIGHBOR,
             Confidence.HIGH if sure else Confidence.MEDIUM,
-            tuple(chosen),
-            str(chosen[0].mechanism),
+            tuple(suspects),
+            self._mechanism(tenants),
             tuple(reasons),
-            {tenant: restored[tenant] for tenant in tenants},
-            self._shapley(tenants),
+            {tenant: glances[one] for one in chosen for tenant in one.tenants},
+            self._shapley(chosen),
+            next((one.group for one in chosen if one.group), ""),
         )
 
-    def _self_inflicted(self, unusual: list[Suspect], restored: dict[int, float]) -> Finding | None:
-        """Whether nearly all of the excess is one tenant's own, and its return to usual ends it."""
-        whole = self.replays.replayed_excess
-        for suspect in self.case.own[:1]:
-            mine = self.replays.excess_of([suspect.tenant])
-            if suspect.unusual and mine >= ENOUGH * whole and self.replays.usual([suspect.tenant]).own >= ACCUSES:
-                self._note(
-                    InterventionKind.USUAL,
-                    f"{self.case.replica.tenants[suspect.tenant]} as usual",
-                    [suspect.tenant],
-                )
-                return Finding(
-                    Verdict.SELF_INFLICTED,
-                    Confidence.HIGH,
-                    (suspect,),
-                    str(suspect.mechanism),
-                    (load_reason(self.case, suspect),),
-                    {suspect.tenant: self.replays.usual([suspect.tenant]).own},
-                    {},
-                )
+    def _smallest_set(self, glances: dict[_Candidate, float]) -> list[_Candidate]:
+        """Found by adding the one that helps most, until enough is restored."""
+        chosen: list[_Candidate] = []
+        reached = 0.0
+        left = list(glances)
+        while left and reached < ENOUGH and len(chosen) < MOST_CULPRITS:
+            before = [tenant for one in chosen for tenant in one.tenants]
+            gains = {one: self._glance([*before, *one.tenants]) if chosen else glances[one] for one in left}
+            best = max(left, key=lambda one: gains[one])
+            if gains[best] < reached + LEAST_GAIN:
+                break
+            chosen.append(best)
+            reached = gains[best]
+            left.remove(best)
+        return chosen
+
+    def _chronic(self) -> Finding | None:
+        """Where nobody's usual is known: whether one tenant held to its fair share restores the others."""
+        tried = [s for s in self.case.suspects if not self.case.loads.usual_is_known(s.tenant)]
+        for suspect in tried[:2]:
+            tenant = suspect.tenant
+            cap = self._fair_share(tenant)
+            effect = self.replays.capped({tenant: cap})
+            if effect.mean < ACCUSES or not self._counts(effect, [tenant]):
+                continue
+            name = self._name(tenant)
+            what = f"{name} held to its fair share, {cap} requests at once"
+            self._note(InterventionKind.FAIR_SHARE, what, [tenant], effect)
+            reason = (
+                f"{what}, would have spared the victims {effect.mean:.0%} (no time is calm enough to know its usual)"
+            )
+            return Finding(
+                Verdict.NOISY_NEIGHBOR,
+                Confidence.MEDIUM,
+                (suspect,),
+                self._mechanism([tenant]),
+                (reason,),
+                {tenant: effect.mean},
+                {tenant: 1.0},
+            )
         return None
 
-    def _engine(self, faults: float) -> Finding:
-        reason = f"without the engine's pauses and slow stretches the victims would have been spared {faults:.0%}"
-        mechanism = largest_mechanism(self.case.excess[self.case.excess["holder"] == -2]) or "unexplained"
-        confidence = Confidence.HIGH if faults >= ENOUGH else Confidence.MEDIUM
-        return Finding(Verdict.ENGINE_STALL, confidence, (), mechanism, (reason,), {}, {})
+    def _fair_share(self, tenant: int) -> int:
+        """Requests at once that give a tenant an equal part of slots and KV cache, among those who are active."""
+        replica, config, window = self.case.replica, self.replays.history.config, self.case.window
+        active = replica.requests
+        active = active[(active["arrival"] <= window.end) & (active["seen_until"] >= window.start)]
+        tenants = max(int(active["tenant"].nunique()), 1)
+        mine = active[active["tenant"] == tenant]
+        tokens = float((mine["prompt_tokens"] + mine["output_tokens"]).mean()) if len(mine) else 1.0
+        by_blocks = config.kv_blocks * config.block_size / tenants / max(tokens, 1.0)
+        return max(1, int(min(config.max_num_seqs / tenants, by_blocks)))
 
-    def _overload(self) -> Finding:
+    def _overload(self) -> Finding | None:
+        """Whether everyone's return to usual restores the victims; None where even that would not be noticed."""
+        window = self.case.window
+        loads = self.case.loads.of_all(STEP_TIME, window.start, window.end)
+        slots = self.case.loads.of_all(SLOTS, window.start, window.end)
+        grown = [tenant for tenant in range(len(loads)) if loads[tenant].growth > 1.0 or slots[tenant].growth > 1.0]
+        effect = self.replays.usual(grown, DRAWS[:1]) if grown else None
+        if effect is None or effect.mean < ACCUSES or not self._counts(effect):
+            return None
+        charged = self.case.excess[self.case.excess["holder"] >= 0]
+        reason = "only everyone's return to usual would have spared the victims: together they were too much"
+        self._note(InterventionKind.USUAL, "everyone as usual", grown, effect)
+        return Finding(Verdict.OVERLOAD, Confidence.MEDIUM, (), largest_mechanism(charged), (reason,), {}, {})
+
+    # --- the mechanism ----------------------------------------------------------------------------------------
+
+    def _mechanism(self, culprits: Sequence[int]) -> str | None:
+        """What the engine was short of, and of the mechanisms of that the one by which the culprits cost most."""
         excess = self.case.excess
-        return Finding(
-            Verdict.OVERLOAD,
-            Confidence.MEDIUM,
-            (),
-            largest_mechanism(excess[excess["holder"] >= 0]),
-            ("no tenant's return to its usual would have spared the victims: together they were too much",),
-            {},
-            {},
-        )
+        theirs = excess[excess["holder"].isin(list(culprits))]
+        charged = np.bincount(theirs["mechanism"], theirs["ns"], len(MECHANISMS))
+        by_name = pd.Series(charged, index=[str(mechanism) for mechanism in MECHANISMS])
+        total = max(float(by_name.sum()), 1e-9)
+        tried = {}
+        for relaxation in relaxations(self.replays.history.config):
+            part = by_name.reindex([str(one) for one in relaxation.mechanisms]).fillna(0.0)
+            if part.sum() / total >= WORTH_TRYING:
+                restored = self.replays.relaxed(relaxation, culprits).mean
+                tried[str(part.idxmax())] = restored + TIE * float(part.sum()) / total
+        return max(tried, key=lambda name: tried[name]) if tried else largest_mechanism(theirs)
 
-    def _shapley(self, tenants: Sequence[int]) -> dict[int, float]:
-        """Each one's mean gain over all orders in which they return to usual (Shapley, 1953)."""
-        n = len(tenants)
+    # --- shares, and what is shown ----------------------------------------------------------------------------
+
+    def _shapley(self, chosen: Sequence[_Candidate]) -> dict[int, float]:
+        """Each one's mean gain over all orders in which they return to usual (Shapley, 1953); a group's is shared."""
+        n = len(chosen)
         value = {
-            frozenset(part): self._glance(part) if part else 0.0
+            frozenset(part): self._glance([tenant for one in part for tenant in one.tenants]) if part else 0.0
             for size in range(n + 1)
-            for part in combinations(tenants, size)
+            for part in combinations(chosen, size)
         }
-        if n == 1:
-            return {tenants[0]: 1.0}
-        return {
+        gains = {
             one: sum(
                 factorial(len(part)) * factorial(n - len(part) - 1) / factorial(n) * (value[part | {one}] - value[part])
                 for part in value
                 if one not in part
             )
-            for one in tenants
+            for one in chosen
         }
+        total = sum(gains.values()) or 1.0
+        return {tenant: gains[one] / total / len(one.tenants) for one in chosen for tenant in one.tenants}
 
-    def _note(self, kind: InterventionKind, what: str, tenants: Sequence[int]) -> None:
-        self.interventions.append(self.replays.describe(kind, what, tenants, self.replays.usual(tenants)))
+    def _name(self, tenant: int) -> str:
+        return self.case.replica.tenants[tenant]
+
+    def _note(self, kind: InterventionKind, what: str, tenants: Sequence[int], effect: Effect) -> None:
+        self.interventions.append(self.replays.describe(kind, what, tenants, effect))

@@ -1,6 +1,7 @@
 """Waits of every request, which of them were far beyond the tenant's usual, and when: incidents and their victims.
 
-A wait is a request's time to first token, or one of its inter-token gaps. Waits are compared without the request's
+A wait is a request's time to first token, one of its inter-token gaps, or the time from its last token until that was
+delivered, which is no time of the engine's. Waits are compared without the request's
 own work in them (what its prompt and tokens cost by themselves), which matches each request to healthy ones of its own
 length. A tenant's usual is taken from the calmer part of time bins, so that a stall, however bad, does not raise
 the bar for itself.
@@ -17,10 +18,11 @@ from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints
 
-METRICS = ("ttft", "itl")
-TTFT, ITL = 0, 1
+METRICS = ("ttft", "itl", "delivery")
+TTFT, ITL, DELIVERY = 0, 1, 2
 NOTICEABLE_NS = 50_000_000  # nobody opens an incident for less
 BIN_NS = 1_000_000_000  # shortest bin; longer in long traces
+SLACK_NS = 5_000_000_000  # stalled waits that follow one another so closely are one stretch
 _MOST_BINS = 500
 _SIGMAS = 5.0
 _TIMES_USUAL = (3.0, 10.0)  # the bar lies between these multiples of the usual
@@ -78,10 +80,22 @@ def measure_waits(replica: Replica) -> Waits:
             "censored": False,
         }
     )
-    table = pd.concat([ttft, itl], ignore_index=True)
+    late = requests[(requests["end"] >= 0) & (requests["delivered"] > requests["end"])]
+    delivery = pd.DataFrame(
+        {
+            "metric": DELIVERY,
+            "request": late.index.to_numpy(np.int64),
+            "begin": late["end"],
+            "end": late["delivered"],
+            "censored": False,
+        }
+    )
+    table = pd.concat([ttft, itl, delivery], ignore_index=True)
     table["tenant"] = replica.tenant_of_request[table["request"].to_numpy()]
-    queries = table[["request", "begin", "end"]].assign(query=table.index)
+    inside = table[table["metric"] != DELIVERY]
+    queries = inside[["request", "begin", "end"]].assign(query=inside.index)
     charges = replica.partition.charge(queries, replica.tenant_of_request)
+    charges = pd.concat([charges, _delivery_charges(table)], ignore_index=True)
     own = charges[(charges["holder"] == Party.OWN) & (charges["mechanism"] == MECHANISMS.index(Mechanism.OWN_WORK))]
     own_ns = own.groupby("query")["ns"].sum().reindex(table.index, fill_value=0)
     table["delay"] = table["end"] - table["begin"] - own_ns
@@ -90,6 +104,19 @@ def measure_waits(replica: Replica) -> Waits:
     table["bar"] = _bars(table, bin_ns)
     table["stalled"] = (table["delay"] > table["bar"]) & (table["delay"] > NOTICEABLE_NS)
     return Waits(table, charges)
+
+
+def _delivery_charges(table: pd.DataFrame) -> pd.DataFrame:
+    """What comes after a request's last token is the frontend's, all of it."""
+    late = table[table["metric"] == DELIVERY]
+    return pd.DataFrame(
+        {
+            "query": late.index.to_numpy(np.int64),
+            "holder": int(Party.FRONTEND),
+            "mechanism": MECHANISMS.index(Mechanism.DELIVERY),
+            "ns": (late["end"] - late["begin"]).to_numpy(np.int64),
+        }
+    )
 
 
 def _bars(table: pd.DataFrame, bin_ns: int) -> Floats:
@@ -125,7 +152,7 @@ def find_episodes(waits: Waits) -> list[Window]:
     stalled = waits.table[waits.table["stalled"]].sort_values("begin", kind="stable")
     if stalled.empty:
         return []
-    slack = 2 * BIN_NS
+    slack = SLACK_NS
     reach = np.maximum.accumulate(stalled["end"].to_numpy())
     fresh = np.ones(len(stalled), dtype=bool)
     fresh[1:] = stalled["begin"].to_numpy()[1:] > reach[:-1] + slack

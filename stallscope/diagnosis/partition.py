@@ -38,6 +38,7 @@ class Mechanism(StrEnum):
     PREFILL_PRIORITY = "prefill_priority"
     PREEMPTION = "preemption"
     RECOMPUTE = "recompute"
+    CACHE_EVICTION = "cache_eviction"
     STEP_FIXED = "step_fixed"
     UNEXPLAINED = "unexplained"
     HOST_GAP = "host_gap"

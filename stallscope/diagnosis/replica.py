@@ -42,10 +42,10 @@ class RequestFacts:
 class Replica:
     """One replica's tables with codes.
 
-    ``requests`` (index = request code): request, tenant (code), arrival, first_token, end (ns; -1 where there is none),
-    seen_until (end, or the last sight), prompt_tokens, output_tokens, max_tokens, cached_tokens, priority (0 where
-    unknown), state, and finish_reason, session, predecessor, retry_of ("" where there is none). ``gaps``: request
-    (code), start, length_ns, count. ``settings``: its row of ``replicas``.
+    ``requests`` (index = request code): request, tenant (code), arrival, first_token, end, delivered (ns; -1 where
+    there is none), seen_until (end, or the last sight), prompt_tokens, output_tokens, max_tokens, cached_tokens,
+    priority (0 where unknown), state, and finish_reason, session, predecessor, retry_of ("" where there is none).
+    ``gaps``: request (code), start, length_ns, count. ``settings``: its row of ``replicas``.
     """
 
     name: str
@@ -116,6 +116,7 @@ def _read(trace: Trace, name: str) -> Replica:
             "arrival": raw["arrival"].astype(np.int64),
             "first_token": _times(raw["first_token"]),
             "end": end,
+            "delivered": _times(raw["delivered"]),
             "seen_until": np.where(end >= 0, end, np.maximum(last_sight, raw["arrival"].to_numpy(np.int64))),
             "prompt_tokens": raw["prompt_tokens"].fillna(0).astype(np.int64),
             "output_tokens": raw["output_tokens"].fillna(0).astype(np.int64),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from stallscope.diagnosis.blame import judge_by_replay
+from stallscope.diagnosis.blame import Judgement, judge_by_replay
 from stallscope.diagnosis.case import Case, Finding, load_reason, open_case
 from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, victims
 from stallscope.diagnosis.incidents import Waits, Window
@@ -33,7 +33,7 @@ DOMINATES = 0.5
 def judge(
     replica: Replica, waits: Waits, episodes: list[Window], windows: list[Window], replayer: Replayer | None = None
 ) -> list[Incident]:
-    """One incident for each window, in their order. Without a ``replayer``, by charges alone.
+    """The incidents among the windows, in their order. Without a ``replayer``, by charges alone: then all of them.
 
     ``episodes``: all stretches with stalled waits, of which the windows are some: none of them counts as usual.
     """
@@ -46,12 +46,17 @@ def judge(
     incidents = []
     for window, of_window in zip(windows, replays, strict=True):
         case = open_case(replica, waits, window, loads, healthy, usual)
-        finding = judge_by_charges(case)
-        interventions: tuple[Intervention, ...] = ()
-        if of_window is not None and finding.verdict is not Verdict.INSUFFICIENT_DATA:
-            finding, interventions = judge_by_replay(case, of_window, finding)
-        incidents.append(_incident(case, finding, interventions))
+        judgement = Judgement(judge_by_charges(case), ())
+        if of_window is not None and judgement.finding is not None and not _beyond_replay(judgement.finding):
+            judgement = judge_by_replay(case, of_window, judgement.finding)
+        if judgement.finding is not None:
+            incidents.append(_incident(case, judgement.finding, judgement.interventions))
     return incidents
+
+
+def _beyond_replay(finding: Finding) -> bool:
+    """Whether no replay of the engine could say more."""
+    return finding.verdict in (Verdict.INSUFFICIENT_DATA, Verdict.OUTSIDE_ENGINE)
 
 
 # --- by charges ---------------------------------------------------------------------------------------------------
@@ -68,6 +73,10 @@ def judge_by_charges(case: Case) -> Finding:
         verdict = Verdict.INSUFFICIENT_DATA
         mechanism = None
         reasons = [f"{unseen:.0%} of the victims' loss lies in stretches without telemetry"]
+    elif (outside := case.share_of(Party.FRONTEND)) >= CARRIES:
+        verdict = Verdict.OUTSIDE_ENGINE
+        mechanism = largest_mechanism(case.excess[case.excess["holder"] == int(Party.FRONTEND)])
+        reasons = [f"{outside:.0%} of the loss lies before the engine's queue, or after its last token"]
     elif accused and _carries(carried, backlog) and carried >= engine:
         verdict = Verdict.NOISY_NEIGHBOR
         chosen = _smallest_set(accused)
@@ -91,6 +100,7 @@ def judge_by_charges(case: Case) -> Finding:
     sure = {
         Verdict.NOISY_NEIGHBOR: share(carried, 1 - backlog) >= 0.6 and named,
         Verdict.ENGINE_STALL: share(engine, 1 - backlog) >= 0.6,
+        Verdict.OUTSIDE_ENGINE: case.share_of(Party.FRONTEND) >= 0.6,
     }.get(verdict, False)
     confidence = Confidence.MEDIUM if sure else Confidence.LOW
     return Finding(verdict, confidence, tuple(chosen), mechanism, tuple(reasons), {}, {})

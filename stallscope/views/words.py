@@ -25,13 +25,14 @@ MECHANISM_WORDS = {
     "prefill_priority": "its prefills ran instead of their tokens",
     "preemption": "it took their KV blocks",
     "recompute": "what they lost to it had to be computed again",
+    "cache_eviction": "it pushed the beginnings of their prompts out of the prefix cache",
     "step_fixed": "what a step costs whatever is in it",
     "unexplained": "the steps took longer than their work explains",
     "host_gap": "the engine's host did not dispatch the next step",
     "delivery": "the output waited to be delivered",
     "unobserved": "telemetry is missing there",
 }
-METRIC_WORDS = {"ttft": "TTFT", "itl": "longest gap"}
+METRIC_WORDS = {"ttft": "TTFT", "itl": "longest gap", "delivery": "delivery"}
 
 
 def duration(seconds: float) -> str:
@@ -89,6 +90,10 @@ def headline(diagnosis: Diagnosis) -> str:
         return f"{who} stalled itself: {where}"
     if diagnosis.verdict is Verdict.ENGINE_STALL:
         return f"the engine itself stalled {listed(victims)}: {where}"
+    if diagnosis.verdict is Verdict.OUTSIDE_ENGINE:
+        return f"{listed(victims)} waited outside the engine, which had done its part: {where}"
+    if diagnosis.verdict is Verdict.COLD_CACHE:
+        return f"{listed(victims)} waited for prompts that the cache had lost: {where}"
     if diagnosis.verdict is Verdict.OVERLOAD:
         return f"{listed(victims)} waited, but no tenant in particular caused it: {where}"
     return f"{listed(victims)} waited, but too little was recorded to say why: {where}"
@@ -99,7 +104,7 @@ def evidence(diagnosis: Diagnosis) -> str:
     c = diagnosis.coverage
     lost = "none lost" if not c.steps_lost else f"{c.steps_lost:,} lost"
     parts = [
-        f"confidence {diagnosis.confidence} (charges only, no replay)",
+        f"confidence {diagnosis.confidence} ({replays(diagnosis)})",
         f"fidelity {c.fidelity}",
         f"{counted(c.steps, 'step')} ({lost})",
         counted(c.requests, "request") + (f" ({c.requests_open} still open)" if c.requests_open else ""),
@@ -111,6 +116,16 @@ def evidence(diagnosis: Diagnosis) -> str:
     if c.records_dropped:
         parts.append(f"{c.records_dropped:,} records dropped by the engine")
     return " · ".join(parts)
+
+
+def replays(diagnosis: Diagnosis) -> str:
+    """Whether the verdict rests on replays."""
+    if not diagnosis.replays:
+        return "no replay"
+    check = min(diagnosis.replays, key=lambda one: one.trusted)
+    if check.trusted:
+        return f"replayed: {check.forced_agreement:.0%} of batches chosen alike"
+    return f"charges only, no replay: {check.reason}"
 
 
 def incident_line(incident: Incident) -> str:

@@ -15,7 +15,7 @@ from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Scheduler
 from stallscope_telemetry.records import RequestState
 
-MOST_STEPS = 400
+MOST_STEPS = 200
 LEAST_AGREEMENT = 0.95  # below, the policy counts as unknown
 
 

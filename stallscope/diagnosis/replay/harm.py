@@ -133,7 +133,7 @@ def worst_harm(
     both = both[(both["code"] >= 0) & (both["arrived"] >= 0) & (both["arrived_without"] >= 0)]
     both = both[~both["tenant"].isin(list(apart))].sort_values("arrived", kind="stable")
     other = both[[f"{name}_without" for name in columns[1:]]].set_axis(columns[1:], axis=1)
-    pairs = [(waits_of(both, metric), waits_of(other, metric)) for metric in range(len(METRICS))]
+    pairs = [(waits_of(both, metric), waits_of(other, metric)) for metric in (TTFT, ITL)]
     tenant_of, arrived = both["tenant"].to_numpy(np.int64), both["arrived"].to_numpy(np.int64)
     found: list[Harm] = []
     for tenant in np.unique(tenant_of).tolist():

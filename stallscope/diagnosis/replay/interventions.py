@@ -6,19 +6,20 @@ them is what was changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.incidents import METRICS, TAIL_REQUESTS, Window
+from stallscope.diagnosis.incidents import ITL, METRICS, TAIL_REQUESTS, TTFT, Window
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Intervention, InterventionKind, Prediction
 from stallscope.diagnosis.replay.harm import Harm, Norms, in_scope, recorded_outcomes, waits_of, worst_harm
 from stallscope.diagnosis.replay.history import History
 from stallscope.diagnosis.replay.machine import Machine
+from stallscope.diagnosis.replay.relaxations import Relaxation
 from stallscope.diagnosis.replay.run import Outcome, Plan, replay
 from stallscope.diagnosis.replay.usual import as_recorded, as_usual, without
 from stallscope.diagnosis.timeline import Floats, Ints
@@ -93,6 +94,16 @@ class StretchReplays:
         """With another configuration."""
         return self._replay(("configured", config, draw), lambda: self.plan, draw, config=config)
 
+    def relaxed(self, relaxation: Relaxation, draw: int) -> Outcome:
+        """With one resource endless or free."""
+        config, machine = relaxation.change(self.history.config, self.machine)
+        return self._replay(("relaxed", relaxation.name, draw), lambda: self.plan, draw, machine=machine, config=config)
+
+    def capped(self, most_at_once: Mapping[int, int], draw: int) -> Outcome:
+        """With so many requests of some tenants in the engine at once."""
+        key = ("capped", tuple(sorted(most_at_once.items())), draw)
+        return self._replay(key, lambda: self.plan, draw, most_at_once=most_at_once)
+
     def _replay(
         self,
         key: tuple[object, ...],
@@ -101,9 +112,10 @@ class StretchReplays:
         *,
         machine: Machine | None = None,
         config: EngineConfig | None = None,
+        most_at_once: Mapping[int, int] | None = None,
     ) -> Outcome:
         if key not in self._made:
-            self._made[key] = replay(self.history, machine or self.machine, plan(), draw, config)
+            self._made[key] = replay(self.history, machine or self.machine, plan(), draw, config, most_at_once)
         return self._made[key]
 
 
@@ -150,6 +162,15 @@ class IncidentReplays:
     def configured(self, config: EngineConfig, draws: Sequence[int] = DRAWS[:1]) -> Effect:
         """The effect of another configuration."""
         return self._effect([self.stretch.configured(config, draw) for draw in draws], draws, ())
+
+    def relaxed(self, relaxation: Relaxation, apart: Sequence[int]) -> Effect:
+        """The effect of one resource being endless or free, on tenants not ``apart``."""
+        return self._effect([self.stretch.relaxed(relaxation, DRAWS[0])], DRAWS[:1], apart)
+
+    def capped(self, most_at_once: Mapping[int, int], draws: Sequence[int] = DRAWS) -> Effect:
+        """The effect of so many requests of some tenants in the engine at once."""
+        outcomes = [self.stretch.capped(most_at_once, draw) for draw in draws]
+        return self._effect(outcomes, draws, list(most_at_once))
 
     def harm(self, effect: Effect, apart: Sequence[int] = ()) -> Harm | None:
         """What that which the effect undoes had done to the worst hit percentile of tenants not ``apart``."""
@@ -216,7 +237,7 @@ class IncidentReplays:
     def _predictions(self, outcomes: Sequence[Outcome]) -> list[Prediction]:
         found = []
         for tenant in range(len(self.history.replica.tenants)):
-            for metric, name in enumerate(METRICS):
+            for metric, name in ((TTFT, METRICS[TTFT]), (ITL, METRICS[ITL])):
                 recorded = self._waits(self._recorded, tenant, metric)
                 if not len(recorded):
                     continue

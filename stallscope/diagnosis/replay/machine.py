@@ -15,10 +15,16 @@ FEWEST_STEPS = 200  # below, the cost of a step is a guess
 
 @dataclass(frozen=True, eq=False)
 class Machine:
-    """Cost of a step, and the disturbances, of one replica."""
+    """Cost of a step, and the disturbances, of one replica.
+
+    What is made free is no real machine: it shows what a batch's time went into. Prompt tokens beyond ``most_tokens`` a
+    step cost nothing; with ``free_context`` a decode costs as if nothing were before it.
+    """
 
     cost: StepCost
     disturbances: Disturbances
+    most_tokens: int | None = None
+    free_context: bool = False
 
     def without_faults(self) -> Machine:
         return replace(self, disturbances=self.disturbances.without_faults())

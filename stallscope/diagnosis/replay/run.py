@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -60,6 +60,8 @@ class ReplayExecutor:
 
     def __init__(self, machine: Machine, clock: VirtualClock, noise: Sequence[float]) -> None:
         self._cost = machine.cost
+        self._most_tokens = machine.most_tokens
+        self._free_context = machine.free_context
         self._faults = machine.disturbances
         self._clock = clock
         self._noise = noise
@@ -95,6 +97,11 @@ class ReplayExecutor:
                 if request.info.handle in chunks:
                     context -= start
                     attention += tokens * (start + tokens / 2)
+        if self._free_context:
+            context = 0
+        if self._most_tokens is not None and prefill_tokens > self._most_tokens:
+            attention *= self._most_tokens / prefill_tokens
+            prefill_tokens = self._most_tokens
         duration_ns = self._cost.duration_ns(prefill_tokens, attention, decodes, context)
         self.beyond += self._cost.beyond(prefill_tokens, attention, decodes, context)
         duration_ns *= self._noise[start_ns // SLICE_NS % _NOISE_SLICES]
@@ -136,8 +143,9 @@ class _Clients:
         if self._patience[index]:
             heappush(self._deadlines, (request.info.arrival_ns + self._patience[index], index))
 
-    def give_up(self) -> None:
-        """Aborts whose clients have waited long enough."""
+    def give_up(self) -> list[Request]:
+        """Aborts those whose clients have waited long enough, and returns them."""
+        aborted = []
         now_ns = self._engine.clock.now_ns()
         while self._deadlines and self._deadlines[0][0] <= now_ns:
             _, index = heappop(self._deadlines)
@@ -145,6 +153,8 @@ class _Clients:
             if request.finish_reason is None:
                 self._engine.abort(request, FinishReason.TIMEOUT)
                 self._follow(index, request.end_ns, failed=True)
+                aborted.append(request)
+        return aborted
 
     def finished(self, done: list[Request]) -> None:
         for request in done:
@@ -162,6 +172,59 @@ class _Clients:
             insort(self._arrivals, request, key=lambda one: one.info.arrival_ns)
 
 
+class _Gateway:
+    """Lets a tenant have only so many requests in the engine at once; the others wait before it, first come first."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        requests: list[Request],
+        arrivals: deque[Request],
+        index_of: Mapping[Request, int],
+        most_at_once: Mapping[int, int],
+    ) -> None:
+        self._most = most_at_once
+        self._tenant = plan.requests["tenant"].to_list()
+        self._index_of = index_of
+        self._arrivals = arrivals
+        there = [request for request in requests if request.state is not RequestState.WAITING or request.output_tokens]
+        self._inside = dict.fromkeys(most_at_once, 0)
+        for request in there:
+            tenant = self._tenant[index_of[request]]
+            if tenant in self._inside:
+                self._inside[tenant] += 1
+        self._outside: dict[int, deque[Request]] = {tenant: deque() for tenant in most_at_once}
+
+    def hold_back(self, now_ns: int) -> None:
+        """Takes those who arrive now and may not come in out of the arrivals."""
+        if not self._most:
+            return
+        kept = []
+        while self._arrivals and self._arrivals[0].info.arrival_ns <= now_ns:
+            request = self._arrivals.popleft()
+            tenant = self._tenant[self._index_of[request]]
+            if tenant not in self._most:
+                kept.append(request)
+            elif self._inside[tenant] < self._most[tenant]:
+                self._inside[tenant] += 1
+                kept.append(request)
+            else:
+                self._outside[tenant].append(request)
+        self._arrivals.extendleft(reversed(kept))
+
+    def let_in(self, ended: list[Request]) -> None:
+        """Lets in one for each that has ended."""
+        if not self._most:
+            return
+        for request in ended:
+            tenant = self._tenant[self._index_of[request]]
+            if tenant not in self._most:
+                continue
+            self._inside[tenant] -= 1
+            if self._outside[tenant]:
+                self._arrivals.appendleft(self._outside[tenant].popleft())
+
+
 def _at(info: RequestInfo, arrival_ns: int) -> RequestInfo:
     return RequestInfo(
         info.handle,
@@ -175,10 +238,18 @@ def _at(info: RequestInfo, arrival_ns: int) -> RequestInfo:
     )
 
 
-def replay(history: History, machine: Machine, plan: Plan, draw: int, config: EngineConfig | None = None) -> Outcome:
+def replay(
+    history: History,
+    machine: Machine,
+    plan: Plan,
+    draw: int,
+    config: EngineConfig | None = None,
+    most_at_once: Mapping[int, int] | None = None,
+) -> Outcome:
     """Runs ``plan`` in virtual time; ``draw`` seeds all that is drawn: noise, and answers whose length is not known.
 
-    ``config``: another configuration than the recorded one. What it would reject never arrives.
+    ``config``: another configuration than the recorded one. What it would reject never arrives. ``most_at_once``: of a
+    tenant's requests the gateway lets so many in, the next one when one has ended.
     """
     config = config or history.config
     generator = np.random.default_rng([draw, 7])
@@ -202,14 +273,20 @@ def replay(history: History, machine: Machine, plan: Plan, draw: int, config: En
         if code not in there and before < 0 and fits
     )
     clients = _Clients(plan, requests, arrivals, engine)
+    gate = _Gateway(plan, requests, arrivals, clients.index_of, most_at_once or {})
     for request in [*arrivals, *(request_of[code] for code in there if code in request_of)]:
         clients.watch(request)
 
     def before_step() -> None:
         executor.hold_up()
-        clients.give_up()
+        gate.let_in(clients.give_up())
+        gate.hold_back(clock.now_ns())
 
-    engine.run(arrivals, plan.until_ns, before_step, clients.finished)
+    def after_step(done: list[Request]) -> None:
+        clients.finished(done)
+        gate.let_in(done)
+
+    engine.run(arrivals, plan.until_ns, before_step, after_step)
     end_ns = clock.now_ns()
     return Outcome(_outcomes(plan, requests, end_ns), engine.steps, executor.beyond / max(engine.steps, 1), end_ns)
 
