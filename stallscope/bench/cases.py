@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from stallscope.bench.policies import UNKNOWN_TO_REPLAY, registered
@@ -70,11 +71,17 @@ def families(folder: Path = SCENARIOS) -> list[Path]:
 
 def make_case(file: Path, seed: int) -> Case:
     """What ``seed`` makes of a scenario file: one of its variants, each as likely, disguised and made hostile."""
-    variants = load_variants(file)
+    variants = _variants(file, file.stat().st_mtime_ns if file.exists() else 0)
     family = file.stem
     names = list(variants)
     variant = names[int(chance(seed, "variant", family) * len(names))]
     return Case(family, variant, seed, _hostile(_disguised(variants[variant], family, seed), family, seed))
+
+
+@cache
+def _variants(file: Path, written_ns: int) -> dict[str, Scenario]:
+    """The variants in a file that was last written then: reading one takes longer than all that is drawn from it."""
+    return load_variants(file)
 
 
 def _disguised(scenario: Scenario, family: str, seed: int) -> Scenario:

@@ -96,8 +96,8 @@ class Harm:
 
 def pair(with_it: pd.DataFrame, without: pd.DataFrame) -> pd.DataFrame:
     """Requests of both runs: tenant, arrival_s, and each metric twice, ``ttft`` and ``ttft_without``."""
-    both = with_it[["request", "tenant", "arrival_s", *METRICS]]
-    return both.join(without[list(METRICS)], rsuffix="_without", how="inner").sort_values("arrival_s")
+    other = without[list(METRICS)].add_suffix("_without")
+    return with_it[["request", "tenant", "arrival_s", *METRICS]].join(other, how="inner").sort_values("arrival_s")
 
 
 def worst_harm(pairs: pd.DataFrame, victims: Collection[str]) -> Harm | None:

@@ -1,9 +1,11 @@
 """Rules that people use today to name a culprit, on the same traces: each accuses one tenant in the victims' window.
 
-They are told when it was, which an analyzer has to find.
+They are told when it was, which an analyzer has to find: the victims' window, and as long before it as they waited.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,7 @@ _BIN_S = 5.0  # of the correlation
 
 def accuse(trace: Trace, diagnosis: Diagnosis, harm: Harm) -> dict[str, str]:
     """Whom each rule names, "" where it has nothing to go by; the charges are those of the diagnosis."""
+    harm = replace(harm, from_s=max(harm.from_s - harm.with_s, 0.0))
     requests = _requests(trace)
     inside = requests["arrival_s"].between(harm.from_s, harm.to_s)
     during = requests[inside].groupby("tenant")

@@ -175,11 +175,12 @@ def resampled(
     """A figure of ``values`` (one or several columns, a row a run) with a bootstrap interval; the same every time."""
     sample = np.asarray(values, np.float64)
     n = len(sample)
-    if not n:
-        return Score(name, math.nan, math.nan, math.nan, 0, goal, at_most)
+    value = figure(sample) if n else math.nan
+    if math.isnan(value):
+        return Score(name, math.nan, math.nan, math.nan, n, goal, at_most)
     rows = np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
     low, high = np.nanquantile([figure(sample[chosen]) for chosen in rows], (0.025, 0.975))
-    return Score(name, figure(sample), float(low), float(high), n, goal, at_most)
+    return Score(name, value, float(low), float(high), n, goal, at_most)
 
 
 def _mean(values: np.ndarray) -> float:
