@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stallscope import __version__
+from stallscope.bench import command as bench
 from stallscope.errors import StallscopeError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench.app)
 
 
 PIPE_WIDTH = 120

@@ -29,7 +29,7 @@ from stallscope.workloads.scenario import Scenario
 from stallscope.workloads.traffic import PlannedRequest, plan
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import Engine, Recorder, VirtualClock, WallClock
-from stallscope_engine.executors.virtual import VirtualExecutor, cost_for
+from stallscope_engine.executors.virtual import StepCost, VirtualExecutor, cost_for
 from stallscope_engine.models.configs import random_prompt
 from stallscope_engine.request import Request
 from stallscope_telemetry.emitter import Emitter, exporters_from_environment
@@ -80,11 +80,14 @@ class Simulation:
         self.requests.append(record)
 
 
-def simulate(scenario: Scenario, seed: int, inject: bool = True) -> Simulation:
-    """Runs the scenario in virtual time, without a file. Raises UsageError where its model has no cost profile."""
+def simulate(scenario: Scenario, seed: int, inject: bool = True, cost: StepCost | None = None) -> Simulation:
+    """Runs the scenario in virtual time, without a file, where steps cost what their model's do or ``cost``.
+
+    Raises UsageError where the model has no cost profile.
+    """
     simulation = Simulation()
     faults = plan_faults(scenario, seed, inject)
-    engine = _virtual_engine(scenario.engine, seed, faults, simulation)
+    engine = _virtual_engine(scenario.engine, seed, faults, simulation, cost)
     _run(engine, scenario, seed, inject, faults)
     return simulation
 
@@ -240,9 +243,15 @@ def _block_hashes(planned: PlannedRequest, block_size: int) -> list[bytes]:
     ]
 
 
-def _virtual_engine(config: EngineConfig, seed: int, faults: FaultPlan, recorder: Recorder | None = None) -> Engine:
+def _virtual_engine(
+    config: EngineConfig,
+    seed: int,
+    faults: FaultPlan,
+    recorder: Recorder | None = None,
+    cost: StepCost | None = None,
+) -> Engine:
     try:
-        cost = cost_for(config.model)
+        cost = cost or cost_for(config.model)
     except ValueError as error:
         raise UsageError(str(error)) from error
     clock = VirtualClock(VIRTUAL_START_NS)

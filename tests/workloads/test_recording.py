@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from stallscope.errors import UsageError
+from stallscope.trace import read_trace
 from stallscope.workloads.draws import Literal, Uniform
 from stallscope.workloads.recording import VIRTUAL_START_NS, Simulation, record, simulate
 from stallscope.workloads.scenario import (
@@ -21,6 +22,7 @@ from stallscope.workloads.scenario import (
     Lengths,
     Poisson,
     Scenario,
+    SlowClient,
     Tenant,
     load_scenario,
 )
@@ -265,3 +267,27 @@ def test_the_torch_executor_records_in_real_time(tmp_path: Path) -> None:
     summary = record(story, tmp_path / "story.otlp.jsonl", seed=0, executor="torch")
     assert (summary.requests, summary.finished) == (4, 4)
     assert [span["name"] for span in spans(summary.path)].count("engine.step") == summary.steps
+
+
+def test_shared_beginnings_of_prompts_are_found_in_the_prefix_cache() -> None:
+    lengths = Lengths(Literal(400), Literal(5), shared_prefix_tokens=330, shared_prefixes=2)
+    chat = Tenant("chat", Every(Literal(0.5)), lengths)
+    engine = EngineConfig(model="8b", prefix_caching=True)
+    cached = [one.cached_tokens for one in simulate(replace(STORY, tenants=(chat,), engine=engine), 0).requests]
+    assert sorted(set(cached)) == [0, 320]  # full blocks of 16 tokens
+    assert cached.count(0) == 2
+    without = replace(engine, prefix_caching=False)
+    assert {one.cached_tokens for one in simulate(replace(STORY, tenants=(chat,), engine=without), 0).requests} == {0}
+
+
+def test_slow_clients_delay_what_is_delivered_and_nothing_else(tmp_path: Path) -> None:
+    slow = replace(STORY, inject=(SlowClient("chat", Literal(2), Literal(4), Literal(1.5)),))
+    paths = {name: tmp_path / f"{name}.otlp.jsonl" for name in ("slow", "plain")}
+    for name, story in (("slow", slow), ("plain", STORY)):
+        record(story, paths[name], seed=0, executor="virtual")
+    tables = {name: read_trace(path).requests.to_pandas() for name, path in paths.items()}
+    late = tables["slow"]["delivered"] - tables["slow"]["end"]
+    ends_s = (tables["slow"]["end"] - VIRTUAL_START_NS) / 1e9
+    assert set(late[(ends_s >= 2) & (ends_s < 4)]) == {1_500_000_000}
+    assert set(late[(ends_s < 2) | (ends_s >= 4)]) == {0}
+    assert tables["slow"].drop(columns="delivered").equals(tables["plain"].drop(columns="delivered"))

@@ -119,6 +119,18 @@ def test_a_misspelt_key_is_named_with_its_place_and_the_nearest_known_one(tmp_pa
         (BASE + "inject: [{tenant: chat, from_s: 3, to_s: 9}]", "inject[0]: changes nothing"),
         (BASE + "inject: [{tenant: cat, from_s: 3, to_s: 9, prompt_tokens: 4}]", "did you mean chat?"),
         (BASE + "inject: [{tenant: x, at_s: 3, to_s: 4}]", "inject[0].to_s: does not go with the rest"),
+        (BASE + "inject: [{tenant: cat, from_s: 3, to_s: 9, grow: 2}]", "inject[0].tenant: a change needs a tenant of"),
+        (BASE + "inject: [{tenants: [], from_s: 3, to_s: 9, grow: 2}]", "inject[0].tenants: name at least one tenant"),
+        (
+            BASE
+            + "inject: [{tenants: [a, a], from_s: 3, to_s: 9, poisson_per_s: 1, prompt_tokens: 4, output_tokens: 4}]",
+            "inject[0].tenants: name each tenant once",
+        ),
+        (
+            BASE + "inject: [{tenants: all, from_s: 3, to_s: 9, grow: 0.5}]",
+            "inject[0].grow: must be between 1 and 1000",
+        ),
+        (BASE + "inject: [{tenant: chat, tenants: all, from_s: 3, to_s: 9, grow: 2}]", "give either tenant or tenants"),
         (BASE + "expect: {verdict: noisy}", "expect.verdict: unknown verdict 'noisy'"),
         (
             BASE + "expect: {verdict: healthy, culprits: [cat]}",

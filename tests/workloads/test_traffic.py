@@ -19,6 +19,7 @@ from stallscope.workloads.scenario import (
     Change,
     EnginePause,
     Every,
+    Growth,
     Injection,
     Lengths,
     Poisson,
@@ -51,7 +52,7 @@ added: st.SearchStrategy[Injection] = st.one_of(
     st.builds(
         AddedRequests, names, st.lists(st.just(Uniform(0, 60)), min_size=1).map(tuple), st.just(Uniform(1, 3)), lengths
     ),
-    st.builds(AddedTraffic, names, starts, ends, arrivals, lengths),
+    st.builds(AddedTraffic, names, starts, ends, arrivals, lengths, st.just(()) | st.just(("one", "two"))),
     st.just(EnginePause(Uniform(1, 9), Literal(1))),
 )
 changes = st.builds(Change, names, starts, ends, st.none() | arrivals, draws, st.none() | draws)
@@ -202,3 +203,62 @@ def test_a_limit_on_tokens_is_drawn_apart_and_never_below_the_answer() -> None:
     assert [replace(one, max_tokens=0) for one in with_limit] == plan(story(plain), 0)
     assert all(one.output_tokens <= one.max_tokens <= 80 for one in with_limit)
     assert len({one.max_tokens for one in with_limit}) > 10
+
+
+def test_a_tenant_that_grows_sends_more_of_the_same_beside_its_usual_requests() -> None:
+    chat = Tenant("chat", Poisson(Uniform(2, 4)), Lengths(Lognormal(Uniform(50, 5000), 0.1), Literal(20)))
+    growth = Growth("chat", Literal(20), Literal(50), Literal(3))
+    for seed in range(5):
+        requests = plan(story(chat, inject=(growth,)), seed)
+        usual, more = ([one for one in requests if one.injected is injected] for injected in (False, True))
+        inside = [one for one in usual if 20e9 <= one.offset_ns < 50e9]
+        assert len(usual) == len(plan(story(chat), seed))
+        assert len(more) / len(inside) == pytest.approx(2, rel=0.35)
+        assert {20e9 <= one.offset_ns < 50e9 for one in more} == {True}
+        median = np.median([one.prompt_tokens for one in usual])
+        assert np.median([one.prompt_tokens for one in more]) == pytest.approx(median, rel=0.1)
+
+
+def test_all_who_grow_together_grow_alike() -> None:
+    chat, search = (Tenant(name, Poisson(Literal(5)), SHORT) for name in ("chat", "search"))
+    growth = Growth("chat", Uniform(10, 20), Uniform(40, 50), Uniform(2, 4), ("search",))
+    for seed in range(3):
+        planned = plan(story(chat, search, inject=(growth,)), seed)
+        counts = Counter(one.tenant for one in planned if one.injected)
+        assert counts["chat"] / counts["search"] == pytest.approx(1, rel=0.4)
+        ends = [max(one.offset_ns for one in planned if one.injected and one.tenant == name) / 1e9 for name in counts]
+        assert ends[0] == pytest.approx(ends[1], abs=1.5)
+
+
+def test_slivers_share_stretch_rate_and_kind_but_no_request() -> None:
+    chat = Tenant("chat", Poisson(Literal(1)), SHORT)
+    kind = Lengths(Lognormal(Uniform(50, 5000), 0.01), Literal(20))
+    slivers = AddedTraffic("a", Uniform(5, 20), Uniform(40, 55), Poisson(Uniform(1, 5)), kind, ("b", "c"))
+    counts: Counter[str] = Counter()
+    for seed in range(6):
+        injected = [one for one in plan(story(chat, inject=(slivers,)), seed) if one.injected]
+        assert len({one.offset_ns for one in injected}) == len(injected)
+        lengths = [one.prompt_tokens for one in injected]
+        assert max(lengths) < 1.1 * min(lengths)
+        counts.update(one.tenant for one in injected)
+    assert set(counts) == {"a", "b", "c"}
+    assert max(counts.values()) < 1.3 * min(counts.values())
+
+
+def test_a_drawn_median_is_drawn_once_a_run() -> None:
+    chat = Tenant("chat", Poisson(Literal(4)), Lengths(Lognormal(Uniform(100, 1000), 0.01), Literal(20)))
+    prompts = [[one.prompt_tokens for one in plan(story(chat), seed)] for seed in range(6)]
+    assert all(max(lengths) < 1.1 * min(lengths) for lengths in prompts)
+    assert len({round(np.median(lengths), -1) for lengths in prompts}) > 4
+
+
+def test_prompts_of_a_tenant_begin_alike_as_far_as_they_are_long_enough() -> None:
+    lengths = Lengths(Uniform(20, 200), Literal(20), shared_prefix_tokens=100, shared_prefixes=3)
+    chat, search = (Tenant(name, Poisson(Literal(2)), lengths) for name in ("chat", "search"))
+    planned = plan(story(chat, search), 0)
+    assert all(one.prefix_tokens == min(100, one.prompt_tokens) for one in planned)
+    assert all(sum(tokens for _, tokens in one.prompt_parts) == one.prompt_tokens for one in planned)
+    keys = Counter(one.prefix_key for one in planned)
+    assert len(keys) == 6
+    assert min(keys.values()) > 20
+    assert {key.partition("/")[0] for key in keys} == {"chat", "search"}
