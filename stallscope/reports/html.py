@@ -282,11 +282,11 @@ def _blame_section(view: Blame) -> Iterable[Html]:
     for victim, stalled, seconds, mechanisms in zip(
         view.victims, view.stalled, view.seconds, view.mechanisms, strict=True
     ):
-        about = element("small", words.counted(stalled, "stalled request"), class_="dim")
+        hit = element("small", words.counted(stalled, "stalled request"), class_="dim")
         cells = (
             _heat(float(amount), float(amount) / most, name) for amount, name in zip(seconds, mechanisms, strict=True)
         )
-        rows.append(element("tr", element("th", _name(victim), Html("<br>"), about), *cells))
+        rows.append(element("tr", element("th", _name(victim), Html("<br>"), hit), *cells))
     table = element("table", element("thead", head), element("tbody", *rows), class_="heat")
     about = (
         "Seconds that stalled waits of each victim (rows) are charged to each holder (columns), by what mostly; "
