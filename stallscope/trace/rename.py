@@ -101,8 +101,7 @@ def _distinct(column: pa.ChunkedArray) -> list[str]:
 
 
 def _mapped(column: pa.ChunkedArray, rename: Rename) -> pa.Array:
-    """The coded column with each name in its dictionary renamed."""
-    coded = column.combine_chunks()
-    coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) else coded
-    dictionary = pa.array([rename(name) for name in coded.dictionary.to_pylist()], pa.string())
-    return pa.DictionaryArray.from_arrays(coded.indices, dictionary)
+    """The coded column with each of its names renamed; what only its dictionary still had is gone."""
+    coded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    names = pa.array([rename(name) for name in coded.dictionary.to_pylist()], pa.string())
+    return pa.DictionaryArray.from_arrays(coded.indices, names)
