@@ -131,7 +131,7 @@ def _known(trace: Trace, column: str, name: str) -> str:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
         raise UsageError(
-            f"{trace.source}: no {column} {name!r}; it has {', '.join(sorted(near)) or 'none with a name'}"
+            f"{trace.source}: no {column} {name!r}; it has {', '.join(sorted(near)) or 'none'}"
         )
     return name
 
