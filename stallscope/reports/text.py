@@ -87,7 +87,7 @@ def _incident(number: int, incident: Incident) -> RenderableType:
     return Group(title, Padding(Group(*parts), (0, 0, 0, 3), expand=False))
 
 
-def _table(*columns: tuple[str, str]) -> Table:
+def plain_table(*columns: tuple[str, str]) -> Table:
     """A plain table: columns are (heading, "left" or "right"). Where it is too wide, the widest wrap."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading, side in columns:
@@ -96,7 +96,7 @@ def _table(*columns: tuple[str, str]) -> Table:
 
 
 def _victims(incident: Incident) -> RenderableType:
-    table = _table(
+    table = plain_table(
         ("victim", "left"),
         ("stalled", "right"),
         ("lost", "right"),
@@ -120,7 +120,7 @@ def _victims(incident: Incident) -> RenderableType:
 
 
 def _charges(incident: Incident) -> Table:
-    table = _table(("charged to", "left"), ("by", "left"), ("seconds", "right"), ("share", "right"))
+    table = plain_table(("charged to", "left"), ("by", "left"), ("seconds", "right"), ("share", "right"))
     for charge in incident.charges[:MOST_CHARGES]:
         if charge.share < 0.01:
             break
@@ -130,7 +130,7 @@ def _charges(incident: Incident) -> Table:
 
 
 def _what_if(title: str, interventions: tuple[Intervention, ...]) -> Table:
-    table = _table((title, "left"), ("excess gone", "right"), ("throughput", "right"), ("predicted", "left"))
+    table = plain_table((title, "left"), ("excess gone", "right"), ("throughput", "right"), ("predicted", "left"))
     for one in interventions:
         what = Text(one.what)
         if one.kind is InterventionKind.REMEDY:
@@ -145,7 +145,7 @@ def _what_if(title: str, interventions: tuple[Intervention, ...]) -> Table:
 
 def _tenants(diagnosis: Diagnosis) -> Table:
     title = f"the whole trace, {words.day(diagnosis.start_ns)} {words.clock(diagnosis.start_ns)}"
-    table = _table(
+    table = plain_table(
         ("tenant", "left"),
         ("requests", "right"),
         ("TTFT", "left"),
@@ -197,7 +197,7 @@ def print_waterfall(waterfall: Waterfall, console: Console) -> None:
         soft_wrap=True,
     )
     console.print()
-    rows = _table(("after", "right"), ("for", "right"), ("", "left"), ("doing", "left"), ("charged to", "left"))
+    rows = plain_table(("after", "right"), ("for", "right"), ("", "left"), ("doing", "left"), ("charged to", "left"))
     longest = max((row.length_s for row in waterfall.rows), default=1.0)
     for row in waterfall.rows:
         bar = "█" * max(1, round(16 * row.length_s / longest))
@@ -210,7 +210,7 @@ def print_waterfall(waterfall: Waterfall, console: Console) -> None:
         )
     console.print(rows)
     console.print()
-    sums = _table(("in sum", "right"), ("share", "right"), ("charged to", "left"), ("by", "left"))
+    sums = plain_table(("in sum", "right"), ("share", "right"), ("charged to", "left"), ("by", "left"))
     for part in waterfall.parts:
         share = part.seconds / waterfall.length_s if waterfall.length_s else 0.0
         if share < 0.005:

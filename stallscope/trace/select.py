@@ -130,9 +130,7 @@ def _known(trace: Trace, column: str, name: str) -> str:
     known = sorted(one for one in pc.unique(trace.replicas[column].cast(pa.string())).to_pylist() if one is not None)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
-        raise UsageError(
-            f"{trace.source}: no {column} {name!r}; it has {', '.join(sorted(near)) or 'none'}"
-        )
+        raise UsageError(f"{trace.source}: no {column} {name!r}; it has {', '.join(sorted(near)) or 'none'}")
     return name
 
 
