@@ -63,9 +63,9 @@ def _diagnosis_lines() -> Iterator[str]:
     yield f"# The diagnosis as JSON: schema version {model.SCHEMA_VERSION}"
     yield ""
     yield "Written by `make docs` from `stallscope/diagnosis/model.py`; edit that."
-    yield "It is what `stallscope analyze TRACE --format json` prints, and what `--save` keeps. Times (`_ns`) are integers,"
-    yield "ns since the epoch, amounts of time (`_s`) seconds, shares numbers in 0..1. Readers must look at"
-    yield "`schema_version`: it is raised with every change of what is below."
+    yield "It is what `stallscope analyze TRACE --format json` prints, and what `--save` keeps."
+    yield "Times (`_ns`) are integers, ns since the epoch, amounts of time (`_s`) seconds, shares numbers in 0..1."
+    yield "Readers must look at `schema_version`: it is raised with every change of what is below."
     for kind in _kinds(model.Diagnosis):
         yield from ("", f"## {kind.__name__}", "", *_prose(kind))
         comments = _comments(kind)
