@@ -371,8 +371,8 @@ def _intervention(one: Intervention) -> list[str]:
     """Cells: what was changed, what it restores, whom it changes how, and throughput."""
     caveat = words.caveat(one)
     lines: list[str] = []
-    for prediction in one.predictions:
-        lines += [*([Html("<br>")] if lines else []), words.prediction(prediction)]
+    for prediction in words.predictions(one):
+        lines += [*([Html("<br>")] if lines else []), prediction]
     what = joined([one.what, *([Html("<br>"), element("span", caveat, class_="note")] if caveat else [])])
     return [what, words.restored(one), joined(lines), f"{one.throughput:.0%}"]
 
@@ -435,6 +435,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, names: int
     def kind(column: int) -> str:
         return "name" if column < names else "text" if column in text else "number"
 
+    def cells(row: Sequence[str]) -> Iterable[Html]:
+        # On a narrow page a row becomes a card, and each cell says what it is.
+        return (
+            element("td", element("div", cell), class_=kind(at), data_label=headings[at]) for at, cell in enumerate(row)
+        )
+
     head = element("tr", *(element("th", name, class_=kind(at)) for at, name in enumerate(headings)))
-    body = (element("tr", *(element("td", cell, class_=kind(at)) for at, cell in enumerate(row))) for row in rows)
-    return element("div", element("table", element("thead", head), element("tbody", *body)), class_="scroll")
+    body = (element("tr", *cells(row)) for row in rows)
+    table = element("table", element("thead", head), element("tbody", *body), class_="cards")
+    return element("div", table, class_="scroll")

@@ -112,7 +112,7 @@ def _what_if(title: str, interventions: Sequence[Intervention]) -> Iterator[str]
                 "<br>".join([_sentence(one.what) + when, *extra]),
                 words.restored(one),
                 f"{one.throughput:.0%}",
-                "<br>".join(_sentence(words.prediction(value)) for value in one.predictions),
+                "<br>".join(map(_sentence, words.predictions(one))),
             ]
         )
     return _table([title, "excess gone", "throughput", "predicted"], rows, "lrrl")

@@ -138,7 +138,7 @@ def _what_if(title: str, interventions: tuple[Intervention, ...]) -> Table:
         for line in (one.how, words.caveat(one)):
             if line:
                 what.append(f"\n  {line}", style="dim")
-        predicted = Text("\n".join(words.prediction(value) for value in one.predictions[:MOST_PREDICTIONS]))
+        predicted = Text("\n".join(words.predictions(one)[:MOST_PREDICTIONS]))
         table.add_row(what, words.restored(one), f"{one.throughput:.0%}", predicted)
     return table
 

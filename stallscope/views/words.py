@@ -193,8 +193,7 @@ def replay_line(check: ReplayCheck) -> str:
     """How well a replica could be replayed, or why it was not."""
     parts = [check.policy] if check.policy else []
     if check.forced_steps:
-        agreed = f"{check.forced_agreement:.1%} of {counted(check.forced_steps, 'batch').replace('batchs', 'batches')}"
-        parts.append(f"{agreed} chosen as recorded")
+        parts.append(f"{check.forced_agreement:.1%} of {counted(check.forced_steps, 'step')} with the recorded batch")
     if check.free_error >= 0:
         parts.append(f"percentiles met within {check.free_error:.0%}")
     parts.append(f"step cost within {check.step_cost_error:.1%} on steps not fitted")
@@ -226,11 +225,20 @@ def restored(intervention: Intervention) -> str:
     return f"{intervention.restored:.0%}{spread}"
 
 
-def prediction(value: Prediction) -> str:
-    """``chat TTFT p99 1.20 s, then 21 ms (15 ms to 40 ms)``."""
+def predictions(intervention: Intervention) -> list[str]:
+    """``chat TTFT p99 1.20 s, then 21 ms (15 ms to 40 ms)``: the others first, then who was changed."""
+    ordered = sorted(intervention.predictions, key=lambda one: one.tenant in intervention.tenants)
+    return [_prediction(one) for one in ordered]
+
+
+def _prediction(value: Prediction) -> str:
     name = f"{value.tenant} {METRIC_WORDS.get(value.metric, value.metric)} {quantile_name(value.quantile)}"
-    spread = f" ({duration(value.low_s)} to {duration(value.high_s)})"
-    return f"{name} {duration(value.recorded_s)}, then {duration(value.predicted_s)}{spread}"
+    then = f"{name} {duration(value.recorded_s)}, then"
+    if value.high_s <= 0:
+        return f"{then} none: no request left"
+    low, high = duration(value.low_s), duration(value.high_s)
+    spread = "" if low == high else f" ({low} to {high})"
+    return f"{then} {duration(value.predicted_s)}{spread}"
 
 
 def caveat(intervention: Intervention) -> str:

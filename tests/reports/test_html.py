@@ -95,7 +95,7 @@ def test_what_replay_predicts_is_shown_and_its_absence_is_said() -> None:
     assert "chat TTFT p90 3.86 s, then 21 ms (14 ms to 40 ms)" in text
     assert "vllm serve --max-num-batched-tokens 512" in text
     assert "20% of its steps are larger than any recorded" in text
-    assert "99.1% of 4,076 batches chosen as recorded" in text
+    assert "99.1% of 4,076 steps with the recorded batch" in text
     without = Page(to_html(diagnosed("reasoning_prompt"), recorded("reasoning_prompt"))).text
     assert "charges only, no replay" in without
     assert "No replay was made" in without

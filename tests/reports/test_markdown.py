@@ -42,7 +42,7 @@ def test_what_replay_predicts_is_there() -> None:
     text = to_markdown(with_replay(diagnosed("reasoning_prompt")))
     assert "| reasoner as usual | 93% (87% to 96%) | 97% | chat TTFT p90 3.86 s, then 21 ms (14 ms to 40 ms)" in text
     assert "chunks of at most 512 tokens (tonight)<br>`vllm serve --max-num-batched-tokens 512`" in text
-    assert "replay of engine-0: fcfs, 99.1% of 4,076 batches chosen as recorded" in text
+    assert "replay of engine-0: fcfs, 99.1% of 4,076 steps with the recorded batch" in text
 
 
 def test_hostile_names_are_code_and_nothing_else() -> None:

@@ -27,7 +27,7 @@ def test_without_a_replay_that_is_said() -> None:
 def test_a_replay_says_how_well_it_fits_and_what_it_predicts() -> None:
     text = printed(with_replay(diagnosed("reasoning_prompt")))
     assert "confidence high (replayed)" in text
-    assert "replay of engine-0: fcfs, 99.1% of 4,076 batches chosen as recorded" in text
+    assert "replay of engine-0: fcfs, 99.1% of 4,076 steps with the recorded batch" in text
     assert "as usual, 93% of the excess would be gone" in text
     assert "chat TTFT p90 3.86 s, then 21 ms (14 ms to 40 ms)" in text
     assert "chunks of at most 512 tokens (tonight)" in text
