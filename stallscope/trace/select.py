@@ -272,22 +272,20 @@ def _output_by_then(requests: pa.Table, residency: pa.Table) -> pa.Array:
 
 
 def _cut_coverage(trace: Trace, steps: pa.Table, start: int, end: int) -> pa.Table:
-    """Stretches that overlap the part, cut to it; their steps are counted again."""
+    """Stretches that overlap the part, cut to it; their steps are counted again, in the last that had begun."""
     table = trace.coverage.filter(
         pc.and_(pc.less_equal(trace.coverage["start"], end), pc.greater_equal(trace.coverage["end"], start))
     )
     old_begin, old_end = _ints(table["start"]), _ints(table["end"])
     begin, finish = np.maximum(old_begin, start), np.minimum(old_end, end)
-    index, scheduled = _ints(steps["step"]), _ints(steps["scheduled"])
-    low, high = np.searchsorted(scheduled, begin), np.searchsorted(scheduled, finish, side="right")
-    seen = np.where(high > low, high - low, 0)
-    missing = np.append(0, np.cumsum(np.append(0, np.diff(index) - 1)))  # before each step
-    lost = np.where(high > low, missing[high] - missing[low], 0)
+    stretch = np.maximum(np.searchsorted(old_begin, _ints(steps["scheduled"]), side="right") - 1, 0)
+    missing = np.append(0, np.diff(_ints(steps["step"])) - 1)  # before each step
+    lost = np.rint(np.bincount(stretch, missing, len(begin))).astype(np.int64)
     whole = (begin == old_begin) & (finish == old_end)
     changed = {
         "start": pa.array(begin),
         "end": pa.array(finish),
-        "steps_seen": pa.array(np.where(whole, _ints(table["steps_seen"]), seen)),
+        "steps_seen": pa.array(np.bincount(stretch, minlength=len(begin))),
         "steps_lost": pa.array(np.where(whole, _ints(table["steps_lost"]), lost)),
     }
     return _with(table, changed)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pyarrow.compute as pc
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stallscope.diagnosis import diagnose
@@ -37,6 +37,7 @@ def at(text: str) -> int:
 
 
 @settings(max_examples=25)
+@example(123, 1.0, 0.5, 0.1)  # a step that begins where one stretch of coverage ends and the next begins
 @given(st.integers(0, 2**32), st.floats(0, 1), st.floats(0, 1), st.sampled_from([0.0, 0.1]))
 def test_any_part_of_any_trace_is_sound_and_can_be_diagnosed(seed: int, a: float, b: float, lost: float) -> None:
     rng = random.Random(seed)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stallscope.diagnosis import Diagnosis, diagnose
 from stallscope.diagnosis.incidents import Waits, measure_waits
+from stallscope.diagnosis.model import Confidence
 from stallscope.diagnosis.replica import Replica
 from stallscope.trace import Trace, read_trace
 from stallscope.workloads.recording import record
 from stallscope.workloads.scenario import load_scenario
 from tests.diagnosis.runs import only_replica
+
+CONFIDENCES = [Confidence.LOW, Confidence.MEDIUM, Confidence.HIGH]
 
 
 @cache
@@ -25,7 +29,24 @@ def recorded(scenario: str = "kv_pinning", variant: str = "sample", seed: int = 
 
 @cache
 def diagnosed(scenario: str = "kv_pinning") -> Diagnosis:
-    return diagnose(recorded(scenario))
+    """The diagnosis of a recording, as it is without a replay."""
+    return without_replay(diagnose(recorded(scenario)))
+
+
+def without_replay(diagnosis: Diagnosis) -> Diagnosis:
+    """The diagnosis with nothing in it that a replay says."""
+    incidents = tuple(
+        replace(
+            incident,
+            confidence=min(incident.confidence, Confidence.MEDIUM, key=CONFIDENCES.index),
+            culprits=tuple(replace(culprit, restored=None, shapley=None) for culprit in incident.culprits),
+            interventions=(),
+            remedies=(),
+        )
+        for incident in diagnosis.incidents
+    )
+    confidence = incidents[0].confidence if incidents else diagnosis.confidence
+    return replace(diagnosis, confidence=confidence, incidents=incidents, replays=())
 
 
 @cache
