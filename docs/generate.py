@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import inspect
+import io
+import tokenize
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Union, get_args, get_origin, get_type_hints
 
+from stallscope.diagnosis import model
 from stallscope_telemetry.names import ATTRIBUTES, CLIENT_SPAN, GPU_SPAN, REQUEST_SPAN, SCOPE, STEP_SPAN
 
 FOLDER = Path(__file__).parent
@@ -43,7 +51,76 @@ def _telemetry_lines() -> Iterator[str]:
                 yield f"| `{attribute.name}` | {attribute.type} | {attribute.unit} | {attribute.about} |"
 
 
-PAGES = {"telemetry.md": telemetry_page}
+# --- the diagnosis ------------------------------------------------------------------------------------------------
+
+
+def diagnosis_page() -> str:
+    """The schema of a diagnosis as JSON: a table of fields for each object, in the order in which they are met."""
+    return "\n".join(_diagnosis_lines()) + "\n"
+
+
+def _diagnosis_lines() -> Iterator[str]:
+    yield f"# The diagnosis as JSON: schema version {model.SCHEMA_VERSION}"
+    yield ""
+    yield "Written by `make docs` from `stallscope/diagnosis/model.py`; edit that."
+    yield "It is what `stallscope analyze TRACE --format json` prints, and what `--save` keeps."
+    yield "Times (`_ns`) are integers, ns since the epoch, amounts of time (`_s`) seconds, shares numbers in 0..1."
+    yield "Readers must look at `schema_version`: it is raised with every change of what is below."
+    for kind in _kinds(model.Diagnosis):
+        yield from ("", f"## {kind.__name__}", "", *_prose(kind))
+        comments = _comments(kind)
+        if issubclass(kind, enum.Enum):
+            yield from ("| value | meaning |", "| --- | --- |")
+            yield from (f"| `{member.value}` | {_cell(comments.get(member.name, ''))} |" for member in kind)
+        else:
+            yield from ("| field | type | remark |", "| --- | --- | --- |")
+            for name, hint in get_type_hints(kind).items():
+                yield f"| `{name}` | {_type(hint)} | {_cell(comments.get(name, ''))} |"
+
+
+def _kinds(kind: type) -> list[type]:
+    """The dataclasses and enumerations that a dataclass is made of, itself first, each once."""
+    found = [kind]
+    for hint in get_type_hints(kind).values() if dataclasses.is_dataclass(kind) else ():
+        for part in (hint, *get_args(hint)):
+            if isinstance(part, type) and (dataclasses.is_dataclass(part) or issubclass(part, enum.Enum)):
+                found += _kinds(part)
+    return list(dict.fromkeys(found))
+
+
+def _type(hint: object) -> str:
+    if get_origin(hint) is tuple:
+        return f"list of {_type(get_args(hint)[0])}"
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else _type(part) for part in get_args(hint))
+    names = {str: "string", int: "integer", float: "number", bool: "boolean"}
+    if not isinstance(hint, type):
+        raise TypeError(hint)
+    return names.get(hint) or f"[{hint.__name__}](#{hint.__name__.lower()})"
+
+
+def _prose(kind: type) -> list[str]:
+    """The class's own docstring as Markdown."""
+    text = inspect.cleandoc(kind.__dict__.get("__doc__") or "").replace("``", "`")
+    return [*text.splitlines(), ""] if text else []
+
+
+def _comments(kind: type) -> dict[str, str]:
+    """What the comment behind each field says."""
+    found: dict[str, str] = {}
+    source = inspect.cleandoc(inspect.getsource(kind))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        before = token.line[: token.start[1]].split()
+        if token.type == tokenize.COMMENT and before:
+            found[before[0].rstrip(":")] = token.string.lstrip("# ")
+    return found
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+PAGES = {"telemetry.md": telemetry_page, "diagnosis.md": diagnosis_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -1,12 +1,16 @@
-"""A diagnosis as JSON (the schema of ``diagnosis.model``, with its version)."""
+"""Results as JSON: a diagnosis (the schema of ``diagnosis.model``, with its version), a check-up, a comparison."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import orjson
 
 from stallscope.diagnosis.model import Diagnosis
+from stallscope.views.checkup import Checkup
+from stallscope.views.comparison import Comparison
 
 
-def to_json(diagnosis: Diagnosis) -> str:
+def to_json(result: Diagnosis | Checkup | Comparison) -> str:
     """Indented JSON with a line break at its end."""
-    return orjson.dumps(diagnosis.to_dict(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()
+    return orjson.dumps(dataclasses.asdict(result), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()

@@ -7,12 +7,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from stallscope.diagnosis.model import Diagnosis, Incident, Verdict
+from stallscope.diagnosis.model import Diagnosis, Incident, Intervention, InterventionKind, Verdict
 from stallscope.views import words
 from stallscope.views.waterfall import OWN, Part, Waterfall
 
 MOST_INCIDENTS = 5
 MOST_CHARGES = 6
+MOST_PREDICTIONS = 3  # of one intervention
 _STYLE = {
     Verdict.HEALTHY: "bold green",
     Verdict.NOISY_NEIGHBOR: "bold red",
@@ -26,9 +27,13 @@ _STYLE = {
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    """Writes the whole report; names from the trace are text, never markup."""
+    """Writes the whole report; names from the trace are text, never markup or commands to the terminal."""
+    diagnosis = words.legible(diagnosis)
     console.print(_headline(diagnosis), soft_wrap=True)
     console.print(Text(words.evidence(diagnosis), style="dim"), soft_wrap=True)
+    for check in diagnosis.replays:
+        line = f"replay of {words.replay_line(check)}"
+        console.print(Text(line, style="dim" if check.trusted else "yellow"), soft_wrap=True)
     for note in diagnosis.notes:
         console.print(Text(f"left out: {note}", style="yellow"), soft_wrap=True)
     for number, incident in enumerate(diagnosis.incidents[:MOST_INCIDENTS], start=1):
@@ -52,17 +57,8 @@ def _headline(diagnosis: Diagnosis) -> Text:
 def _incident(number: int, incident: Incident) -> RenderableType:
     parts: list[RenderableType] = []
     for culprit in incident.culprits:
-        claim = f" (tenant named by {culprit.tenant_source})" if culprit.tenant_source else ""
-        meaning = words.MECHANISM_WORDS.get(culprit.mechanism, culprit.mechanism)
-        parts.append(
-            Text.assemble(
-                ("culprit    ", "dim"),
-                (culprit.tenant, "bold red"),
-                f"{claim}, {culprit.share:.0%} of the {words.duration(incident.charged_s)} charged to anyone, by ",
-                (culprit.mechanism, "bold"),
-                f": {meaning}",
-            )
-        )
+        line = words.culprit_line(culprit, incident)
+        parts.append(Text.assemble(("culprit    ", "dim"), (culprit.tenant, "bold red"), line))
         shown = [r for r in culprit.requests if r.share >= 0.05][:3] or list(culprit.requests[:1])
         for request in shown:
             text = (
@@ -72,20 +68,26 @@ def _incident(number: int, incident: Incident) -> RenderableType:
             )
             label = "request    " if request.request == culprit.dominating_request else "one of     "
             parts.append(Text.assemble((label, "dim"), (request.request, "bold"), f": {text}"))
+    if incident.group:
+        parts.append(Text.assemble(("alike      ", "dim"), incident.group))
     for reason in incident.reasons:
         parts.append(Text.assemble(("because    ", "dim"), reason))
     parts.append(Text.assemble(("confidence ", "dim"), str(incident.confidence)))
     if incident.mechanism and not incident.culprits:
-        meaning = words.MECHANISM_WORDS.get(incident.mechanism, "")
+        meaning = words.mechanism(incident.mechanism)
         parts.append(Text.assemble(("mechanism  ", "dim"), (incident.mechanism, "bold"), f": {meaning}"))
     if incident.runner_up:
         parts.append(Text.assemble(("runner-up  ", "dim"), f"{incident.runner_up}, {incident.runner_up_share:.0%}"))
     parts += [_victims(incident), _charges(incident)]
+    if incident.interventions:
+        parts.append(_what_if("replayed with", incident.interventions))
+    if incident.remedies:
+        parts.append(_what_if("remedy", incident.remedies))
     title = Text.assemble((f"{number}. ", "bold"), (words.incident_line(incident), "bold"))
     return Group(title, Padding(Group(*parts), (0, 0, 0, 3), expand=False))
 
 
-def _table(*columns: tuple[str, str]) -> Table:
+def plain_table(*columns: tuple[str, str]) -> Table:
     """A plain table: columns are (heading, "left" or "right"). Where it is too wide, the widest wrap."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading, side in columns:
@@ -94,7 +96,7 @@ def _table(*columns: tuple[str, str]) -> Table:
 
 
 def _victims(incident: Incident) -> RenderableType:
-    table = _table(
+    table = plain_table(
         ("victim", "left"),
         ("stalled", "right"),
         ("lost", "right"),
@@ -118,7 +120,7 @@ def _victims(incident: Incident) -> RenderableType:
 
 
 def _charges(incident: Incident) -> Table:
-    table = _table(("charged to", "left"), ("by", "left"), ("seconds", "right"), ("share", "right"))
+    table = plain_table(("charged to", "left"), ("by", "left"), ("seconds", "right"), ("share", "right"))
     for charge in incident.charges[:MOST_CHARGES]:
         if charge.share < 0.01:
             break
@@ -127,9 +129,23 @@ def _charges(incident: Incident) -> Table:
     return table
 
 
+def _what_if(title: str, interventions: tuple[Intervention, ...]) -> Table:
+    table = plain_table((title, "left"), ("excess gone", "right"), ("throughput", "right"), ("predicted", "left"))
+    for one in interventions:
+        what = Text(one.what)
+        if one.kind is InterventionKind.REMEDY:
+            what.append(" (tonight)" if one.tonight else " (needs a change of the engine)", style="dim")
+        for line in (one.how, words.caveat(one)):
+            if line:
+                what.append(f"\n  {line}", style="dim")
+        predicted = Text("\n".join(words.predictions(one)[:MOST_PREDICTIONS]))
+        table.add_row(what, words.restored(one), f"{one.throughput:.0%}", predicted)
+    return table
+
+
 def _tenants(diagnosis: Diagnosis) -> Table:
     title = f"the whole trace, {words.day(diagnosis.start_ns)} {words.clock(diagnosis.start_ns)}"
-    table = _table(
+    table = plain_table(
         ("tenant", "left"),
         ("requests", "right"),
         ("TTFT", "left"),
@@ -181,7 +197,7 @@ def print_waterfall(waterfall: Waterfall, console: Console) -> None:
         soft_wrap=True,
     )
     console.print()
-    rows = _table(("after", "right"), ("for", "right"), ("", "left"), ("doing", "left"), ("charged to", "left"))
+    rows = plain_table(("after", "right"), ("for", "right"), ("", "left"), ("doing", "left"), ("charged to", "left"))
     longest = max((row.length_s for row in waterfall.rows), default=1.0)
     for row in waterfall.rows:
         bar = "█" * max(1, round(16 * row.length_s / longest))
@@ -194,7 +210,7 @@ def print_waterfall(waterfall: Waterfall, console: Console) -> None:
         )
     console.print(rows)
     console.print()
-    sums = _table(("in sum", "right"), ("share", "right"), ("charged to", "left"), ("by", "left"))
+    sums = plain_table(("in sum", "right"), ("share", "right"), ("charged to", "left"), ("by", "left"))
     for part in waterfall.parts:
         share = part.seconds / waterfall.length_s if waterfall.length_s else 0.0
         if share < 0.005:

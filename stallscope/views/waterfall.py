@@ -12,6 +12,7 @@ from stallscope.diagnosis.incidents import NOTICEABLE_NS
 from stallscope.diagnosis.lives import State
 from stallscope.diagnosis.partition import MECHANISMS, Party
 from stallscope.diagnosis.replica import Replica, replicas
+from stallscope.diagnosis.timeline import Ints
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
 from stallscope.trace.requests import GAP_FLOOR_STEPS
@@ -82,14 +83,15 @@ def waterfall(trace: Trace, request: str) -> Waterfall:
         names = replica.requests["request"]
         found = np.flatnonzero(names == request)
         if len(found):
-            return _waterfall(replica, int(found[0]))
+            return waterfall_of(replica, int(found[0]))
         known.extend(names)
     near = difflib.get_close_matches(request, known, n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else "; copy an id from `stallscope analyze`"
     raise UsageError(f"{trace.source}: no request {request!r} among {len(known):,}{hint}")
 
 
-def _waterfall(replica: Replica, code: int) -> Waterfall:
+def waterfall_of(replica: Replica, code: int) -> Waterfall:
+    """The life of the request with this code."""
     facts = replica.facts(code)
     queries = _stretches(replica, code, facts.arrival, facts.seen_until)
     charges = replica.partition.charge(queries, replica.tenant_of_request)
@@ -124,11 +126,7 @@ def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFr
     """The life cut where its state changes and around each single gap: query, request, begin, end, doing, stalled."""
     whole = pd.DataFrame({"query": [0], "request": [code], "begin": [arrival], "end": [end]})
     pieces = replica.partition.cut(whole)
-    prefill = np.append(replica.ledger.stretches.prefill, False)  # a piece outside all stretches has row -1
-    doing = [
-        _DOING.get(State(state), "prefill" if prefill[stretch] else "decoding")
-        for state, stretch in zip(pieces["state"], pieces["stretch"], strict=True)
-    ]
+    doing = _doing(replica, pieces["state"].to_numpy(np.int64), pieces["stretch"].to_numpy(np.int64))
     # A short gap that has its bin for itself is single, too; and hundreds of rows that nobody noticed hide the one.
     floor = max(GAP_FLOOR_STEPS * np.median(replica.steps["ready"] - replica.steps["scheduled"]), NOTICEABLE_NS)
     single = (replica.gaps["count"] == 1) & (replica.gaps["length_ns"] >= floor)
@@ -155,14 +153,31 @@ def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFr
     )
 
 
+def doing_of(replica: Replica, stretches: Ints) -> list[str]:
+    """What the request of each of these stretches (rows of the ledger's) was doing in it."""
+    lives = replica.partition.lives.table
+    states = np.full(len(replica.ledger.stretches) + 1, int(State.UNSEEN))
+    states[lives["stretch"].to_numpy(np.int64)] = lives["state"].to_numpy(np.int64)
+    return _doing(replica, states[stretches], stretches)
+
+
+def _doing(replica: Replica, states: Ints, stretches: Ints) -> list[str]:
+    prefill = np.append(replica.ledger.stretches.prefill, False)  # what lies outside all stretches has row -1
+    return [
+        _DOING.get(State(state), "prefill" if prefill[stretch] else "decoding")
+        for state, stretch in zip(states.tolist(), stretches.tolist(), strict=True)
+    ]
+
+
+def holder_name(replica: Replica, holder: int) -> str:
+    """A holder of charges (a tenant's code or a ``Party``) by its name."""
+    return replica.tenants[holder] if holder >= 0 else _PARTIES[Party(holder)]
+
+
 def _parts(replica: Replica, charges: pd.DataFrame) -> tuple[Part, ...]:
     total: pd.DataFrame = charges.groupby(["holder", "mechanism"])["ns"].sum().reset_index()
     total = total.sort_values("ns", ascending=False, kind="stable")
     return tuple(
-        Part(_name(replica, holder), str(MECHANISMS[mechanism]), ns / 1e9)
+        Part(holder_name(replica, holder), str(MECHANISMS[mechanism]), ns / 1e9)
         for holder, mechanism, ns in zip(*(total[name].to_list() for name in total.columns), strict=True)
     )
-
-
-def _name(replica: Replica, holder: int) -> str:
-    return replica.tenants[holder] if holder >= 0 else _PARTIES[Party(holder)]

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime
+from enum import StrEnum
 
-from stallscope.diagnosis.model import Diagnosis, Incident, Quantile, Verdict
+from stallscope.diagnosis.model import (
+    Culprit,
+    Diagnosis,
+    Incident,
+    Intervention,
+    Prediction,
+    Quantile,
+    ReplayCheck,
+    Verdict,
+)
 
 # What a mechanism means, as the end of the sentence "A stalled B: ...".
 MECHANISM_WORDS = {
@@ -33,6 +44,47 @@ MECHANISM_WORDS = {
     "unobserved": "telemetry is missing there",
 }
 METRIC_WORDS = {"ttft": "TTFT", "itl": "longest gap", "delivery": "delivery"}
+NO_REPLAY = "no replay"
+WORST_UNSEEN = 0.05  # share of a replay's steps beyond anything recorded from which on that is said
+
+
+# --- names and amounts --------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """Text from a trace on one line, in which nothing is invisible and nothing is a command to a terminal."""
+    if not text:
+        return "(no name)"
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def legible(diagnosis: Diagnosis) -> Diagnosis:
+    """The same diagnosis with every text in it ``printable``, for faces that write it out."""
+    made = _legible(diagnosis)
+    if not isinstance(made, Diagnosis):
+        raise TypeError(type(made))
+    return made
+
+
+def _legible(value: object) -> object:
+    if isinstance(value, StrEnum):
+        return value
+    if isinstance(value, str):
+        return printable(value) if value else value
+    if isinstance(value, tuple):
+        return tuple(_legible(one) for one in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {field.name: _legible(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changed)
+    return value
+
+
+def shortened(text: str, most: int) -> str:
+    """Text of at most ``most`` characters, with a mark where its middle is left out."""
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
 
 
 def duration(seconds: float) -> str:
@@ -64,10 +116,17 @@ def listed(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
+def quantile_name(quantile: float) -> str:
+    """``p99``; the worst where too few requests are behind it for a percentile."""
+    return "worst" if quantile >= 1 else f"p{quantile * 100:g}"
+
+
 def quantile(value: Quantile) -> str:
-    """``p99 1.20 s``; the worst where too few requests are behind it for a percentile."""
-    name = "worst" if value.quantile >= 1 else f"p{value.quantile * 100:.0f}"
-    return f"{name} {duration(value.value_s)}"
+    """``p99 1.20 s``."""
+    return f"{quantile_name(value.quantile)} {duration(value.value_s)}"
+
+
+# --- sentences ----------------------------------------------------------------------------------------------------
 
 
 def headline(diagnosis: Diagnosis) -> str:
@@ -104,7 +163,7 @@ def evidence(diagnosis: Diagnosis) -> str:
     c = diagnosis.coverage
     lost = "none lost" if not c.steps_lost else f"{c.steps_lost:,} lost"
     parts = [
-        f"confidence {diagnosis.confidence} ({replays(diagnosis)})",
+        f"confidence {diagnosis.confidence} ({_basis(diagnosis)})",
         f"fidelity {c.fidelity}",
         f"{counted(c.steps, 'step')} ({lost})",
         counted(c.requests, "request") + (f" ({c.requests_open} still open)" if c.requests_open else ""),
@@ -118,16 +177,6 @@ def evidence(diagnosis: Diagnosis) -> str:
     return " · ".join(parts)
 
 
-def replays(diagnosis: Diagnosis) -> str:
-    """Whether the verdict rests on replays."""
-    if not diagnosis.replays:
-        return "no replay"
-    check = min(diagnosis.replays, key=lambda one: one.trusted)
-    if check.trusted:
-        return f"replayed: {check.forced_agreement:.0%} of batches chosen alike"
-    return f"charges only, no replay: {check.reason}"
-
-
 def incident_line(incident: Incident) -> str:
     """When and where an incident was, and what it was."""
     length = duration((incident.end_ns - incident.start_ns) / 1e9)
@@ -135,3 +184,70 @@ def incident_line(incident: Incident) -> str:
         f"{clock(incident.start_ns)} to {clock(incident.end_ns, zone=True)} ({length}) on {incident.replica}: "
         f"{incident.verdict}"
     )
+
+
+def _basis(diagnosis: Diagnosis) -> str:
+    """What a verdict rests on: a replay, or charges alone, and then why."""
+    if any(check.trusted for check in diagnosis.replays):
+        return "replayed"
+    reasons = dict.fromkeys(check.reason for check in diagnosis.replays if check.reason)
+    return f"charges only, {NO_REPLAY}" + "".join(f": {reason}" for reason in reasons)
+
+
+def replay_line(check: ReplayCheck) -> str:
+    """How well a replica could be replayed, or why it was not."""
+    parts = [check.policy] if check.policy else []
+    if check.forced_steps:
+        parts.append(f"{check.forced_agreement:.1%} of {counted(check.forced_steps, 'step')} with the recorded batch")
+    if check.free_error >= 0:
+        parts.append(f"percentiles met within {check.free_error:.0%}")
+    parts.append(f"step cost within {check.step_cost_error:.1%} on steps not fitted")
+    if check.draws:
+        parts.append(counted(check.draws, "draw"))
+    if not check.trusted:
+        parts.insert(0, f"not trusted: {check.reason}" if check.reason else "not trusted")
+    return f"{check.replica}: {', '.join(parts)}"
+
+
+def culprit_line(culprit: Culprit, incident: Incident) -> str:
+    """What a culprit did, after its name."""
+    source = f" (tenant named by {culprit.tenant_source})" if culprit.tenant_source else ""
+    part = f"{culprit.share:.0%} of the {duration(incident.charged_s)} charged to anyone"
+    replayed = "" if culprit.restored is None else f"; as usual, {culprit.restored:.0%} of the excess would be gone"
+    blamed = "" if culprit.shapley is None or len(incident.culprits) < 2 else f" ({culprit.shapley:.0%} of the blame)"
+    return f"{source}, {part}, by {culprit.mechanism}: {mechanism(culprit.mechanism)}{replayed}{blamed}"
+
+
+def mechanism(name: str) -> str:
+    """What a mechanism means, as the end of a sentence; its name where there are no words for it."""
+    return MECHANISM_WORDS.get(name, name)
+
+
+def restored(intervention: Intervention) -> str:
+    """Share of the victims' excess that would have been gone, with the range of its draws."""
+    low, high = f"{intervention.restored_low:.0%}", f"{intervention.restored_high:.0%}"
+    spread = "" if low == high else f" ({low} to {high})"
+    return f"{intervention.restored:.0%}{spread}"
+
+
+def predictions(intervention: Intervention) -> list[str]:
+    """``chat TTFT p99 1.20 s, then 21 ms (15 ms to 40 ms)``: the others first, then who was changed."""
+    ordered = sorted(intervention.predictions, key=lambda one: one.tenant in intervention.tenants)
+    return [_prediction(one) for one in ordered]
+
+
+def _prediction(value: Prediction) -> str:
+    name = f"{value.tenant} {METRIC_WORDS.get(value.metric, value.metric)} {quantile_name(value.quantile)}"
+    then = f"{name} {duration(value.recorded_s)}, then"
+    if value.high_s <= 0:
+        return f"{then} none: no request left"
+    low, high = duration(value.low_s), duration(value.high_s)
+    spread = "" if low == high else f" ({low} to {high})"
+    return f"{then} {duration(value.predicted_s)}{spread}"
+
+
+def caveat(intervention: Intervention) -> str:
+    """A warning where a replay left what the recording has shown; "" elsewhere."""
+    if intervention.unseen < WORST_UNSEEN:
+        return ""
+    return f"{intervention.unseen:.0%} of its steps are larger than any recorded"

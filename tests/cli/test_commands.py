@@ -1,40 +1,13 @@
 """The command line as its user meets it: answers on stdout, one-line errors on stderr, exit codes."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from stallscope import cli
+from stallscope.cli import shared
 from stallscope.diagnosis import Diagnosis
-from stallscope.workloads.recording import record
-from stallscope.workloads.scenario import load_scenario
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stallscope", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        written = capsys.readouterr()
-        return int(ended.value.code or 0), written.out, written.err
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's stall, in virtual time."""
-    path = tmp_path_factory.mktemp("trace") / "stall.otlp.jsonl"
-    record(load_scenario("reasoning_prompt", "demo"), path, seed=1001, executor="virtual")
-    return path
+from tests.cli.conftest import Run
 
 
 def test_the_verdict_is_the_first_line_and_the_coverage_the_second(run: Run, trace: Path) -> None:
@@ -133,7 +106,7 @@ def test_a_recording_is_not_overwritten_unless_told(run: Run, trace: Path) -> No
 def test_the_demo_without_torch_says_so_and_names_the_culprit(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shared.importlib.util, "find_spec", lambda name: None)
     code, out, err = run("demo", "--out", tmp_path / "demo")
     assert code == 0
     assert "virtual executor" in err

@@ -1,0 +1,86 @@
+"""What the commands share: the console, progress, exit codes, and the choice of what runs batches."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+    from stallscope.trace import Trace
+    from stallscope.workloads.replica import ExecutorName
+
+PIPE_WIDTH = 120
+FOUND = 3
+INCONCLUSIVE = 4
+INTERRUPTED = 130  # as a shell says it of SIGINT
+
+
+class ExecutorChoice(StrEnum):
+    """What runs the batches: the torch engine in real time, or virtual time by a cost model."""
+
+    auto = "auto"
+    torch = "torch"
+    virtual = "virtual"
+
+
+def console(*, for_file: bool = False) -> Console:
+    """The console on stdout, or one without colours whose output is captured for a file."""
+    from rich.console import Console
+
+    # Into a pipe or file, nobody's window sets the width: wide enough that no table is cut.
+    if for_file:
+        return Console(highlight=False, width=PIPE_WIDTH, file=StringIO())
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[float], None]]:
+    """A progress bar on stderr where that is a terminal; yields what is to be told the share done, in 0..1."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda share: bar.update(task, completed=share)
+
+
+def choose(executor: ExecutorChoice) -> ExecutorName:
+    """The executor to use; without torch, auto is virtual time, and says so."""
+    if executor is ExecutorChoice.virtual:
+        return "virtual"
+    if executor is ExecutorChoice.torch or importlib.util.find_spec("torch") is not None:
+        return "torch"
+    typer.echo(
+        "PyTorch is not installed: running on the virtual executor, whose step times come from a cost model "
+        "(pip install 'stallscope[engine]' for the real one)",
+        err=True,
+    )
+    return "virtual"
+
+
+def read(path: Path) -> Trace:
+    """The trace at a path, with progress; what reading left out is for ``warn`` to say."""
+    from stallscope.trace import read_trace
+
+    with progress(f"reading {path.name}") as advance:
+        return read_trace(path, lambda done, total: advance(done / max(total, 1)))
+
+
+def warn(trace: Trace) -> None:
+    """Says on stderr what reading left out."""
+    for finding in trace.findings:
+        typer.echo(f"warning: {finding.text} ({finding.where}, {finding.count} times)", err=True)

@@ -1,0 +1,225 @@
+"""Views as Plotly figures (plain dicts, ready for JSON): drawn here once, for the HTML file and for whoever draws too.
+
+Categories are numbers with tick texts, never names: Plotly would merge equal labels, and take some for dates. Colours
+that depend on a light or dark page are left to the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+
+from stallscope.diagnosis.model import Incident
+from stallscope.reports.markup import label
+from stallscope.views import words
+from stallscope.views.occupancy import Occupancy
+from stallscope.views.percentiles import Line, Percentiles
+from stallscope.views.swimlanes import Swimlanes
+
+Figure = dict[str, object]
+Colours = Mapping[str, str]
+
+_CULPRITS = ("#e5484d", "#f76b15", "#c2298a")
+_TENANTS = ("#3b82f6", "#14a38b", "#a071e8", "#c99a0a", "#5ba532", "#2fa4c7", "#b07d5b", "#7c87a6")
+_OTHERS = "#8b8f98"
+_SHADE, _WORST = "rgba(229,72,77,0.14)", "rgba(229,72,77,0.16)"
+_SLIM = 0.32
+_LANE_PX, _LANES_FRAME_PX = 19, 110
+_IN_BATCH = {"decoding": 0.5, "prefill": 1.0, "recomputing": 1.0, "paused": 0.25}  # opacity of those in the batch
+
+
+def colours(tenants: Sequence[str], culprits: Sequence[str]) -> dict[str, str]:
+    """A colour for each tenant, the same in all pictures: culprits red or next to it, the others none of these."""
+    others = [tenant for tenant in tenants if tenant not in culprits]
+    found = {tenant: _TENANTS[position % len(_TENANTS)] for position, tenant in enumerate(others)}
+    return found | {tenant: _CULPRITS[position % len(_CULPRITS)] for position, tenant in enumerate(culprits)}
+
+
+def percentiles_figure(view: Percentiles, incidents: Sequence[Incident], colour: Colours) -> Figure:
+    """TTFT above, longest gaps below, both on logarithmic axes of time, with the incidents shaded."""
+    metrics = ("ttft", "itl")
+    shown = [line for line in view.lines if line.quantile != 0.5]
+    # A percentile of one request is no line; where all lines are that short, dots still show when it was.
+    data = [_line(line, metrics.index(line.metric), colour) for line in shown]
+    shapes = [_band(incident.start_ns, incident.end_ns) for incident in incidents]
+    numbers: list[Figure] = [
+        {
+            "x": _when(incident.start_ns), "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "left",
+            "text": str(number), "showarrow": False,
+        }
+        for number, incident in enumerate(incidents, start=1)
+    ]  # fmt: skip
+    layout: Figure = {
+        "height": 430,
+        "grid": {"rows": 2, "columns": 1, "pattern": "coupled", "roworder": "top to bottom", "ygap": 0.12},
+        "xaxis": {"type": "date", "anchor": "y2"},
+        "yaxis": _time_axis("TTFT"),
+        "yaxis2": _time_axis("longest gap"),
+        "shapes": shapes,
+        "annotations": numbers,
+        "hovermode": "closest",
+    }
+    return {"data": data, "layout": layout}
+
+
+def _line(line: Line, row: int, colour: Colours) -> Figure:
+    name, tail = label(line.tenant), words.quantile_name(line.quantile)
+    metric = words.METRIC_WORDS[line.metric]
+    hover = [
+        f"{name}<br>{metric} {tail} {words.duration(value)}<br>{words.counted(int(requests), 'request')} arrived"
+        + (f", {still} still waiting" if still else "")
+        for value, requests, still in zip(line.value_s, line.requests, line.open_requests, strict=True)
+    ]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": f"{name} {tail}",
+        "legendgroup": name,
+        "showlegend": row == 0,
+        "x": [_when(int(start)) for start in line.start_ns],
+        "y": np.maximum(line.value_s, 1e-4),
+        "xaxis": "x",
+        "yaxis": "y2" if row else "y",
+        "line": {"color": colour.get(line.tenant, _OTHERS), "width": 1.8},
+        "marker": {"size": 5},
+        "hovertext": hover,
+        "hoverinfo": "text+x",
+    }
+
+
+def occupancy_figure(view: Occupancy, incidents: Sequence[Incident], colour: Colours) -> Figure:
+    """Blocks by tenant, stacked, beside the capacity; requests that waited as a line of its own."""
+    when = [_when(int(time)) for time in view.time_ns]
+    data: list[Figure] = [
+        {
+            "type": "scatter", "mode": "lines", "stackgroup": "kv", "name": label(tenant), "x": when,
+            "y": np.round(blocks, 1), "line": {"width": 0, "shape": "hv", "color": colour.get(tenant, _OTHERS)},
+            "fillcolor": _faint(colour.get(tenant, _OTHERS), 0.75),
+            "hovertemplate": "%{y:,.0f} blocks",
+        }
+        for tenant, blocks in zip(view.tenants, view.blocks, strict=True)
+    ]  # fmt: skip
+    if view.cached.any():
+        data.append(
+            {
+                "type": "scatter", "mode": "lines", "stackgroup": "kv", "name": "(cached)", "x": when, "y": view.cached,
+                "line": {"width": 0, "shape": "hv", "color": _OTHERS}, "fillcolor": _faint(_OTHERS, 0.3),
+                "hovertemplate": "%{y:,.0f} blocks",
+            }
+        )  # fmt: skip
+    data.append(
+        {
+            "type": "scatter", "mode": "lines", "name": "requests waiting", "x": when, "y": view.waiting,
+            "yaxis": "y2", "line": {"width": 1.5, "shape": "hv", "dash": "dot", "color": _OTHERS},
+            "hovertemplate": "%{y:,.0f} waiting",
+        }
+    )  # fmt: skip
+    shapes = [_band(incident.start_ns, incident.end_ns) for incident in incidents]
+    if view.total:
+        capacity = {"color": _OTHERS, "width": 1, "dash": "dash"}
+        shapes.append(
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": view.total, "y1": view.total, "line": capacity}
+        )
+    layout: Figure = {
+        "height": 330,
+        "xaxis": {"type": "date"},
+        "yaxis": {"title": {"text": "KV blocks"}, "rangemode": "tozero", "tickformat": "~s"},
+        "yaxis2": {
+            "title": {"text": "waiting"}, "overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False,
+            "tickmode": "auto", "nticks": 5, "tickformat": ",d",
+        },
+        "shapes": shapes,
+        "hovermode": "x unified",
+    }  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
+def swimlanes_figure(view: Swimlanes, colour: Colours) -> Figure:
+    """A lane a request, coloured by tenant: prefill full, decoding lighter, waiting slim and grey."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for position, one in enumerate(view.rectangles):
+        groups.setdefault((view.lanes[one.lane].tenant, one.doing), []).append(position)
+    named: set[str] = set()
+    data = []
+    for (tenant, doing), members in sorted(groups.items(), key=lambda group: -_IN_BATCH.get(group[0][1], 0.0)):
+        runs = doing in _IN_BATCH
+        shade = _faint(colour.get(tenant, _OTHERS), _IN_BATCH[doing]) if runs else _faint(_OTHERS, 0.55)
+        chosen = [view.rectangles[position] for position in members]
+        data.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": label(tenant),
+                "legendgroup": label(tenant),
+                "showlegend": runs and tenant not in named,
+                "base": [(one.start_ns - view.start_ns) / 1e9 for one in chosen],
+                "x": [(one.end_ns - one.start_ns) / 1e9 for one in chosen],
+                "y": [one.lane for one in chosen],
+                "width": 0.82 if runs else _SLIM,
+                "marker": {"color": shade, "line": {"width": 0}},
+                "hovertext": [
+                    f"{label(view.lanes[one.lane].request)} of {label(tenant)}<br>{doing} "
+                    f"{words.duration((one.end_ns - one.start_ns) / 1e9)}, {words.counted(one.steps, 'step')}"
+                    + (f", {one.tokens:,} tokens" if one.tokens else "")
+                    for one in chosen
+                ],
+                "hoverinfo": "text",
+            }
+        )
+        if runs:
+            named.add(tenant)
+    starts, ends = (np.round((times - view.start_ns) / 1e9, 6) for times in (view.step_start_ns, view.step_end_ns))
+    worst = int(np.argmax(ends - starts))
+    edges: list[Figure] = [
+        {
+            "type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": end, "x1": end, "layer": "below",
+            "line": {"width": 0.5, "color": _faint(_OTHERS, 0.5)},
+        }
+        for end in ends.tolist()
+    ]  # fmt: skip
+    longest: Figure = {
+        "type": "rect", "yref": "paper", "y0": 0, "y1": 1, "x0": float(starts[worst]), "x1": float(ends[worst]),
+        "layer": "below", "fillcolor": _WORST, "line": {"width": 0},
+    }  # fmt: skip
+    layout: Figure = {
+        "height": _LANE_PX * len(view.lanes) + _LANES_FRAME_PX,
+        "barmode": "overlay",
+        "xaxis": {"title": {"text": f"seconds after {words.clock(view.start_ns)}"}, "zeroline": False},
+        "yaxis": {
+            "tickmode": "array",
+            "tickvals": list(range(len(view.lanes))),
+            "ticktext": [label(lane.request) for lane in view.lanes],
+            "autorange": "reversed",
+            "showgrid": False,
+            "zeroline": False,
+            "tickfont": {"size": 10},
+        },
+        "shapes": [*edges, longest],
+        "hovermode": "closest",
+    }
+    return {"data": data, "layout": layout}
+
+
+def _band(start_ns: int, end_ns: int) -> Figure:
+    return {
+        "type": "rect", "yref": "paper", "y0": 0, "y1": 1, "x0": _when(start_ns), "x1": _when(end_ns),
+        "layer": "below", "fillcolor": _SHADE, "line": {"width": 0},
+    }  # fmt: skip
+
+
+def _time_axis(title: str) -> Figure:
+    ticks = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+    names = ["1 ms", "10 ms", "100 ms", "1 s", "10 s", "100 s", "1000 s"]
+    return {"type": "log", "title": {"text": title}, "tickvals": ticks, "ticktext": names, "zeroline": False}
+
+
+def _when(time_ns: int) -> str:
+    """A time for a date axis: of the local zone, as in the texts."""
+    return datetime.fromtimestamp(time_ns / 1e9, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def _faint(colour: str, opacity: float) -> str:
+    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"

@@ -1,0 +1,77 @@
+"""Diagnoses kept as files beside their traces: named by what was read and what was asked, so never of another trace."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import orjson
+
+from stallscope import __version__
+from stallscope.diagnosis.model import SCHEMA_VERSION, Diagnosis
+from stallscope.errors import UsageError
+from stallscope.reports.json import to_json
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+
+
+class Saved:
+    """Where the diagnosis of a trace is kept: beside the trace or, where one is written, beside the report.
+
+    ``asked``: all that the diagnosis depends on but the trace.
+    """
+
+    def __init__(self, trace: Path, asked: str, report: Path | None = None) -> None:
+        self._trace = trace
+        self._asked = asked
+        self._folders = [one.parent for one in (report, trace) if one is not None]
+
+    def load(self) -> tuple[Diagnosis, Path] | None:
+        """What was kept earlier, and where; None where there is nothing that fits."""
+        # Reading the trace to name the file takes time: only where there may be one.
+        if not any(self._kept(folder) for folder in self._folders):
+            return None
+        for path in (folder / self._name() for folder in self._folders):
+            if not path.is_file():
+                continue
+            try:
+                return Diagnosis.from_dict(orjson.loads(path.read_bytes())), path
+            except (OSError, ValueError) as error:
+                log.warning("%s: not readable as a diagnosis (%s); the trace is diagnosed anew", path, error)
+        return None
+
+    def keep(self, diagnosis: Diagnosis) -> Path:
+        """Writes it to the first folder. Raises UsageError where that can't be written."""
+        path = self._folders[0] / self._name()
+        try:
+            path.write_text(to_json(diagnosis), encoding="utf-8")
+        except OSError as error:
+            message = f"{path}: cannot be written ({error.strerror}); give -o in a folder where the report may be kept"
+            raise UsageError(message) from error
+        return path
+
+    def _kept(self, folder: Path) -> bool:
+        start, end = f"{self._trace.name}.diagnosis-", ".json"
+        return folder.is_dir() and any(
+            one.name.startswith(start) and one.name.endswith(end) for one in folder.iterdir()
+        )
+
+    def _name(self) -> str:
+        digest = hashlib.blake2b(f"{__version__} {SCHEMA_VERSION} {self._asked}".encode(), digest_size=8)
+        for file in _files(self._trace):
+            digest.update(f"\0{file.name} {file.stat().st_size}\0".encode())
+            with file.open("rb") as content:
+                while chunk := content.read(_CHUNK):
+                    digest.update(chunk)
+        return f"{self._trace.name}.diagnosis-{digest.hexdigest()}.json"
+
+
+def _files(trace: Path) -> Iterable[Path]:
+    """The files of a trace, in order; none where it does not exist, which is for its reader to say."""
+    if trace.is_dir():
+        return sorted(one for one in trace.rglob("*") if one.is_file())
+    return [trace] if trace.is_file() else []
