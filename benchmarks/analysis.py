@@ -6,8 +6,9 @@
 
 Each size is written to Parquet once (a made-up engine with a batch of 64 and 20 tenants; its traces pass
 ``Trace.validate``) and then read and analysed in a process of its own, held to one core, so that its peak memory is
-that of this trace alone. Without replays. ``partition`` is Parquet to segments of lives, cost model and running totals;
-``incidents`` is every wait's delay, the charges and the stretches with stalled waits; ``verdicts`` is who is named.
+that of this trace alone. Seconds are CPU time, since others may use the machine too. Without replays. ``partition`` is
+Parquet to segments of lives, cost model and running totals; ``incidents`` is every wait's delay, the charges and the
+stretches with stalled waits; ``verdicts`` is who is named.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ START_NS = 1_800_000_000_000_000_000
 MS = 1_000_000
 FIXED_NS, PREFILL_NS, DECODE_NS, CONTEXT_NS = 4 * MS, 10_000, 60_000, 80
 LARGEST_CHECKED = 1_000_000  # above, checking the trace takes longer than it is worth
-ONE_CORE = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 PHASES = ("waiting", "prefill", "decode", "paused", "preempted")
 WAITING, PREFILL, DECODE, PAUSED, PREEMPTED = range(len(PHASES))
 REASONS = ("budget", "kv", "slots", "head")
@@ -339,7 +340,7 @@ def _replica_table(since: int) -> pa.Table:
 
 @dataclass(frozen=True)
 class Measured:
-    """One analysis: seconds of its parts, peak memory of its process in MB."""
+    """One analysis: CPU seconds of its parts, peak memory of its process in MB."""
 
     steps: int
     requests: int
@@ -367,14 +368,14 @@ def analyse(folder: Path) -> Measured:
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     imported = _peak_mb()
-    begin = time.perf_counter()
+    begin = time.process_time()
     (replica,) = replicas(read_trace(folder))
-    partition = time.perf_counter()
+    partition = time.process_time()
     waits = measure_waits(replica)
     windows = find_windows(waits, replica)
-    incidents = time.perf_counter()
+    incidents = time.process_time()
     judged = judge(replica, waits, windows)
-    end = time.perf_counter()
+    end = time.process_time()
     return Measured(
         len(replica.timeline),
         len(replica.requests),
