@@ -40,7 +40,7 @@ def diagnose(trace: Trace, *, replay: bool = True) -> Diagnosis:
     incidents.sort(key=lambda incident: -incident.lost_s)
     coverage = _coverage(trace, max(errors, default=0.0))
     verdict, confidence = _overall(incidents, coverage)
-    steps = trace.steps
+    steps = trace.columns("steps", ["scheduled", "ready"])
     return Diagnosis(
         source=trace.source,
         start_ns=pc.min(steps["scheduled"]).as_py() or 0,

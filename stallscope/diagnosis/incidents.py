@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.replica import Replica
@@ -27,6 +28,7 @@ _MOST_BINS = 500
 _SIGMAS = 5.0
 _TIMES_USUAL = (3.0, 10.0)  # the bar lies between these multiples of the usual
 _MOST_BEYOND_NS = 500_000_000  # and where the usual is long, no further above it than this, or the lower multiple
+USUAL_WAITS = 300  # of a tenant, whose charges say what is usual
 FEWEST_STALLED = 3
 TAIL_SHARE = 0.01  # p99: what fewer than one in a hundred meet does not move it
 TAIL_REQUESTS = 300  # requests that a p99 needs behind it
@@ -37,8 +39,9 @@ class Waits:
     """All waits of a replica and their charges.
 
     ``table`` (index = wait): metric (``METRICS`` code), request, tenant, begin, end (ns), censored (had not ended when
-    last seen), delay (ns, without own work), bar (ns: the delay above which it is stalled), stalled.
-    ``charges``: query (wait), holder, mechanism, ns, as ``Partition.charge`` gives them with tenants as groups.
+    last seen), delay (ns, without own work), bar (ns: the delay above which it is stalled), stalled, charged.
+    ``charges`` of the charged ones: query (wait), holder, mechanism, ns, as ``Partition.charge`` gives them with
+    tenants as groups.
     """
 
     table: pd.DataFrame
@@ -69,8 +72,7 @@ def measure_waits(replica: Replica) -> Waits:
         }
     )
     # Each long gap, and for everybody the longest of the short ones, so that a percentile counts all requests.
-    short = gaps[gaps["count"] > 1].sort_values("length_ns").drop_duplicates("request", keep="last")
-    chosen = pd.concat([gaps[gaps["count"] == 1], short])
+    chosen = gaps.take(np.flatnonzero((gaps["count"] == 1) | _longest_of_short(gaps, len(requests))))
     itl = pd.DataFrame(
         {
             "metric": ITL,
@@ -92,18 +94,59 @@ def measure_waits(replica: Replica) -> Waits:
     )
     table = pd.concat([ttft, itl, delivery], ignore_index=True)
     table["tenant"] = replica.tenant_of_request[table["request"].to_numpy()]
-    inside = table[table["metric"] != DELIVERY]
-    queries = inside[["request", "begin", "end"]].assign(query=inside.index)
-    charges = replica.partition.charge(queries, replica.tenant_of_request)
-    charges = pd.concat([charges, _delivery_charges(table)], ignore_index=True)
-    own = charges[(charges["holder"] == Party.OWN) & (charges["mechanism"] == MECHANISMS.index(Mechanism.OWN_WORK))]
-    own_ns = own.groupby("query")["ns"].sum().reindex(table.index, fill_value=0)
-    table["delay"] = table["end"] - table["begin"] - own_ns
+    inside = table["metric"] != DELIVERY
+    own_ns = np.zeros(len(table))
+    own_ns[inside] = replica.partition.own_work(table[inside])
+    table["delay"] = table["end"] - table["begin"] - own_ns.astype(np.int64)
     span = replica.timeline.end[-1] - replica.timeline.before[0] if len(replica.timeline) else 0
     bin_ns = max(BIN_NS, int(span) // _MOST_BINS)
     table["bar"] = _bars(table, bin_ns)
     table["stalled"] = (table["delay"] > table["bar"]) & (table["delay"] > NOTICEABLE_NS)
-    return Waits(table, charges)
+    table["charged"] = _worth_charging(table)
+    charged = table[table["charged"]]
+    queries = charged.loc[charged["metric"] != DELIVERY, ["request", "begin", "end"]]
+    charges = replica.partition.charge(queries.assign(query=queries.index), replica.tenant_of_request)
+    return Waits(table, pd.concat([charges, _delivery_charges(charged)], ignore_index=True))
+
+
+def _longest_of_short(gaps: pd.DataFrame, requests: int) -> NDArray[np.bool_]:
+    """Of each request the longest bin of short gaps."""
+    short = np.flatnonzero(gaps["count"] > 1)
+    request, length = gaps["request"].to_numpy()[short], gaps["length_ns"].to_numpy()[short]
+    longest = np.full(requests, -1)
+    np.maximum.at(longest, request, length)
+    at = np.full(requests, -1)
+    is_longest = length == longest[request]
+    at[request[is_longest]] = short[is_longest]
+    chosen = np.zeros(len(gaps), dtype=np.bool_)
+    chosen[at[at >= 0]] = True
+    return chosen
+
+
+def _worth_charging(table: pd.DataFrame) -> NDArray[np.bool_]:
+    """The waits whose charges anybody asks for: the stalled ones, those who waited for a first token meanwhile, and of
+    each tenant's others enough to say what is usual."""
+    stalled = table["stalled"].to_numpy()
+    charged = stalled.copy()
+    ttft = np.flatnonzero(table["metric"] == TTFT)
+    begin, end = (table[name].to_numpy() for name in ("begin", "end"))
+    order = np.flatnonzero(stalled)[np.argsort(begin[stalled], kind="stable")]
+    if len(order):
+        # The stalled ones that began before a wait ended: did one of them end after it began?
+        latest = np.maximum.accumulate(end[order])
+        begun = np.searchsorted(begin[order], end[ttft])
+        charged[ttft[(begun > 0) & (latest[begun - 1] > begin[ttft])]] = True
+    usual = ttft[~charged[ttft] & ~table["censored"].to_numpy()[ttft]]
+    if len(usual):
+        # All tenants at the same moments: what is read for one is then at hand for the others.
+        moments = np.sort(begin[usual])[np.linspace(0, len(usual) - 1, USUAL_WAITS).astype(np.int64)]
+        tenant = table["tenant"].to_numpy()[usual]
+        for code in np.unique(tenant):
+            mine = usual[tenant == code]
+            near = mine[np.argsort(begin[mine], kind="stable")]
+            near = near[np.minimum(np.searchsorted(begin[near], moments), len(near) - 1)]
+            charged[mine if len(mine) <= USUAL_WAITS else near] = True
+    return charged
 
 
 def _delivery_charges(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,8 +1,8 @@
-"""Who held what in each step: running totals by holder over time, from which any stretch's charges can be read off.
+"""What each step cost, and what each request's part of it was: running totals over the steps, added up in chunks.
 
-A holder is a group of requests: a tenant, or a single request under suspicion. Per holder there are a few cumulative
-functions of time (``Timeline.knots``): accumulated once over all steps, then evaluated only where a victim's segment
-begins or ends, so the work is O(holders * steps + segments), never victims times steps.
+Kept for each step are three running totals: the factor by which the cost model was scaled, that times the step, and the
+marginal cost of all. A request's own cost over any stretch follows from them, since it is linear in the step. Who held
+what is looked up only where somebody waits for it (``holdings``). The work is O(steps + residency rows).
 
 In each slice, the model's cost is scaled down where the step was faster than predicted; where it was slower, the rest
 is unexplained. So: duration = fixed + sum of marginal costs + unexplained, none of them negative.
@@ -10,236 +10,262 @@ is unexplained. So: duration = fixed + sum of marginal costs + unexplained, none
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from stallscope.diagnosis.cost_model import fit_cost_model
-from stallscope.diagnosis.timeline import Floats, Ints, Timeline
+from stallscope.diagnosis.cost_model import CostModel, fit_cost_model
+from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Mask, Places, Timeline, at, running_total
+
+CHUNK = 1 << 16  # steps at hand at a time
+FITTED_STEPS = 100_000  # at most, evenly spread: more of them make no better cost model
 
 
 @dataclass(frozen=True, eq=False)
 class Stretches:
-    """Residency rows of one replica as arrays (one entry a row).
+    """Residency rows of one replica as arrays (one entry a row), ordered by ``first``.
 
-    ``first`` and ``last`` are positions in the timeline (inclusive), ``first_step`` the step number; ``request`` and
-    ``tenant`` are codes; ``tokens`` a step; ``context`` before the first step. Flags say what the request does there.
+    ``first`` and ``last`` are positions in the timeline (inclusive; ``last`` is one less than ``first`` where no step
+    of the row was seen); ``request`` is a code; ``tokens`` a step; ``context`` before the first step. Flags say what
+    the request does there.
     """
 
     request: Ints
-    tenant: Ints
     first: Ints
     last: Ints
-    first_step: Ints
     tokens: Ints
     context: Ints
-    prefill: NDArray[np.bool_]
-    decode: NDArray[np.bool_]
-    paused: NDArray[np.bool_]
+    prefill: Mask
+    decode: Mask
+    paused: Mask
 
     def __len__(self) -> int:
         return len(self.request)
 
     @cached_property
-    def resident(self) -> NDArray[np.bool_]:
+    def resident(self) -> Mask:
         """Holds a slot and KV blocks."""
         return self.prefill | self.decode | self.paused
 
-
-class StepSums:
-    """Sums over the stretches active in each step of values that are linear in the step number."""
-
-    def __init__(self, stretches: Stretches, steps: Ints) -> None:
-        self._stretches = stretches
-        self._steps = steps.astype(np.float64)
-
-    def total(self, chosen: NDArray[np.bool_] | Ints, level: Floats, slope: Floats | None = None) -> Floats:
-        """Per step: sum over chosen stretches of ``level + slope * (step - first_step)``; arrays as long as chosen."""
-        s = self._stretches
-        first, last, first_step = s.first[chosen], s.last[chosen], s.first_step[chosen]
-        if slope is None:
-            return self._spread(first, last, level)
-        constant = level - slope * first_step
-        return np.maximum(self._spread(first, last, constant) + self._spread(first, last, slope) * self._steps, 0.0)
-
-    def _spread(self, first: Ints, last: Ints, value: Floats) -> Floats:
-        n = len(self._steps)
-        change = np.bincount(first, value, n + 1) - np.bincount(last + 1, value, n + 1)
-        # Where nothing was chosen, bincount gives integers.
-        return np.cumsum(change.astype(np.float64))[:n]
-
-
-class Ledger:
-    """Costs of one replica's steps and the cumulative functions that charges are read from (all in ns)."""
-
-    def __init__(self, timeline: Timeline, stretches: Stretches) -> None:
-        self.timeline = timeline
-        self.stretches = stretches
-        self._sums = StepSums(stretches, timeline.step)
-        features = self._features()
-        self.features = features
-        # A step whose batch is not fully known (after lost telemetry) would teach the model nonsense.
-        self.known = features[:, 1:].any(axis=1)
-        self.model = fit_cost_model(features[self.known], timeline.duration.astype(np.float64)[self.known])
-        predicted = self.model.predict(features)
-        duration = timeline.duration.astype(np.float64)
-        self._scale = np.minimum(1.0, np.divide(duration, predicted, out=np.ones_like(duration), where=predicted > 0))
-        # In a step of which nobody is known (after lost telemetry), nothing can be told from its duration.
-        known = self._sums.total(np.arange(len(stretches)), np.ones(len(stretches))) > 0
-        fixed = np.where(known, self._scale * self.model.coefficients[0], 0.0)
-        self._marginal = np.where(known, np.maximum(self._scale * predicted - fixed, 0.0), 0.0)
-        unexplained = np.where(known, np.maximum(duration - fixed - self._marginal, 0.0), 0.0)
-        self.predicted = predicted
-        self.fixed = timeline.over_slices(fixed)
-        self.marginal = timeline.over_slices(self._marginal)
-        self.unexplained = timeline.over_slices(unexplained)
-        self.unobserved = timeline.unobserved + timeline.over_slices(np.where(known, 0.0, duration))
-        self.unexplained_per_step = unexplained
-        self._scale_sum = timeline.over_slices(self._scale)
-        self._scaled_step_sum = timeline.over_slices(self._scale * (timeline.step - timeline.step[0]))
-
-    def _features(self) -> Floats:
-        """Step features (n x 5) in the order of ``cost_model.FEATURES``."""
-        s = self.stretches
-        tokens, context = s.tokens.astype(np.float64), s.context.astype(np.float64)
-        p, d = s.prefill, s.decode
-        return np.stack(
-            [
-                np.ones(len(self.timeline)),
-                self._sums.total(p, tokens[p]),
-                self._sums.total(p, tokens[p] * (context[p] + tokens[p] / 2), tokens[p] ** 2),
-                self._sums.total(d, np.ones(d.sum())),
-                self._sums.total(d, context[d], tokens[d]),
-            ],
-            axis=1,
-        )
-
-    def _cost_lines(self) -> tuple[Floats, Floats]:
-        """Each stretch's marginal cost in a step, unscaled, as level at its first step and slope a step."""
-        s = self.stretches
-        _, b1, b2, b3, b4 = self.model.coefficients
-        tokens, context = s.tokens.astype(np.float64), s.context.astype(np.float64)
-        level = np.where(s.prefill, b1 * tokens + b2 * tokens * (context + tokens / 2), b3 + b4 * context)
-        slope = np.where(s.prefill, b2 * tokens**2, b4 * tokens)
-        active = s.prefill | s.decode
-        return np.where(active, level, 0.0), np.where(active, slope, 0.0)
-
     @cached_property
-    def cost_lines(self) -> tuple[Floats, Floats]:
-        return self._cost_lines()
+    def by_last(self) -> Ints:
+        """Rows ordered by ``last``."""
+        return stable_order(self.last)
 
-    def own_cost(self, stretch: Ints, begin: Ints, end: Ints) -> Floats:
-        """Marginal cost of each given stretch's own request between two times within it."""
-        level, slope = self.cost_lines
-        s = self.stretches
-        at = self.timeline.at
-        steps = at(self._scale_sum, end) - at(self._scale_sum, begin)
-        weighted = at(self._scaled_step_sum, end) - at(self._scaled_step_sum, begin)
-        first = (s.first_step[stretch] - self.timeline.step[0]).astype(np.float64)
-        cost: Floats = np.maximum(level[stretch] * steps + slope[stretch] * (weighted - first * steps), 0.0)
-        return cost
+    def within(self, spans: Intervals) -> Ints:
+        """Rows with a step in one of the spans of positions."""
+        begun = int(np.searchsorted(self.first, spans.end[-1]))
+        rows: Ints = np.flatnonzero(self.last[:begun] >= spans.begin[0])
+        span = np.searchsorted(spans.end, self.first[rows], side="right")  # the first that is not over before the row
+        return rows[spans.begin[span] <= self.last[rows]]
 
-    def step_cost(self, chosen: NDArray[np.bool_]) -> Floats:
-        """Marginal cost of the chosen stretches in each step, ns."""
-        level, slope = self.cost_lines
-        return self._scale * self._sums.total(chosen, level[chosen], slope[chosen])
 
-    def holder(self, members: NDArray[np.bool_]) -> Holder:
-        """The cumulative functions of the group of stretches ``members``."""
-        return Holder(self, members)
+Lines = Callable[[Ints], tuple[Floats, Floats]]  # for rows: a value in the first step of each, and its rise a step
 
-    # --- totals that shares are taken of --------------------------------------------------------------------
 
-    def tokens(self, chosen: NDArray[np.bool_]) -> Floats:
-        return self._sums.total(chosen, self.stretches.tokens[chosen].astype(np.float64))
-
-    def kv_tokens(self, chosen: NDArray[np.bool_]) -> Floats:
-        """Tokens that the chosen stretches hold in the KV cache, the step's own included."""
-        s = self.stretches
-        held = (s.context + s.tokens)[chosen].astype(np.float64)
-        return self._sums.total(chosen, held, s.tokens[chosen].astype(np.float64))
-
-    def slots(self, chosen: NDArray[np.bool_]) -> Floats:
-        return self._sums.total(chosen, np.ones(int(chosen.sum())))
-
-    @cached_property
-    def all_tokens(self) -> Floats:
-        return self.tokens(self.stretches.prefill | self.stretches.decode)
-
-    @cached_property
-    def all_kv_tokens(self) -> Floats:
-        return self.kv_tokens(self.stretches.resident)
-
-    @cached_property
-    def all_slots(self) -> Floats:
-        return self.slots(self.stretches.resident)
-
-    def share_of_marginal(self, amount: Floats, of: Floats) -> Floats:
-        """Cumulative function: each slice's marginal cost, times a holder's share in a resource."""
-        share = np.divide(amount, of, out=np.zeros_like(amount), where=of > 0)
-        return self.timeline.over_slices(self._marginal * np.minimum(share, 1.0))
+def stable_order(key: Ints) -> Ints:
+    """The order that sorts integers from 0 to 2^31; equal ones stay as they are."""
+    # Packed with their position they sort several times faster than by a stable argsort.
+    packed = (np.asarray(key, dtype=np.int64) << 32) | np.arange(len(key))
+    packed.sort()
+    return packed & 0xFFFFFFFF
 
 
 @dataclass(frozen=True, eq=False)
-class Holder:
-    """One group's part of each slice, as cumulative functions at ``Timeline.knots`` (ns)."""
+class Ledger:
+    """Costs of one replica's steps, as running totals (n + 1) over them (ns).
 
-    ledger: Ledger
-    members: NDArray[np.bool_]
+    ``scale``, ``scaled_position`` and ``marginal`` add up the factor on the model's cost, that times the step's
+    position, and the marginal cost of all. ``unknown``: slices of steps of which nobody is known, nobody's time.
+    """
+
+    timeline: Timeline
+    stretches: Stretches
+    model: CostModel
+    scale: Floats
+    scaled_position: Floats
+    marginal: Floats
+    unknown: Intervals
+
+    @staticmethod
+    def of(timeline: Timeline, stretches: Stretches) -> Ledger:
+        """Fits the cost model and adds up what each step cost."""
+        n = len(timeline)
+        fitted = np.unique(np.linspace(0, n - 1, min(n, FITTED_STEPS)).astype(np.int64))
+        features = features_at(stretches, fitted)
+        # A step whose batch is not fully known (after lost telemetry) would teach the model nonsense.
+        taught = features[:, 1:].any(axis=1)
+        duration = (timeline.end[fitted] - timeline.start[fitted]).astype(np.float64)
+        model = fit_cost_model(features[taught], duration[taught])
+        totals = scale, scaled_position, marginal = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
+        nobody = [np.zeros(0, dtype=np.int64)]
+        for low, cost, known in _sums(stretches, n, lambda rows: cost_lines(model, stretches, rows)):
+            high = low + len(cost)
+            duration = (timeline.end[low:high] - timeline.start[low:high]).astype(np.float64)
+            predicted = model.coefficients[0] + cost
+            factor = np.minimum(1.0, np.divide(duration, predicted, out=np.ones_like(duration), where=predicted > 0))
+            # In a step of which nobody is known (after lost telemetry), nothing can be told from its duration.
+            factor[~known] = 0.0
+            nobody.append(np.flatnonzero(~known) + low)
+            for total, per_step in zip(totals, (factor, factor * np.arange(low, high), factor * cost), strict=True):
+                total[low : high + 1] = total[low] + running_total(per_step)
+        lost = np.concatenate(nobody)
+        unknown = Intervals(timeline.start[lost], timeline.end[lost])
+        return Ledger(timeline, stretches, model, scale, scaled_position, marginal, unknown)
+
+    def cost_lines(self, rows: Ints) -> tuple[Floats, Floats]:
+        """Marginal cost, unscaled, of each of the rows in a step: level in its first step and rise a step."""
+        return cost_lines(self.model, self.stretches, rows)
+
+    def own_cost(self, stretch: Ints, begin: Ints, end: Ints) -> Floats:
+        """Marginal cost of each given stretch's own request between two times (ns) within it."""
+        return self.own_cost_between(stretch, self.timeline.locate(begin), self.timeline.locate(end))
+
+    def own_cost_between(self, stretch: Ints, begin: Places, end: Places) -> Floats:
+        """The same between two places."""
+        steps = at(self.scale, end) - at(self.scale, begin)
+        weighted = at(self.scaled_position, end) - at(self.scaled_position, begin)
+        return self._own_cost(stretch, steps, weighted)
+
+    def whole_own_cost(self, stretch: Ints) -> Floats:
+        """Marginal cost of each given stretch's own request over all of the stretch."""
+        first, after = self.stretches.first[stretch], self.stretches.last[stretch] + 1
+        steps = self.scale[after] - self.scale[first]
+        return self._own_cost(stretch, steps, self.scaled_position[after] - self.scaled_position[first])
+
+    def _own_cost(self, stretch: Ints, steps: Floats, weighted: Floats) -> Floats:
+        level, rise = self.cost_lines(stretch)
+        cost: Floats = np.maximum(level * steps + rise * (weighted - self.stretches.first[stretch] * steps), 0.0)
+        return cost
+
+    def fixed(self, begin: Places, end: Places) -> Floats:
+        """What the steps between two places cost whatever is in them."""
+        return self.model.coefficients[0] * (at(self.scale, end) - at(self.scale, begin))
+
+    def whole_fixed(self, stretch: Ints) -> Floats:
+        """The same over all of each given stretch."""
+        first, after = self.stretches.first[stretch], self.stretches.last[stretch] + 1
+        fixed: Floats = self.model.coefficients[0] * (self.scale[after] - self.scale[first])
+        return fixed
+
+    def step_cost(self, chosen: Mask) -> Floats:
+        """Marginal cost of the chosen stretches in each step, ns."""
+        cost: Floats = np.diff(self.scale) * self._per_step(self.cost_lines, chosen)
+        return cost
+
+    def kv_tokens(self, chosen: Mask | None = None) -> Floats:
+        """Tokens that the chosen stretches, or all, hold in the KV cache in each step."""
+        return self._per_step(self.kv_lines, chosen)
+
+    def _per_step(self, lines: Lines, chosen: Mask | None) -> Floats:
+        def of_chosen(rows: Ints) -> tuple[Floats, Floats]:
+            level, rise = lines(rows)
+            return (level, rise) if chosen is None else (level * chosen[rows], rise * chosen[rows])
+
+        return np.concatenate([amount for _, amount, _ in self._sums(of_chosen)])
 
     @cached_property
-    def prefill(self) -> Floats:
-        """Marginal cost of its prefills."""
-        chosen = self.members & self.ledger.stretches.prefill
-        return self.ledger.timeline.over_slices(self.ledger.step_cost(chosen))
+    def most_slots(self) -> float:
+        """The most slots that were ever in use."""
+        return self._most(self.slot_lines)
 
     @cached_property
-    def decode(self) -> Floats:
-        """Marginal cost of its decodes."""
-        chosen = self.members & self.ledger.stretches.decode
-        return self.ledger.timeline.over_slices(self.ledger.step_cost(chosen))
+    def most_kv_tokens(self) -> float:
+        """The most tokens that were ever in the KV cache."""
+        return self._most(self.kv_lines)
 
-    @cached_property
-    def budget(self) -> Floats:
-        """Marginal cost of all, by its share of the step's tokens."""
-        s = self.ledger.stretches
-        amount = self.ledger.tokens(self.members & (s.prefill | s.decode))
-        return self.ledger.share_of_marginal(amount, self.ledger.all_tokens)
+    def slot_lines(self, rows: Ints) -> tuple[Floats, Floats]:
+        """Slots that each of the rows holds."""
+        return self.stretches.resident[rows].astype(np.float64), np.zeros(len(rows))
 
-    @cached_property
-    def kv(self) -> Floats:
-        """Marginal cost of all, by its share of the KV cache."""
-        amount = self.ledger.kv_tokens(self.members & self.ledger.stretches.resident)
-        return self.ledger.share_of_marginal(amount, self.ledger.all_kv_tokens)
+    def kv_lines(self, rows: Ints) -> tuple[Floats, Floats]:
+        """Tokens that each of the rows holds in the KV cache, the step's own included."""
+        s = self.stretches
+        resident, tokens = s.resident[rows], s.tokens[rows].astype(np.float64)
+        return resident * (s.context[rows] + tokens), resident * tokens
 
-    @cached_property
-    def slots(self) -> Floats:
-        """Marginal cost of all, by its share of the slots."""
-        amount = self.ledger.slots(self.members & self.ledger.stretches.resident)
-        return self.ledger.share_of_marginal(amount, self.ledger.all_slots)
+    def token_lines(self, rows: Ints) -> tuple[Floats, Floats]:
+        """Tokens that each of the rows computes."""
+        s = self.stretches
+        tokens = np.where(s.prefill[rows] | s.decode[rows], s.tokens[rows], 0).astype(np.float64)
+        return tokens, np.zeros(len(rows))
 
-    def head(self, is_head: NDArray[np.bool_]) -> Floats:
-        """Marginal cost of all in the steps (n booleans) in which it stands at the head of the queue."""
-        ledger = self.ledger
-        return ledger.share_of_marginal(is_head.astype(np.float64), np.ones(len(is_head)))
+    def _most(self, lines: Lines) -> float:
+        return max(float(amount.max()) for _, amount, _ in self._sums(lines))
+
+    def _sums(self, lines: Lines) -> Iterator[tuple[int, Floats, Mask]]:
+        return _sums(self.stretches, len(self.timeline), lines)
+
+
+def cost_lines(model: CostModel, stretches: Stretches, rows: Ints) -> tuple[Floats, Floats]:
+    """Marginal cost of each of the rows in a step by the model (ns): level in its first step and rise a step."""
+    _, b1, b2, b3, b4 = model.coefficients
+    prefill, decode = stretches.prefill[rows], stretches.decode[rows]
+    tokens, context = stretches.tokens[rows].astype(np.float64), stretches.context[rows].astype(np.float64)
+    level = np.where(prefill, b1 * tokens + b2 * tokens * (context + tokens / 2), decode * (b3 + b4 * context))
+    rise = np.where(prefill, b2 * tokens**2, decode * (b4 * tokens))
+    return level, rise
+
+
+def features_at(stretches: Stretches, positions: Ints) -> Floats:
+    """Features (m x 5, in the order of ``cost_model.FEATURES``) of the steps at these positions (ascending)."""
+    s = stretches
+    begun = np.searchsorted(s.first, positions, side="right")
+    ended = np.searchsorted(s.last[s.by_last], positions)
+
+    def total(amount: Floats, rise: Floats | None = None) -> Floats:
+        if rise is not None:
+            return np.maximum(total(amount - rise * s.first) + total(rise) * positions, 0.0)
+        there: Floats = running_total(amount)[begun] - running_total(amount[s.by_last])[ended]
+        return there
+
+    tokens, context = s.tokens.astype(np.float64), s.context.astype(np.float64)
+    return np.stack(
+        [
+            np.ones(len(positions)),
+            total(s.prefill * tokens),
+            total(s.prefill * tokens * (context + tokens / 2), s.prefill * tokens**2),
+            total(s.decode.astype(np.float64)),
+            total(s.decode * context, s.decode * tokens),
+        ],
+        axis=1,
+    )
+
+
+def _sums(stretches: Stretches, steps: int, lines: Lines) -> Iterator[tuple[int, Floats, Mask]]:
+    """Chunk by chunk: position of its first step, and for each step the sum of ``lines`` over the rows that are there,
+    and whether there are any."""
+    s = stretches
+    last = s.last[s.by_last]
+    carried = np.zeros(3)  # at the first step of the chunk: sum, rise, rows
+    for low in range(0, steps, CHUNK):
+        size = min(CHUNK, steps - low)
+        opened = np.arange(*np.searchsorted(s.first, (low, low + size)))
+        closed = s.by_last[slice(*np.searchsorted(last, (low - 1, low + size - 1)))]
+        change = np.zeros((3, size))
+        for rows, where, sign in ((opened, s.first[opened], 1), (closed, s.last[closed] + 1, -1)):
+            level, rise = lines(rows)
+            constant = level - rise * (s.first[rows] - low)  # as of the chunk's first step
+            values = (constant, rise, np.ones(len(rows)))
+            change += sign * np.stack([np.bincount(where - low, value, size) for value in values])
+        sums = carried[:, None] + np.cumsum(change, axis=1)
+        carried = sums[:, -1] + (sums[1, -1] * size, 0.0, 0.0)
+        yield low, np.maximum(sums[0] + sums[1] * np.arange(size), 0.0), sums[2] > 0
 
 
 def read_stretches(residency: pd.DataFrame, timeline: Timeline) -> Stretches:
-    """Arrays of one replica's residency rows; ``request`` and ``tenant`` columns must be integer codes."""
-    phase = residency["phase"].astype(str).to_numpy()
-    first_step = residency["first_step"].to_numpy(np.int64)
+    """Arrays of one replica's residency rows, ordered by first step; the column ``request`` must hold codes."""
+    phase = residency["phase"]
+    first = timeline.position(residency["first_step"].to_numpy(np.int64))
+    last = np.searchsorted(timeline.step, residency["last_step"].to_numpy(np.int64), side="right") - 1
     return Stretches(
-        residency["request"].to_numpy(np.int64),
-        residency["tenant"].to_numpy(np.int64),
-        timeline.position(first_step),
-        timeline.position(residency["last_step"].to_numpy(np.int64)),
-        first_step,
-        residency["tokens"].fillna(0).to_numpy(np.int64),
-        residency["context_start"].fillna(0).to_numpy(np.int64),
-        phase == "prefill",
-        phase == "decode",
-        phase == "paused",
+        residency["request"].to_numpy(np.int32),
+        first.astype(np.int32),
+        np.maximum(last, first - 1).astype(np.int32),
+        residency["tokens"].to_numpy(np.int64),
+        residency["context_start"].to_numpy(np.int64),
+        *((phase == name).to_numpy(bool) for name in ("prefill", "decode", "paused")),
     )

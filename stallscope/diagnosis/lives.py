@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from stallscope.diagnosis.ledger import Ledger
-from stallscope.diagnosis.timeline import Ints, Timeline
+from stallscope.diagnosis.ledger import Ledger, stable_order
+from stallscope.diagnosis.timeline import Intervals, Ints
+
+Small = NDArray[np.int8]
 
 
 class State(IntEnum):
@@ -55,133 +59,140 @@ _REASON_STATES = {
 class Lives:
     """What every request of a replica was doing, and whose turn it was.
 
-    ``table``: columns request (code), begin, end (ns), state, stretch (row of the ledger's stretches or -1), taker (who
-    took its blocks: a request code or -1); per request without gaps or overlaps, ordered. ``head``: per step, the
-    code of the request at the head of the queue, looked up where somebody waits because of it (else -1).
+    ``arrival`` and ``last`` bound each life (ns; ``last``: the last sight of those that never ended). ``state`` and
+    ``taker`` (who took its blocks: a request code or -1) are of each of the ledger's stretches. ``by_arrival``: the
+    replica's queue is served first come, first served.
     """
 
-    table: pd.DataFrame
-    head: Ints
+    ledger: Ledger
+    arrival: Ints
+    last: Ints
+    state: Small
+    taker: Ints
+    by_arrival: bool
+
+    @cached_property
+    def by_request(self) -> tuple[Ints, Ints]:
+        """Stretches ordered by request and step, and where those of each request begin (one more than requests)."""
+        order = stable_order(self.ledger.stretches.request)
+        count = np.bincount(self.ledger.stretches.request, minlength=len(self.arrival))
+        return order, np.concatenate([[0], np.cumsum(count)])
+
+    def of(self, requests: Ints) -> pd.DataFrame:
+        """The lives of these requests (codes, ascending): request, begin, end (ns), state, stretch (row of the ledger's
+        stretches or -1), taker; one segment for each stretch and for what lies before, between and after them, per
+        request without gaps or overlaps, ordered."""
+        order, starts = self.by_request
+        stretch = order[expand(starts[requests], starts[requests + 1])]
+        code, bounds = self.ledger.stretches.request[stretch], self.ledger.timeline.bounds
+        arrival, last = self.arrival[code], self.last[code]
+        begin = np.clip(bounds[self.ledger.stretches.first[stretch]], arrival, last)
+        end = np.clip(bounds[self.ledger.stretches.last[stretch] + 1], arrival, last)
+        rows = pd.DataFrame(
+            {
+                "request": code,
+                "begin": begin,
+                "end": end,
+                "state": self.state[stretch],
+                "stretch": stretch,
+                "taker": self.taker[stretch],
+            }
+        )
+        lives = pd.concat([rows, self._between(rows, requests)], ignore_index=True)
+        lives = lives[lives["end"] > lives["begin"]]
+        return lives.take(np.lexsort((lives["begin"], lives["request"]))).reset_index(drop=True)
+
+    def _between(self, rows: pd.DataFrame, requests: Ints) -> pd.DataFrame:
+        """Segments for the time of each life that no row covers: before the first, in holes, after the last."""
+        timeline = self.ledger.timeline
+        code = rows["request"].to_numpy(np.int64)
+        begin, end = rows["begin"].to_numpy(np.int64), rows["end"].to_numpy(np.int64)
+        first, after = np.searchsorted(code, requests), np.searchsorted(code, requests, side="right") - 1
+        absent = requests[after < first]
+        present, first, after = requests[after >= first], first[after >= first], after[after >= first]
+        arrival, last = self.arrival, self.last
+        ended = np.searchsorted(timeline.end, end[after])
+        next_start = self._next_start(ended)
+        pieces = [
+            # Before the first row: the steps in flight since the arrival.
+            (present, arrival[present], begin[first], State.BOUNDARY),
+            (absent, arrival[absent], last[absent], State.BOUNDARY),
+            (code[:-1], end[:-1], np.where(code[1:] == code[:-1], begin[1:], end[:-1]), State.UNSEEN),
+            # An abort comes between two steps: up to the next slice it is the gap that passed, nothing was missed.
+            (present, end[after], np.minimum(last[present], next_start), State.BETWEEN),
+            (present, np.maximum(end[after], next_start), last[present], State.UNSEEN),
+        ]
+        frames = []
+        for request, start, stop, state in pieces:
+            # What lies outside the steps seen can't be charged to them.
+            inside_start = np.clip(start, timeline.bounds[0], timeline.bounds[-1])
+            inside_stop = np.clip(stop, timeline.bounds[0], timeline.bounds[-1])
+            for a, b, s in (
+                (start, np.minimum(stop, inside_start), State.UNSEEN),
+                (inside_start, inside_stop, state),
+                (np.maximum(start, inside_stop), stop, State.UNSEEN),
+            ):
+                some = b > a
+                frames.append(
+                    pd.DataFrame({"request": request[some], "begin": a[some], "end": b[some], "state": int(s)})
+                )
+        joined = pd.concat(frames, ignore_index=True)
+        joined["stretch"] = -1
+        joined["taker"] = -1
+        return joined
+
+    def _next_start(self, position: Ints) -> Ints:
+        """When the slice after each of these steps begins; where that was not seen, when the step ends."""
+        timeline = self.ledger.timeline
+        following = np.minimum(position + 1, len(timeline) - 1)
+        seen = (position + 1 < len(timeline)) & timeline.observed[following]
+        return np.where(seen, timeline.start[following], timeline.end[np.minimum(position, len(timeline) - 1)])
+
+    def head(self, spans: Intervals) -> tuple[Ints, Ints]:
+        """Steps (positions, ascending) in these spans of positions in which somebody waits because of the head of the
+        queue, and the request that is the head (-1: not known).
+
+        Preempted ones come first, then by arrival. In a queue of another order than arrival it is known only where just
+        one request can be meant.
+        """
+        stretches = self.ledger.stretches
+        rows = stretches.within(spans)
+        state, first, after = self.state[rows], stretches.first[rows], stretches.last[rows] + 1
+        behind = Intervals(first[state == State.HEAD], after[state == State.HEAD]).merged()
+        asked = expand(behind.begin, behind.end)
+        head = np.full(len(asked), -1, dtype=np.int64)
+        # Candidates' stretches, in positions among the asked steps only.
+        begin, end = np.searchsorted(asked, first), np.searchsorted(asked, after)
+        some = np.isin(state, (State.BUDGET, State.KV, State.SLOTS, State.PREEMPTED)) & (end > begin)
+        begin, end, request = begin[some], end[some], stretches.request[rows[some]]
+        order = np.lexsort((self.arrival[request], state[some] != State.PREEMPTED))
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order))
+        where = expand(begin, end)
+        best = np.full(len(asked), len(order), dtype=np.int64)
+        np.minimum.at(best, where, np.repeat(rank, end - begin))
+        found = best < len(order)
+        if not self.by_arrival:
+            found &= np.bincount(where, minlength=len(asked)) == 1
+        head[found] = request[order[best[found]]]
+        return asked, head
 
 
-def read_lives(ledger: Ledger, requests: pd.DataFrame, residency: pd.DataFrame, by_arrival: bool = True) -> Lives:
-    """Lives of one replica's requests; ``by_arrival``: its queue is served first come, first served.
-
-    ``requests``: index 0..n-1 are the request codes; columns arrival, end (ns; the time of the last sight for those
-    that never ended). ``residency``: the rows of ``ledger.stretches``, with request and holder as codes (holder -1:
-    none), phase and reason as strings.
-    """
-    timeline = ledger.timeline
-    stretches = ledger.stretches
-    begin = timeline.before[stretches.first]
-    end = timeline.end[stretches.last]
-    rows = pd.DataFrame(
-        {
-            "request": stretches.request,
-            "begin": begin,
-            "end": end,
-            "state": _states(residency),
-            "stretch": np.arange(len(stretches)),
-            "taker": residency["holder"].to_numpy(np.int64),
-        }
-    )
-    arrival = requests["arrival"].to_numpy(np.int64)
-    last = np.maximum(requests["end"].to_numpy(np.int64), arrival)
-    rows = rows.sort_values(["request", "begin"], kind="stable")
-    code = rows["request"].to_numpy()
-    rows["begin"] = np.clip(rows["begin"].to_numpy(), arrival[code], last[code])
-    rows["end"] = np.clip(rows["end"].to_numpy(), arrival[code], last[code])
-    lives = pd.concat([rows, _between(rows, arrival, last, timeline)], ignore_index=True)
-    lives = lives[lives["end"] > lives["begin"]].sort_values(["request", "begin"], kind="stable")
-    return Lives(lives.reset_index(drop=True), _head_of_queue(ledger, rows, arrival, by_arrival))
+def expand(begin: Ints, end: Ints) -> Ints:
+    """The integers of each range from ``begin`` to below ``end``, one range after the other."""
+    count = end - begin
+    return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
 
 
-def _states(residency: pd.DataFrame) -> Ints:
-    phase = residency["phase"].astype(str).to_numpy()
-    reason = residency["reason"].astype(object).to_numpy()
-    waiting = np.array([_REASON_STATES.get(str(name), State.UNSEEN) for name in pd.unique(reason)], dtype=np.int64)
-    codes = pd.factorize(reason, use_na_sentinel=False)[0]
-    state = waiting[codes] if len(codes) else np.zeros(0, dtype=np.int64)
-    redo = residency["holder"].to_numpy(np.int64) >= 0
-    state = np.where((phase == "prefill") | (phase == "decode"), int(State.RUNNING), state)
-    state = np.where((phase == "prefill") & redo, int(State.RECOMPUTE), state)
-    state = np.where(phase == "paused", int(State.PAUSED), state)
-    return np.where(phase == "preempted", int(State.PREEMPTED), state)
-
-
-def _between(rows: pd.DataFrame, arrival: Ints, last: Ints, timeline: Timeline) -> pd.DataFrame:
-    """Segments for the time of each life that no row covers: before the first, in holes, after the last."""
-    code = rows["request"].to_numpy(np.int64)
-    n = len(arrival)
-    present = np.unique(code)
-    absent = np.setdiff1d(np.arange(n), present)
-    # Before the first row: the steps in flight since the arrival.
-    first = np.searchsorted(code, present)
-    after = np.searchsorted(code, present, side="right") - 1
-    begin, end = rows["begin"].to_numpy(np.int64), rows["end"].to_numpy(np.int64)
-    beyond = np.append(np.where(timeline.observed[1:], timeline.start[1:], timeline.end[:-1]), timeline.end[-1:])
-    next_start = beyond[np.searchsorted(timeline.end, end[after])]
-    pieces = [
-        (present, arrival[present], begin[first], State.BOUNDARY),
-        (absent, arrival[absent], last[absent], State.BOUNDARY),
-        (code[:-1], end[:-1], np.where(code[1:] == code[:-1], begin[1:], end[:-1]), State.UNSEEN),
-        # An abort comes between two steps: up to the next slice it is the gap that passed, nothing was missed.
-        (present, end[after], np.minimum(last[present], next_start), State.BETWEEN),
-        (present, np.maximum(end[after], next_start), last[present], State.UNSEEN),
-    ]
-    frames = []
-    for request, start, stop, state in pieces:
-        # What lies outside the steps seen can't be charged to them.
-        inside_start = np.clip(start, timeline.before[0], timeline.end[-1])
-        inside_stop = np.clip(stop, timeline.before[0], timeline.end[-1])
-        for a, b, s in (
-            (start, np.minimum(stop, inside_start), State.UNSEEN),
-            (inside_start, inside_stop, state),
-            (np.maximum(start, inside_stop), stop, State.UNSEEN),
-        ):
-            frames.append(pd.DataFrame({"request": request, "begin": a, "end": b, "state": int(s)}))
-    joined = pd.concat(frames, ignore_index=True)
-    joined["stretch"] = -1
-    joined["taker"] = -1
-    return joined[joined["end"] > joined["begin"]]
-
-
-def _head_of_queue(ledger: Ledger, rows: pd.DataFrame, arrival: Ints, by_arrival: bool) -> Ints:
-    """Per step, the request whose turn it is: preempted ones first, then by arrival.
-
-    Looked up only in steps in which somebody waits because of the head. In a queue of another order than arrival it
-    is known only where just one request can be meant.
-    """
-    timeline, stretches = ledger.timeline, ledger.stretches
-    n = len(timeline)
-    head = np.full(n, -1, dtype=np.int64)
-    state = rows["state"].to_numpy()
-    stretch = rows["stretch"].to_numpy()
-    behind = stretch[state == State.HEAD]
-    change = np.bincount(stretches.first[behind], minlength=n + 1) - np.bincount(
-        stretches.last[behind] + 1, minlength=n + 1
-    )
-    asked = np.flatnonzero(np.cumsum(change)[:n] > 0)
-    lacking = np.isin(state, (State.BUDGET, State.KV, State.SLOTS, State.PREEMPTED))
-    candidates = stretch[lacking]
-    if not len(asked) or not len(candidates):
-        return head
-    # Candidates' stretches, in positions among the asked steps only.
-    low = np.searchsorted(asked, stretches.first[candidates])
-    high = np.searchsorted(asked, stretches.last[candidates], side="right")
-    some = high > low
-    candidates, low, high = candidates[some], low[some], high[some]
-    was_preempted = state[lacking][some] == State.PREEMPTED
-    request = stretches.request[candidates]
-    order = np.lexsort((arrival[request], ~was_preempted))
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    counts = high - low
-    where = np.repeat(low, counts) + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    best = np.full(len(asked), len(order), dtype=np.int64)
-    np.minimum.at(best, where, np.repeat(rank, counts))
-    found = best < len(order)
-    if not by_arrival:
-        found &= np.bincount(where, minlength=len(asked)) == 1
-    head[asked[found]] = request[order[best[found]]]
-    return head
+def read_states(residency: pd.DataFrame) -> Small:
+    """The state of a request in each row: of columns phase, reason (as strings) and holder (a code, -1: none)."""
+    phase = residency["phase"]
+    codes, reasons = pd.factorize(residency["reason"], use_na_sentinel=False)
+    waiting = np.array([_REASON_STATES.get(str(name), State.UNSEEN) for name in reasons], dtype=np.int8)
+    state = waiting[codes] if len(codes) else np.zeros(0, dtype=np.int8)
+    redo = residency["holder"] >= 0
+    state[phase.isin(("prefill", "decode"))] = State.RUNNING
+    state[(phase == "prefill") & redo] = State.RECOMPUTE
+    state[phase == "paused"] = State.PAUSED
+    state[phase == "preempted"] = State.PREEMPTED
+    return state

@@ -165,7 +165,7 @@ class Loads:
         length = np.where(s.resident[rows], end - begin, 0).astype(np.float64)
         # The most that was ever in use stands for the capacity: what is configured need not be known.
         if resource == SLOTS:
-            return length / max(float(ledger.all_slots.max(initial=0)), 1.0)
+            return length / max(ledger.most_slots, 1.0)
         steps = s.last[rows] - s.first[rows] + 1
         held = s.context[rows] + s.tokens[rows] * (steps + 1) / 2
-        return length * held / max(float(ledger.all_kv_tokens.max(initial=0)), 1.0)
+        return length * held / max(ledger.most_kv_tokens, 1.0)

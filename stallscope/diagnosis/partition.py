@@ -1,21 +1,23 @@
 """Where each instant of a request's life went, and to whom: the exact partition and its charges.
 
-A request's life comes cut into segments (``lives``); ``charge`` reads from the ``ledger``, for any stretch of it,
-who pays for it and by which mechanism. The parts of a stretch are int ns and sum to its length.
+A request's life comes cut into segments (``lives``); ``charge`` reads from the ``ledger`` and ``holdings``, for any
+stretch of it, who pays for it and by which mechanism. The parts of a stretch are int ns and sum to its length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.ledger import Holder, Ledger
-from stallscope.diagnosis.lives import Lives, State
+from stallscope.diagnosis.holdings import Holders, Holding
+from stallscope.diagnosis.ledger import Ledger
+from stallscope.diagnosis.lives import Lives, State, expand
 from stallscope.diagnosis.rounding import round_to_sum
-from stallscope.diagnosis.timeline import Floats, Ints
+from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Places, at, running_total
 
 
 class Mechanism(StrEnum):
@@ -59,17 +61,19 @@ class Party(IntEnum):
     UNSEEN = -4  # telemetry is missing
 
 
+Held = Callable[[Holders, int], Holding]
+
 # States in which the marginal cost of the batch is shared among holders, by which function, as which mechanism.
-_SHARED: dict[State, tuple[tuple[str, Mechanism], ...]] = {
-    State.BOUNDARY: (("prefill", Mechanism.STEP_BOUNDARY), ("decode", Mechanism.STEP_BOUNDARY)),
-    State.BUDGET: (("budget", Mechanism.PREFILL_QUEUE),),
-    State.KV: (("kv", Mechanism.KV_PINNING),),
-    State.SLOTS: (("slots", Mechanism.SLOT_EXHAUSTION),),
-    State.HEAD: (("head", Mechanism.HEAD_OF_LINE),),
-    State.POLICY: (("budget", Mechanism.POLICY),),
-    State.RUNNING: (("prefill", Mechanism.PREFILL_INTERFERENCE), ("decode", Mechanism.DECODE_DRAG)),
-    State.RECOMPUTE: (("prefill", Mechanism.PREFILL_INTERFERENCE), ("decode", Mechanism.DECODE_DRAG)),
-    State.PAUSED: (("prefill", Mechanism.PREFILL_PRIORITY), ("decode", Mechanism.PREFILL_PRIORITY)),
+_SHARED: dict[State, tuple[tuple[Held, Mechanism], ...]] = {
+    State.BOUNDARY: ((Holders.prefill, Mechanism.STEP_BOUNDARY), (Holders.decode, Mechanism.STEP_BOUNDARY)),
+    State.BUDGET: ((Holders.budget, Mechanism.PREFILL_QUEUE),),
+    State.KV: ((Holders.kv, Mechanism.KV_PINNING),),
+    State.SLOTS: ((Holders.slots, Mechanism.SLOT_EXHAUSTION),),
+    State.HEAD: ((Holders.head, Mechanism.HEAD_OF_LINE),),
+    State.POLICY: ((Holders.budget, Mechanism.POLICY),),
+    State.RUNNING: ((Holders.prefill, Mechanism.PREFILL_INTERFERENCE), (Holders.decode, Mechanism.DECODE_DRAG)),
+    State.RECOMPUTE: ((Holders.prefill, Mechanism.PREFILL_INTERFERENCE), (Holders.decode, Mechanism.DECODE_DRAG)),
+    State.PAUSED: ((Holders.prefill, Mechanism.PREFILL_PRIORITY), (Holders.decode, Mechanism.PREFILL_PRIORITY)),
 }
 # States that are a request's own condition: its whole slice time is its own.
 _OWN_CONDITION = {
@@ -80,17 +84,35 @@ _OWN_CONDITION = {
 }
 
 
+BLOCK = 4096  # queries that are charged at a time
+
+
+@dataclass(frozen=True, eq=False)
+class _Pieces:
+    """Stretches of lives in which one rule says who pays (arrays, one entry a piece).
+
+    ``query`` is the position of the query; ``begin`` and ``end`` are ns, ``state`` is one of ``State``, ``stretch`` the
+    ledger's or -1, ``taker`` a request or -1.
+    """
+
+    query: Ints
+    request: Ints
+    begin: Ints
+    end: Ints
+    state: Ints
+    stretch: Ints
+    taker: Ints
+
+
+_NO_CHARGES = pd.DataFrame({name: np.zeros(0, dtype=np.int64) for name in ("query", "holder", "mechanism", "ns")})
+
+
 @dataclass(frozen=True, eq=False)
 class Partition:
     """One replica's ledger and lives: all that is needed to charge any stretch of them."""
 
     ledger: Ledger
     lives: Lives
-
-    def holders(self, group_of_request: Ints) -> list[Holder]:
-        """Holders 0..max of ``group_of_request`` (a group code for each request code; -1: no holder)."""
-        group = group_of_request[self.ledger.stretches.request]
-        return [self.ledger.holder(group == code) for code in range(int(group_of_request.max(initial=-1)) + 1)]
 
     def charge(self, queries: pd.DataFrame, group_of_request: Ints) -> pd.DataFrame:
         """Who pays for stretches of lives, and by which mechanism.
@@ -100,45 +122,93 @@ class Partition:
         Returns columns query, holder (a group's code or a ``Party``), mechanism (index into ``MECHANISMS``), ns (int64,
         positive), sorted; the parts of each query sum to its length.
         """
-        pieces = self.cut(queries)
+        order = np.argsort(queries["begin"].to_numpy(), kind="stable")
+        blocks = (queries.iloc[order[first : first + BLOCK]] for first in range(0, len(order), BLOCK))
+        charges = pd.concat([_NO_CHARGES, *(self._charge(block, group_of_request) for block in blocks)])
+        return charges.sort_values(["query", "holder", "mechanism"], ignore_index=True)
+
+    def _charge(self, queries: pd.DataFrame, group_of_request: Ints) -> pd.DataFrame:
+        """``charge`` for a block of queries."""
+        pieces = self._cut(queries)
         parts = self._parts(pieces, group_of_request)
-        lengths = (pieces["end"] - pieces["begin"]).to_numpy(np.int64)
-        parts["ns"] = round_to_sum(parts["piece"].to_numpy(), parts["ns"].to_numpy(), lengths)
-        parts["query"] = pieces["query"].to_numpy()[parts["piece"].to_numpy()]
-        grouped = parts[parts["ns"] > 0].groupby(["query", "holder", "mechanism"], sort=True)["ns"].sum()
-        return grouped.reset_index()
+        parts["ns"] = round_to_sum(parts["piece"].to_numpy(), parts["ns"].to_numpy(), pieces.end - pieces.begin)
+        parts = parts[parts["ns"] > 0]
+        parts["query"] = queries["query"].to_numpy()[pieces.query[parts["piece"].to_numpy()]]
+        return parts.groupby(["query", "holder", "mechanism"], sort=False)["ns"].sum().reset_index()
 
     def cut(self, queries: pd.DataFrame) -> pd.DataFrame:
         """The queries cut at the segment boundaries of the lives they lie in; no empty pieces."""
-        pieces = queries.merge(self.lives.table, on="request", suffixes=("", "_life"))
-        pieces["begin"] = np.maximum(pieces["begin"], pieces["begin_life"])
-        pieces["end"] = np.minimum(pieces["end"], pieces["end_life"])
-        pieces = pieces[pieces["end"] > pieces["begin"]].drop(columns=["begin_life", "end_life"])
-        return pieces.sort_values(["query", "begin"], kind="stable").reset_index(drop=True)
+        pieces = pd.DataFrame(vars(self._cut(queries)))
+        pieces["query"] = queries["query"].to_numpy()[pieces["query"].to_numpy()]
+        return pieces.sort_values(["query", "begin"], ignore_index=True)
 
-    def _parts(self, pieces: pd.DataFrame, group_of_request: Ints) -> pd.DataFrame:
+    def _cut(self, queries: pd.DataFrame) -> _Pieces:
+        request = queries["request"].to_numpy(np.int64)
+        lives = self.lives.of(np.unique(request))
+        code = lives["request"].to_numpy(np.int64)
+        first, after = np.searchsorted(code, request), np.searchsorted(code, request, side="right")
+        query, segment = np.repeat(np.arange(len(request)), after - first), expand(first, after)
+        begin, end = (
+            limit(queries[name].to_numpy(np.int64)[query], lives[name].to_numpy(np.int64)[segment])
+            for name, limit in (("begin", np.maximum), ("end", np.minimum))
+        )
+        some = end > begin
+        kept = segment[some]
+        rest = (lives[name].to_numpy(np.int64)[kept] for name in ("state", "stretch", "taker"))
+        return _Pieces(query[some], code[kept], begin[some], end[some], *rest)
+
+    def own_work(self, waits: pd.DataFrame) -> Ints:
+        """How much of each wait (columns request, begin, end: ns, within the request's life) is the request's own work.
+
+        Of many waits at once; rounded, so it may be off by a ns from what ``charge`` says.
+        """
+        ledger, stretches, timeline = self.ledger, self.ledger.stretches, self.ledger.timeline
+        order, starts = self.lives.by_request
+        works = (self.lives.state[order] == State.RUNNING).astype(np.float64)
+        key = stretches.request[order].astype(np.int64) * len(timeline) + stretches.first[order]
+        before = running_total(works * (ledger.whole_own_cost(order) + ledger.whole_fixed(order)))
+        del works
+        request = waits["request"].to_numpy(np.int64)
+
+        def until(times: Ints) -> Floats:
+            """Own work of a request up to a time, but for what is the same at all times."""
+            places = timeline.locate(times)
+            begun = np.searchsorted(key, request * len(timeline) + places.position, side="right")
+            there = begun > starts[request]
+            row = order[np.maximum(begun - 1, 0)]
+            running = there & (self.lives.state[row] == State.RUNNING) & (places.position <= stretches.last[row])
+            some = np.flatnonzero(running)
+            total = before[begun]
+            total[some] = before[begun[some] - 1]
+            now, row = places.take(some), row[some]
+            since = Places(stretches.first[row].astype(np.int64), np.zeros(len(some)))
+            total[some] += ledger.own_cost_between(row, since, now) + ledger.fixed(since, now)
+            return total
+
+        own = until(waits["end"].to_numpy(np.int64)) - until(waits["begin"].to_numpy(np.int64))
+        return np.rint(np.maximum(own, 0.0)).astype(np.int64)
+
+    def _parts(self, pieces: _Pieces, group_of_request: Ints) -> pd.DataFrame:
         """Unrounded parts of each piece, long form: piece, holder, mechanism, ns."""
         ledger, timeline = self.ledger, self.ledger.timeline
-        begin, end = pieces["begin"].to_numpy(np.int64), pieces["end"].to_numpy(np.int64)
-        state = pieces["state"].to_numpy(np.int64)
-        stretch = pieces["stretch"].to_numpy(np.int64)
-        taker = pieces["taker"].to_numpy(np.int64)
+        begin, end, state, stretch, taker = pieces.begin, pieces.end, pieces.state, pieces.stretch, pieces.taker
+        from_place, to_place = timeline.locate(begin), timeline.locate(end)
         out = _Parts()
 
-        def over(values: Floats, rows: Ints) -> Floats:
-            return timeline.at(values, end[rows]) - timeline.at(values, begin[rows])
-
-        every = np.arange(len(pieces))
+        every = np.arange(len(begin))
         seen = every[state != State.UNSEEN]
         unseen = every[state == State.UNSEEN]
         out.add(unseen, Party.UNSEEN, Mechanism.UNOBSERVED, (end - begin)[unseen].astype(np.float64))
-        fixed, marginal, unexplained = (
-            over(values, seen) for values in (ledger.fixed, ledger.marginal, ledger.unexplained)
-        )
-        out.add(seen, Party.ENGINE, Mechanism.HOST_GAP, over(timeline.host_gap, seen))
-        out.add(seen, Party.UNSEEN, Mechanism.UNOBSERVED, over(ledger.unobserved, seen))
+        low, high, low_place, high_place = begin[seen], end[seen], from_place.take(seen), to_place.take(seen)
+        fixed = ledger.fixed(low_place, high_place)
+        marginal = at(ledger.marginal, high_place) - at(ledger.marginal, low_place)
+        unknown = ledger.unknown.between(low, high)
+        unexplained = np.maximum(timeline.slices.between(low, high) - unknown - fixed - marginal, 0.0)
+        out.add(seen, Party.ENGINE, Mechanism.HOST_GAP, timeline.host_gap(low, high).astype(np.float64))
+        unobserved = timeline.unobserved.between(low, high) + unknown
+        out.add(seen, Party.UNSEEN, Mechanism.UNOBSERVED, unobserved.astype(np.float64))
         # The engine was idle although the request had arrived: it was not in the engine's queue yet.
-        out.add(seen, Party.FRONTEND, Mechanism.INTAKE, over(timeline.idle, seen))
+        out.add(seen, Party.FRONTEND, Mechanism.INTAKE, timeline.idle.between(low, high).astype(np.float64))
 
         condition = np.isin(state[seen], [int(s) for s in _OWN_CONDITION])
         for own_state, mechanism in _OWN_CONDITION.items():
@@ -150,51 +220,48 @@ class Partition:
         out.add(seen[still], Party.ENGINE, Mechanism.STEP_FIXED, fixed[still])
 
         running = seen[runs]
-        own = ledger.own_cost(stretch[running], begin[running], end[running])
+        own = ledger.own_cost_between(stretch[running], from_place.take(running), to_place.take(running))
         own = np.minimum(own, marginal[runs])
         redo = state[running] == State.RECOMPUTE
         # Work done a second time is charged to who took the blocks; to nobody seen where that was lost.
         taken_by = np.append(group_of_request, int(Party.UNSEEN))[taker]
         out.add_each(running[redo], taken_by[running[redo]], Mechanism.RECOMPUTE, (own + fixed[runs])[redo])
         out.add(running[~redo], Party.OWN, Mechanism.OWN_WORK, (own + fixed[runs])[~redo])
-        lost = every[state == State.PREEMPTED]
-        out.add_each(lost, taken_by[lost], Mechanism.PREEMPTION, over(ledger.marginal, lost))
+        lost = state[seen] == State.PREEMPTED
+        out.add_each(seen[lost], taken_by[seen[lost]], Mechanism.PREEMPTION, marginal[lost])
 
-        own_of = np.zeros(len(pieces))
+        own_of = np.zeros(len(begin))
         own_of[running] = own
-        self._add_shared(out, pieces, group_of_request, own_of)
+        self._add_shared(out, pieces, (from_place, to_place), group_of_request, own_of)
         return out.frame()
 
-    def _add_shared(self, out: _Parts, pieces: pd.DataFrame, group_of_request: Ints, own_of: Floats) -> None:
+    def _add_shared(
+        self, out: _Parts, pieces: _Pieces, places: tuple[Places, Places], group_of_request: Ints, own_of: Floats
+    ) -> None:
         """Adds what each holder pays of the pieces that are shared out; ``own_of``: a running piece's own cost."""
-        ledger, timeline = self.ledger, self.ledger.timeline
-        begin, end = pieces["begin"].to_numpy(np.int64), pieces["end"].to_numpy(np.int64)
-        state = pieces["state"].to_numpy(np.int64)
-        stretch = pieces["stretch"].to_numpy(np.int64)
-        own_group = group_of_request[pieces["request"].to_numpy(np.int64)]
-        own_prefills = np.append(ledger.stretches.prefill, False)[stretch]
-        group_of_head = np.append(group_of_request, -1)[self.lives.head]
-        rows_of = {shared: np.flatnonzero(state == shared) for shared in _SHARED}
-
-        def over(values: Floats, rows: Ints) -> Floats:
-            return timeline.at(values, end[rows]) - timeline.at(values, begin[rows])
-
-        for code, holder in enumerate(self.holders(group_of_request)):
-            for shared_state, rules in _SHARED.items():
-                rows = rows_of[shared_state]
-                if not len(rows):
-                    continue
-                for resource, mechanism in rules:
-                    values = holder.head(group_of_head == code) if resource == "head" else getattr(holder, resource)
-                    amount = over(values, rows)
+        state = pieces.state
+        rows_of = {shared: rows for shared in _SHARED if len(rows := np.flatnonzero(state == shared))}
+        if not rows_of:
+            return
+        some = np.concatenate(list(rows_of.values()))
+        spans = Intervals(places[0].position[some], places[1].position[some] + 1).merged()
+        holders = Holders(self.ledger, self.lives, spans, group_of_request)
+        begin, end = (holders.places(each) for each in places)
+        own_group = group_of_request[pieces.request]
+        own_prefills = np.append(self.ledger.stretches.prefill, False)[pieces.stretch]
+        for group in holders.groups():
+            for shared_state, rows in rows_of.items():
+                for held, mechanism in _SHARED[shared_state]:
+                    amount = held(holders, group).between(begin.take(rows), end.take(rows))
                     if shared_state in (State.RUNNING, State.RECOMPUTE):
-                        mine = (own_group[rows] == code) & (own_prefills[rows] == (resource == "prefill"))
+                        mine = (own_group[rows] == group) & (own_prefills[rows] == (held is Holders.prefill))
                         amount = np.where(mine, amount - own_of[rows], amount)
-                    out.add(rows, code, mechanism, amount)
+                    out.add(rows, group, mechanism, amount)
         # Where nobody is known to stand at the head.
-        nobodys = ledger.share_of_marginal((group_of_head < 0).astype(np.float64), np.ones(len(group_of_head)))
-        behind = rows_of[State.HEAD]
-        out.add(behind, Party.UNSEEN, Mechanism.UNOBSERVED, over(nobodys, behind))
+        if State.HEAD in rows_of:
+            behind = rows_of[State.HEAD]
+            nobodys = holders.head(-1).between(begin.take(behind), end.take(behind))
+            out.add(behind, Party.UNSEEN, Mechanism.UNOBSERVED, nobodys)
 
 
 class _Parts:

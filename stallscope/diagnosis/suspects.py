@@ -51,7 +51,7 @@ def healthy_waits(waits: Waits, windows: list[Window]) -> pd.DataFrame:
 
 def usual_charges(waits: Waits, healthy: pd.DataFrame) -> pd.Series[float]:
     """Mean ns by (tenant, metric, holder, mechanism) that a healthy wait is charged: TTFT only."""
-    healthy = healthy[healthy["metric"] == TTFT]
+    healthy = healthy[(healthy["metric"] == TTFT) & healthy["charged"]]
     count = healthy.groupby(["tenant", "metric"]).size()
     charges = waits.charges.merge(healthy[["tenant", "metric"]], left_on="query", right_index=True)
     total = charges.groupby(["tenant", "metric", "holder", "mechanism"])["ns"].sum()

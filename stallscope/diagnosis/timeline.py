@@ -17,27 +17,73 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 _NOBODY: Ints = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
-class Timeline:
-    """Arrays over the n steps seen, in order. Times are int64 ns since the epoch.
+class Intervals:
+    """Stretches of time (ns), or of steps by their positions, in order and without overlaps; ``end`` is outside."""
 
-    ``start`` and ``end`` bound the slice; ``before`` is the end of the previous slice (for the first step, its own
-    schedule); ``idle_start`` and ``idle_end`` bound the idle part of the gap; ``observed`` is False where steps are
-    missing between this one and the one before.
+    begin: Ints
+    end: Ints
+
+    @cached_property
+    def _passed(self) -> Ints:
+        """Length of the first i intervals."""
+        passed = np.zeros(len(self.begin) + 1, dtype=np.int64)
+        np.cumsum(self.end - self.begin, out=passed[1:])
+        return passed
+
+    def before(self, times: Ints) -> Ints:
+        """How much of the intervals lies before each time."""
+        if not len(self.begin):
+            return np.zeros_like(times)
+        begun = np.searchsorted(self.begin, times, side="right")
+        rest = np.maximum(self.end[begun - 1] - times, 0)
+        return self._passed[begun] - np.where(begun > 0, rest, 0)
+
+    def between(self, begin: Ints, end: Ints) -> Ints:
+        """How much of the intervals lies between each two times."""
+        return self.before(end) - self.before(begin)
+
+    def merged(self) -> Intervals:
+        """The same stretches, of intervals in any order that may overlap."""
+        order = np.argsort(self.begin, kind="stable")
+        begin, end = self.begin[order], np.maximum.accumulate(self.end[order])
+        fresh = np.ones(len(begin) + 1, dtype=np.bool_)
+        fresh[1:-1] = begin[1:] > end[:-1]
+        return Intervals(begin[fresh[:-1]], end[fresh[1:]])
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Times found in a timeline: each lies in the slice of step ``position``, of which the share ``passed`` is over, or
+    in the gap before that slice (0) or after the last one (1)."""
+
+    position: Ints
+    passed: Floats
+
+    def take(self, rows: Ints | Mask) -> Places:
+        return Places(self.position[rows], self.passed[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """The n steps seen, in order. Times are int64 ns since the epoch.
+
+    Slice k runs from ``start[k]`` to ``end[k]``; ``before[k]`` is the end of the previous slice (for the first step,
+    its own schedule); ``bounds`` (n + 1) holds both. ``observed`` is False where steps are missing between this one and
+    the one before. ``idle`` and ``unobserved`` are the parts of the gaps that are no host gap.
     """
 
     step: Ints
-    scheduled: Ints
-    before: Ints
-    idle_start: Ints
-    idle_end: Ints
+    bounds: Ints
     start: Ints
-    end: Ints
-    observed: NDArray[np.bool_]
+    observed: Mask
+    idle: Intervals
+    unobserved: Intervals
 
     @staticmethod
     def of_steps(steps: pd.DataFrame, arrivals: Ints = _NOBODY) -> Timeline:
@@ -48,77 +94,72 @@ class Timeline:
         step, scheduled, dispatched, ready, idle = (
             steps[name].to_numpy(np.int64) for name in ("step", "scheduled", "dispatched", "ready", "idle_ns")
         )
-        before = np.empty_like(ready)
-        before[1:] = np.maximum.accumulate(ready)[:-1]
-        before[:1] = scheduled[:1] - idle[:1]
-        end = np.maximum(ready, before)
-        start = np.minimum(np.maximum(before, dispatched), end)
+        bounds = np.empty(len(step) + 1, dtype=np.int64)
+        bounds[:1] = scheduled[:1] - idle[:1]
+        bounds[1:] = ready
+        np.maximum.accumulate(bounds, out=bounds)
+        before, end = bounds[:-1], bounds[1:]
+        start = np.maximum(before, dispatched)
+        np.minimum(start, end, out=start)
         observed = np.ones(len(step), dtype=bool)
         observed[1:] = np.diff(step) == 1
-        latest = np.clip(scheduled, before, start)
-        woken = np.append(arrivals, latest.max(initial=0))[np.searchsorted(arrivals, before)]
-        idle_end = np.where(observed, np.clip(woken, np.minimum(before + idle, latest), latest), latest)
-        idle_start = np.maximum(idle_end - idle, before)
-        return Timeline(step, scheduled, before, idle_start, idle_end, start, end, observed)
+
+        # Few gaps hold anything but the host's own time.
+        some = np.flatnonzero((idle > 0) | ~observed)
+        low, high, length, seen = before[some], start[some], idle[some], observed[some]
+        latest = np.clip(scheduled[some], low, high)
+        woken = np.append(arrivals, latest.max(initial=0))[np.searchsorted(arrivals, low)]
+        idle_end = np.where(seen, np.clip(woken, np.minimum(low + length, latest), latest), latest)
+        idle_start = np.maximum(idle_end - length, low)
+        missed = [np.stack([low, idle_end], axis=1)[~seen].ravel(), np.stack([idle_start, high], axis=1)[~seen].ravel()]
+        return Timeline(step, bounds, start, observed, Intervals(idle_start, idle_end), Intervals(*missed))
 
     def __len__(self) -> int:
         return len(self.step)
+
+    @property
+    def before(self) -> Ints:
+        return self.bounds[:-1]
+
+    @property
+    def end(self) -> Ints:
+        return self.bounds[1:]
+
+    @cached_property
+    def slices(self) -> Intervals:
+        return Intervals(self.start, self.end)
 
     @cached_property
     def duration(self) -> Ints:
         """Length of each slice, ns."""
         return self.end - self.start
 
-    @cached_property
-    def knots(self) -> Ints:
-        """Four times a step at which a cumulative function may bend: idle start and end, slice start and end."""
-        return np.stack([self.idle_start, self.idle_end, self.start, self.end], axis=1).ravel()
+    def host_gap(self, begin: Ints, end: Ints) -> Ints:
+        """Time of the host's own between each two times within the timeline, ns."""
+        spent = self.slices.between(begin, end) + self.idle.between(begin, end)
+        return end - begin - spent - self.unobserved.between(begin, end)
 
-    def over_slices(self, per_step: Floats) -> Floats:
-        """Cumulative function that rises by ``per_step[k]`` evenly over slice k; its values at ``knots``."""
-        after = np.cumsum(per_step)
-        before = after - per_step
-        return np.stack([before, before, before, after], axis=1).ravel()
-
-    @cached_property
-    def host_gap(self) -> Floats:
-        """Cumulative host-gap time at ``knots``, ns."""
-        return self._over_gaps(self.observed)
-
-    @cached_property
-    def unobserved(self) -> Floats:
-        """Cumulative time between slices in which steps are missing, at ``knots``, ns."""
-        return self._over_gaps(~self.observed)
-
-    @cached_property
-    def idle(self) -> Floats:
-        """Cumulative time without any request, at ``knots``, ns."""
-        length = self.idle_end - self.idle_start
-        after = np.cumsum(length)
-        return np.stack([after - length, after, after, after], axis=1).ravel().astype(np.float64)
-
-    def _over_gaps(self, counted: NDArray[np.bool_]) -> Floats:
-        early = np.where(counted, self.idle_start - self.before, 0)
-        late = np.where(counted, self.start - self.idle_end, 0)
-        late_sum = np.cumsum(late)
-        early_sum = np.cumsum(early)
-        first = early_sum + late_sum - late
-        last = early_sum + late_sum
-        total: Floats = np.stack([first, first, last, last], axis=1).ravel().astype(np.float64)
-        return total
-
-    def at(self, values: Floats, times: Ints) -> Floats:
-        """A cumulative function, given by its values at ``knots``, at any times."""
-        # Relative to the start: 2^53 ns would be 104 days, and epoch times are beyond that.
-        origin = self.knots[0]
-        found: Floats = np.interp((times - origin).astype(np.float64), self._relative_knots, values)
-        return found
-
-    @cached_property
-    def _relative_knots(self) -> Floats:
-        relative: Floats = (self.knots - self.knots[0]).astype(np.float64)
-        return relative
+    def locate(self, times: Ints) -> Places:
+        """Where each time lies."""
+        position = np.minimum(np.searchsorted(self.end, times), len(self) - 1)
+        start = self.start[position]
+        length = np.maximum(self.end[position] - start, 1)
+        return Places(position, np.clip((times - start) / length, 0.0, 1.0))
 
     def position(self, step: Ints) -> Ints:
         """Index of the first step seen at or after each given step number."""
         return np.searchsorted(self.step, step).astype(np.int64)
+
+
+def running_total(per_step: Floats) -> Floats:
+    """The sums of the first 0, 1, ... n values (n + 1)."""
+    total = np.zeros(len(per_step) + 1)
+    np.cumsum(per_step, out=total[1:])
+    return total
+
+
+def at(running: Floats, places: Places) -> Floats:
+    """A running total over steps at any places: it rises evenly over each slice."""
+    before = running[places.position]
+    value: Floats = before + places.passed * (running[places.position + 1] - before)
+    return value

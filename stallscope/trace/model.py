@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from stallscope.trace.findings import Finding
 from stallscope.trace.schema import TABLES
+from stallscope.trace.stored import StoredTables
 from stallscope.trace.validate import validate
 
 
@@ -25,9 +26,17 @@ class Trace:
     findings: tuple[Finding, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.tables, StoredTables):
+            return  # it has looked at the files, and reads a table only where one is asked for
         for name, schema in TABLES.items():
             if name not in self.tables or self.tables[name].schema != schema:
                 raise ValueError(f"table {name} is missing or differs from its declared schema")
+
+    def columns(self, table: str, names: Sequence[str]) -> pa.Table:
+        """Some columns of a table; no others are read where the table is stored."""
+        if isinstance(self.tables, StoredTables):
+            return self.tables.columns(table, names)
+        return self.tables[table].select(names)
 
     @property
     def replicas(self) -> pa.Table:

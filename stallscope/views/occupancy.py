@@ -35,21 +35,21 @@ def occupancy(replica: Replica, start_ns: int, end_ns: int, width: int, most_ten
     """The replica's KV cache from ``start_ns`` to ``end_ns``, in at most ``width`` moments."""
     ledger, timeline = replica.ledger, replica.timeline
     inside = np.flatnonzero((timeline.end > start_ns) & (timeline.start < end_ns))
-    used = replica.steps["kv_used"].fillna(0).to_numpy(np.int64)[inside]
+    used = replica.batches["kv_used"].to_numpy(np.int64)[inside]
     bins = _bins(timeline.end[inside], start_ns, end_ns, width)
     chosen = inside[_fullest(bins, used)]
     first = np.flatnonzero(np.diff(bins, prepend=-1))
-    waiting = replica.steps["waiting"].fillna(0).to_numpy(np.int64)[inside]
+    waiting = replica.batches["waiting"].to_numpy(np.int64)[inside]
     most_waiting = np.maximum.reduceat(waiting, first) if len(first) else waiting
 
-    tenant_of, resident = ledger.stretches.tenant, ledger.stretches.resident
+    tenant_of = replica.tenant_of_request[ledger.stretches.request]
     order = _by_tokens_held(replica, inside)
     shown = order[:most_tenants]
-    everyone = ledger.all_kv_tokens[chosen]
-    in_use = replica.steps["kv_used"].fillna(0).to_numpy(np.float64)[chosen]
+    everyone = ledger.kv_tokens()[chosen]
+    in_use = replica.batches["kv_used"].to_numpy(np.float64)[chosen]
     held = np.zeros((len(shown), len(chosen)))
     for row, tenant in enumerate(shown):
-        held[row] = ledger.kv_tokens(resident & (tenant_of == tenant))[chosen]
+        held[row] = ledger.kv_tokens(tenant_of == tenant)[chosen]
     blocks = np.divide(held * in_use, everyone, out=np.zeros_like(held), where=everyone > 0)
     names = [replica.tenants[tenant] for tenant in shown]
     if len(order) > most_tenants:
@@ -57,11 +57,11 @@ def occupancy(replica: Replica, start_ns: int, end_ns: int, width: int, most_ten
         names.append(OTHERS)
     return Occupancy(
         replica.name,
-        int(replica.steps["kv_total"].fillna(0).max()) if len(replica.steps) else 0,
+        int(replica.batches["kv_total"].max()) if len(replica.batches) else 0,
         tuple(names),
         timeline.end[chosen],
         blocks,
-        replica.steps["kv_cached"].fillna(0).to_numpy(np.float64)[chosen],
+        replica.batches["kv_cached"].to_numpy(np.float64)[chosen],
         most_waiting,
     )
 
@@ -86,5 +86,5 @@ def _by_tokens_held(replica: Replica, inside: Ints) -> list[int]:
     low, high = np.maximum(s.first, inside[0]), np.minimum(s.last, inside[-1])
     steps = np.where(s.resident, np.maximum(high - low + 1, 0), 0)
     middle = s.context + s.tokens * ((low + high) / 2 - s.first + 1)
-    held = np.bincount(s.tenant, steps * middle, len(replica.tenants))
+    held = np.bincount(replica.tenant_of_request[s.request], steps * middle, len(replica.tenants))
     return [int(tenant) for tenant in np.argsort(-held, kind="stable") if held[tenant] > 0]

@@ -155,9 +155,7 @@ def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFr
 
 def doing_of(replica: Replica, stretches: Ints) -> list[str]:
     """What the request of each of these stretches (rows of the ledger's) was doing in it."""
-    lives = replica.partition.lives.table
-    states = np.full(len(replica.ledger.stretches) + 1, int(State.UNSEEN))
-    states[lives["stretch"].to_numpy(np.int64)] = lives["state"].to_numpy(np.int64)
+    states = np.append(replica.partition.lives.state.astype(np.int64), int(State.UNSEEN))
     return _doing(replica, states[stretches], stretches)
 
 

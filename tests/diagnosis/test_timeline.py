@@ -2,10 +2,11 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stallscope.diagnosis.timeline import Timeline
+from stallscope.diagnosis.timeline import Timeline, at, running_total
 
 EPOCH = 1_800_000_000_000_000_000
 
@@ -30,26 +31,25 @@ def step_tables(draw: st.DrawFn) -> pd.DataFrame:
     return frame.reset_index(drop=True)
 
 
-@given(step_tables())
-def test_every_instant_is_slice_gap_idle_or_unobserved_and_only_one(steps: pd.DataFrame) -> None:
+@given(step_tables(), st.data())
+def test_every_instant_is_slice_gap_idle_or_unobserved_and_only_one(steps: pd.DataFrame, data: st.DataObject) -> None:
     timeline = Timeline.of_steps(steps)
-    slices = timeline.over_slices(timeline.duration.astype(float))
-    idle = float((timeline.idle_end - timeline.idle_start).sum())
-    spent = slices[-1] + timeline.host_gap[-1] + timeline.unobserved[-1]
-    # Idle before a step whose predecessor is missing lies in the unobserved gap, and is counted once, as idle.
-    assert spent + idle == timeline.end[-1] - timeline.before[0]
-    assert (np.diff(timeline.knots) >= 0).all()
+    first, last = int(timeline.bounds[0]), int(timeline.bounds[-1])
+    cuts = np.sort(np.array([first, last, *data.draw(st.lists(st.integers(first, last), max_size=5))]))
+    begin, end = cuts[:-1], cuts[1:]
+    kinds = [one.between(begin, end) for one in (timeline.slices, timeline.idle, timeline.unobserved)]
+    kinds.append(timeline.host_gap(begin, end))
+    assert all((kind >= 0).all() for kind in kinds)
+    assert sum(kinds).tolist() == (end - begin).tolist()
 
 
 @given(step_tables(), st.data())
-def test_cumulative_functions_add_up_over_any_cut(steps: pd.DataFrame, data: st.DataObject) -> None:
+def test_a_running_total_rises_evenly_over_each_slice(steps: pd.DataFrame, data: st.DataObject) -> None:
     timeline = Timeline.of_steps(steps)
-    low, high = int(timeline.before[0]), int(timeline.end[-1])
-    cuts = np.sort(np.array([low, high, *data.draw(st.lists(st.integers(low, high), max_size=5))]))
-    for values in (timeline.host_gap, timeline.unobserved, timeline.over_slices(timeline.duration.astype(float))):
-        parts = np.diff(timeline.at(values, cuts))
-        assert (parts >= 0).all()
-        assert np.isclose(parts.sum(), values[-1])
+    first, last = int(timeline.bounds[0]), int(timeline.bounds[-1])
+    times = np.array(data.draw(st.lists(st.integers(first, last), min_size=1, max_size=5)))
+    found = at(running_total(timeline.duration.astype(float)), timeline.locate(times))
+    assert found == pytest.approx(timeline.slices.before(times))
 
 
 def test_a_gap_over_lost_steps_is_unobserved_not_the_hosts() -> None:
@@ -57,8 +57,9 @@ def test_a_gap_over_lost_steps_is_unobserved_not_the_hosts() -> None:
         {"step": [0, 3], "scheduled": [0, 50], "dispatched": [2, 52], "ready": [10, 60], "idle_ns": [0, 0]}
     )
     timeline = Timeline.of_steps(steps + np.array([0, EPOCH, EPOCH, EPOCH, 0]))
-    assert timeline.host_gap[-1] == 2
-    assert timeline.unobserved[-1] == 42
+    whole = timeline.bounds[:1], timeline.bounds[-1:]
+    assert timeline.host_gap(*whole) == 2
+    assert timeline.unobserved.between(*whole) == 42
 
 
 def test_overlapping_steps_have_slices_that_do_not_overlap() -> None:

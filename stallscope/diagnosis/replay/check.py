@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stallscope.diagnosis.replay.history import History, Standing, fill_cache, make_request
+from stallscope.diagnosis.replay.history import History, Standing, fill_cache, make_request, scheduled_at
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Scheduler
 from stallscope_telemetry.records import RequestState
@@ -39,11 +39,11 @@ def forced_agreement(history: History, first: int, last: int) -> Agreement:
 
 
 def _worth_looking_at(history: History, first: int, last: int) -> list[int]:
-    steps = history.replica.steps.iloc[first : last + 1]
+    batches = history.replica.batches.iloc[first : last + 1]
     positions = np.arange(first, last + 1)
     # A first step, and one after lost telemetry, follow no known state.
     known = (positions > 0) & history.replica.timeline.observed[first : last + 1]
-    busy = (steps["waiting"].fillna(0).to_numpy(np.int64) > 0) | (steps["prefill_tokens"].fillna(0).to_numpy() > 0)
+    busy = (batches["waiting"].to_numpy() > 0) | (batches["prefill_tokens"].to_numpy() > 0)
     chosen = [*_spread(positions[known & busy], MOST_STEPS // 2), *_spread(positions[known], MOST_STEPS // 2)]
     return sorted(set(chosen))
 
@@ -67,7 +67,7 @@ def _agrees(history: History, position: int) -> bool:
     if history.config.prefix_caching:
         fill_cache(scheduler, _found_later(history, standing))
     scheduler.resume(running, preempted + waiting)
-    batch = scheduler.schedule(int(history.replica.timeline.scheduled[position]))
+    batch = scheduler.schedule(scheduled_at(history.replica, position))
     code_of = {request: code for code, request in requests.items()}
     replayed = {} if batch is None else dict(zip((code_of[r] for r in batch.requests), batch.num_tokens, strict=True))
     return replayed == recorded

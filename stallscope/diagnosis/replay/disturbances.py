@@ -51,10 +51,9 @@ class Disturbances:
 
 @dataclass(frozen=True, eq=False)
 class StepTimes:
-    """Arrays over steps, ns: when scheduled and dispatched, the slice (``start`` to ``end``), host gap before it, size
-    of the batch and the predicted duration."""
+    """Arrays over steps, ns: the slice (``start`` to ``end``), host gap before it, size of the batch and the predicted
+    duration."""
 
-    scheduled: Ints
     start: Ints
     end: Ints
     host_gap: Ints

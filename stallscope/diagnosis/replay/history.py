@@ -95,7 +95,7 @@ class History:
 
     def standing_at(self, position: int) -> list[Standing]:
         """Everybody when the step at ``position`` was scheduled: who runs, by admission, then who waits, by arrival."""
-        now = int(self.replica.timeline.scheduled[position])
+        now = scheduled_at(self.replica, position)
         requests, rows = self.replica.requests, self._rows
         # Whoever was last seen earlier than in the step before has gone, whatever is known of its end.
         there = np.flatnonzero((rows.first < position) & (rows.last >= position - 1))
@@ -148,6 +148,11 @@ class _Rows:
     admitted: Flags
 
 
+def scheduled_at(replica: Replica, position: int) -> int:
+    """When the step at a position of the timeline was scheduled, ns."""
+    return int(replica.steps["scheduled"].to_numpy(np.int64)[position])
+
+
 def read_history(replica: Replica) -> History:
     """The history of a replica. Raises NotReplayable where its configuration is not known."""
     return History(replica, _configuration(replica), _requests(replica))
@@ -166,7 +171,7 @@ def _configuration(replica: Replica) -> EngineConfig:
 
 
 def _requests(replica: Replica) -> pd.DataFrame:
-    raw = replica.requests
+    raw = replica.requests.join(replica.clients)
     reason, state = raw["finish_reason"].to_numpy(), raw["state"].to_numpy()
     gave_up = np.isin(reason, _GAVE_UP)
     output = np.maximum(raw["output_tokens"].to_numpy(np.int64), 0)

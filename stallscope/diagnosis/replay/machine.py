@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from stallscope.diagnosis.ledger import features_at
 from stallscope.diagnosis.replay.disturbances import Disturbances, StepTimes, read_disturbances
 from stallscope.diagnosis.replay.history import History, NotReplayable
 from stallscope.diagnosis.replay.step_cost import StepCost, fit_step_cost
 
+MOST_STEPS = 500_000  # that are looked at
 FEWEST_STEPS = 200  # below, the cost of a step is a guess
 
 
@@ -32,24 +34,25 @@ class Machine:
 
 def learn_machine(history: History) -> Machine:
     """Learns from all steps whose batch is known. Raises NotReplayable where those are too few."""
-    ledger, timeline, steps = history.replica.ledger, history.replica.timeline, history.replica.steps
-    known = ledger.known
+    replica, timeline = history.replica, history.replica.timeline
+    looked_at = np.unique(np.linspace(0, len(timeline) - 1, min(len(timeline), MOST_STEPS)).astype(np.int64))
+    features = features_at(replica.ledger.stretches, looked_at)
+    known = features[:, 1:].any(axis=1)
     if int(known.sum()) < FEWEST_STEPS:
         raise NotReplayable(f"only {int(known.sum())} steps are known, which is too few to learn what a step costs")
-    features = ledger.features[known]
-    cost = fit_step_cost(features, timeline.duration[known].astype(np.float64))
+    chosen, features = looked_at[known], features[known]
+    cost = fit_step_cost(features, timeline.duration[chosen].astype(np.float64))
+    scheduled, dispatched = (replica.steps[name].to_numpy(np.int64)[chosen] for name in ("scheduled", "dispatched"))
     if history.config.async_scheduling:
         # The host prepares a step while the one before it runs: the gap says nothing of its work.
-        host = (steps["dispatched"] - steps["scheduled"]).to_numpy(np.int64)
+        host = dispatched - scheduled
     else:
-        host = (timeline.start - timeline.before) - (timeline.idle_end - timeline.idle_start)
-    host = np.where(timeline.observed, host, 0)
+        host = timeline.host_gap(timeline.before[chosen], timeline.start[chosen])
     times = StepTimes(
-        timeline.scheduled[known],
-        timeline.start[known],
-        timeline.end[known],
-        host[known],
-        steps["batch_size"].fillna(0).to_numpy(np.float64)[known],
+        timeline.start[chosen],
+        timeline.end[chosen],
+        np.where(timeline.observed[chosen], host, 0),
+        replica.batches["batch_size"].to_numpy(np.float64)[chosen],
         cost.predict(features),
     )
     return Machine(cost, read_disturbances(times))

@@ -20,9 +20,9 @@ from stallscope.diagnosis.replay.run import Plan
 
 def as_recorded(history: History, start_ns: int, end_ns: int, until_ns: int) -> Plan:
     """What stood and arrived between two times; the replay ends at ``until_ns``."""
-    timeline = history.replica.timeline
-    position = min(int(np.searchsorted(timeline.scheduled, start_ns)), len(timeline) - 1)
-    begin = min(int(timeline.scheduled[position]), start_ns) if position == 0 else int(timeline.scheduled[position])
+    scheduled = history.replica.steps["scheduled"].to_numpy(np.int64)
+    position = min(int(np.searchsorted(scheduled, start_ns)), len(scheduled) - 1)
+    begin = min(int(scheduled[position]), start_ns) if position == 0 else int(scheduled[position])
     standing = history.standing_at(position)
     there = [one.request for one in standing]
     arrival = history.requests["arrival"].to_numpy(np.int64)
