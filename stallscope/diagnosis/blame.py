@@ -100,11 +100,12 @@ class _Trial:
 
     def _alike(self, newcomers: list[Suspect]) -> list[_Candidate]:
         """Newcomers whose requests are of one shape, as groups."""
-        requests = self.case.replica.requests
+        replica = self.case.replica
+        sizes = replica.requests[["prompt_tokens"]].assign(limit=replica.clients["max_tokens"])
         shapes = {}
         for suspect in newcomers:
-            mine = requests[requests["tenant"] == suspect.tenant]
-            shapes[suspect.tenant] = mine[["prompt_tokens", "max_tokens"]].median().to_numpy(np.float64) + 1.0
+            mine = sizes[replica.tenant_of_request == suspect.tenant]
+            shapes[suspect.tenant] = mine.median().to_numpy(np.float64) + 1.0
         left = sorted(newcomers, key=lambda s: -s.caused_ns)
         groups = []
         while left:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.incidents import METRICS, TAIL_REQUESTS
+from stallscope.diagnosis.incidents import ITL, METRICS, TAIL_REQUESTS, TTFT
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints
 
@@ -52,8 +52,8 @@ def percentiles(replica: Replica, start_ns: int, end_ns: int, width: int, most_t
     lines = []
     for tenant in shown[:most_tenants]:
         mine = replica.requests[arrived & (replica.requests["tenant"] == tenant)]
-        for metric, values in zip(METRICS, (_first_tokens(mine), _longest_gaps(replica, mine)), strict=True):
-            lines += _lines(replica.tenants[tenant], metric, values, start_ns, bin_ns)
+        for metric, values in ((TTFT, _first_tokens(mine)), (ITL, _longest_gaps(replica, mine))):
+            lines += _lines(replica.tenants[tenant], METRICS[metric], values, start_ns, bin_ns)
     return Percentiles(replica.name, bin_ns, tuple(lines), max(0, len(shown) - most_tenants))
 
 

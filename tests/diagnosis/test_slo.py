@@ -28,7 +28,7 @@ def test_metric_limit_percentile_and_tenant_are_read(text: str, slo: Slo) -> Non
     ("text", "says"),
     [
         ("", "'' is no metric"),
-        ("tpot=5ms@p99", "'tpot' is no metric (ttft, itl)"),
+        ("tpot=5ms@p99", "'tpot' is no metric (ttft, itl, delivery)"),
         ("ttft", "'' is no metric"),
         ("ttft=500@p99", "'500@p99' is no limit at a percentile"),
         ("ttft=500ms", "'500ms' is no limit at a percentile"),
