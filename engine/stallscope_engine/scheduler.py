@@ -126,6 +126,7 @@ class Scheduler:
         """
         lost = []
         for request in running:
+            self.policy.queued(request)
             held = self.policy.held_tokens(request, request.computed_tokens)
             self.blocks.share(request, self.blocks.match(request)[: request.computed_tokens // self.config.block_size])
             if self.blocks.grow(request, held):

@@ -20,8 +20,11 @@ FEWEST_REQUESTS = 20  # below, usual and unusual can't be told apart
 UNKNOWN = "(unknown)"
 
 
-def diagnose(trace: Trace, *, replay: bool = True) -> Diagnosis:
-    """Finds the incidents of a trace and judges each; needs steps (fidelity 3). ``replay``: by what would have been."""
+def diagnose(trace: Trace, *, replay: bool = True, remedies: bool = False) -> Diagnosis:
+    """Finds the incidents of a trace and judges each; needs steps (fidelity 3).
+
+    ``replay``: by what would have been; then ``remedies`` may be tried too.
+    """
     incidents: list[Incident] = []
     summaries: list[TenantSummary] = []
     errors: list[float] = []
@@ -34,7 +37,7 @@ def diagnose(trace: Trace, *, replay: bool = True) -> Diagnosis:
         if replay and windows:
             replayer = prepare_replay(replica, fidelity=_fidelity(trace, replica.name))
             checks.append(replayer.check)
-        incidents.extend(judge(replica, waits, episodes, windows, replayer))
+        incidents.extend(judge(replica, waits, episodes, windows, replayer, remedies=remedies))
         summaries.extend(_summaries(replica, waits.table))
         errors.append(replica.ledger.model.error)
     incidents.sort(key=lambda incident: -incident.lost_s)

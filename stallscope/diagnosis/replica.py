@@ -32,7 +32,7 @@ _REQUEST_COLUMNS = (
 )  # fmt: skip
 _CLIENT_NUMBERS = ("max_tokens", "cached_tokens", "priority")
 _CLIENT_NAMES = ("finish_reason", "session", "predecessor", "retry_of")
-_BATCH_COLUMNS = ("batch_size", "running", "waiting", "prefill_tokens", "kv_used", "kv_cached", "kv_total")
+BATCH_COLUMNS = ("batch_size", "running", "waiting", "prefill_tokens", "kv_used", "kv_cached", "kv_total")
 _GAP_COLUMNS = ("request", "start", "length_ns", "count")
 
 
@@ -73,9 +73,9 @@ class Replica:
 
     @cached_property
     def batches(self) -> pd.DataFrame:
-        """Of each of ``steps``: batch_size, running, waiting, prefill_tokens, kv_used, kv_cached, kv_total (0: unknown)."""
-        rows = _rows(self.trace, "steps", ("step", *_BATCH_COLUMNS), self.name).sort_by("step")
-        return pd.DataFrame({column: _ints(rows[column]) for column in _BATCH_COLUMNS})
+        """Of each of ``steps``: its columns in ``BATCH_COLUMNS`` (0: unknown)."""
+        rows = _rows(self.trace, "steps", ("step", *BATCH_COLUMNS), self.name).sort_by("step")
+        return pd.DataFrame({column: _ints(rows[column]) for column in BATCH_COLUMNS})
 
     @cached_property
     def clients(self) -> pd.DataFrame:

@@ -6,6 +6,8 @@ Where the recording could be replayed, that decides (``blame``); without a repla
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 
 from stallscope.diagnosis.blame import Judgement, judge_by_replay
@@ -15,6 +17,7 @@ from stallscope.diagnosis.incidents import Waits, Window
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
 from stallscope.diagnosis.partition import Party
+from stallscope.diagnosis.remedies import try_remedies
 from stallscope.diagnosis.replay.interventions import IncidentReplays
 from stallscope.diagnosis.replay.replayer import Replayer
 from stallscope.diagnosis.replica import Replica
@@ -31,11 +34,18 @@ DOMINATES = 0.5
 
 
 def judge(
-    replica: Replica, waits: Waits, episodes: list[Window], windows: list[Window], replayer: Replayer | None = None
+    replica: Replica,
+    waits: Waits,
+    episodes: list[Window],
+    windows: list[Window],
+    replayer: Replayer | None = None,
+    *,
+    remedies: bool = False,
 ) -> list[Incident]:
     """The incidents among the windows, in their order. Without a ``replayer``, by charges alone: then all of them.
 
     ``episodes``: all stretches with stalled waits, of which the windows are some: none of them counts as usual.
+    ``remedies``: those are tried too, on the incidents that could be replayed.
     """
     loads = Loads(replica, [(episode.start, episode.end) for episode in episodes])
     healthy = healthy_waits(waits, windows)
@@ -50,7 +60,12 @@ def judge(
         if of_window is not None and judgement.finding is not None and not _beyond_replay(judgement.finding):
             judgement = judge_by_replay(case, of_window, judgement.finding)
         if judgement.finding is not None:
-            incidents.append(_incident(case, judgement.finding, judgement.interventions))
+            incident = _incident(case, judgement.finding, judgement.interventions)
+            if remedies and of_window is not None and judgement.interventions:
+                culprits = [suspect.tenant for suspect in judgement.finding.culprits]
+                tried = try_remedies(of_window, culprits, judgement.finding.mechanism)
+                incident = dataclasses.replace(incident, remedies=tried)
+            incidents.append(incident)
     return incidents
 
 

@@ -7,7 +7,7 @@ them is what was changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -150,18 +150,21 @@ class IncidentReplays:
         """The effect of an engine without pauses and drops of its clocks."""
         return self._effect([self.stretch.without_faults(draw) for draw in draws], draws, ())
 
-    def without_requests(self, requests: Sequence[int], draws: Sequence[int] = DRAWS[:1]) -> Effect:
-        """The effect of some requests (codes) not being there."""
-        tenants = self.history.requests["tenant"].to_numpy()[list(requests)].tolist()
-        return self._effect([self.stretch.without((), requests, draw) for draw in draws], draws, tenants)
+    def without_requests(
+        self, requests: Sequence[int], apart: Sequence[int] | None = None, draws: Sequence[int] = DRAWS[:1]
+    ) -> Effect:
+        """The effect of some requests (codes) not being there, on tenants not ``apart`` (default: whose they are)."""
+        tenants = np.unique(self.history.requests["tenant"].to_numpy()[list(requests)]).tolist()
+        outcomes = [self.stretch.without((), requests, draw) for draw in draws]
+        return self._effect(outcomes, draws, tenants if apart is None else apart)
 
     def without_tenants(self, tenants: Sequence[int], draws: Sequence[int] = DRAWS[:1]) -> Effect:
         """The effect of some tenants not being there."""
         return self._effect([self.stretch.without(tenants, (), draw) for draw in draws], draws, tenants)
 
-    def configured(self, config: EngineConfig, draws: Sequence[int] = DRAWS[:1]) -> Effect:
-        """The effect of another configuration."""
-        return self._effect([self.stretch.configured(config, draw) for draw in draws], draws, ())
+    def configured(self, config: EngineConfig, apart: Sequence[int] = (), draws: Sequence[int] = DRAWS[:1]) -> Effect:
+        """The effect of another configuration on tenants not ``apart``."""
+        return self._effect([self.stretch.configured(config, draw) for draw in draws], draws, apart)
 
     def relaxed(self, relaxation: Relaxation, apart: Sequence[int]) -> Effect:
         """The effect of one resource being endless or free, on tenants not ``apart``."""
@@ -178,8 +181,11 @@ class IncidentReplays:
 
     # --- measures ---------------------------------------------------------------------------------------------
 
-    def _excess(self, outcomes: pd.DataFrame, apart: Sequence[int] = ()) -> float:
-        rows = in_scope(outcomes, self._scope) & ~outcomes["tenant"].isin(list(apart)).to_numpy()
+    def _excess(self, outcomes: pd.DataFrame, apart: Sequence[int] = (), scope: Ints | None = None) -> float:
+        rows = (
+            in_scope(outcomes, self._scope if scope is None else scope)
+            & ~outcomes["tenant"].isin(list(apart)).to_numpy()
+        )
         return float(self._norms.excess(outcomes[rows]).sum()) / 1e9
 
     def excess_of(self, tenants: Sequence[int]) -> float:
@@ -189,8 +195,9 @@ class IncidentReplays:
     def _effect(self, outcomes: Sequence[Outcome], draws: Sequence[int], tenants: Sequence[int]) -> Effect:
         restored = []
         for draw, outcome in zip(draws, outcomes, strict=True):
-            before = self._excess(self.stretch.unchanged(draw).requests, tenants)
-            after = self._excess(outcome.requests, tenants)
+            there = np.intersect1d(self._scope, outcome.requests["code"].to_numpy(np.int64))
+            before = self._excess(self.stretch.unchanged(draw).requests, tenants, there)
+            after = self._excess(outcome.requests, tenants, there)
             restored.append(1.0 - after / before if before > 0 else 0.0)
         return Effect(tuple(restored), self._own(outcomes, draws, tenants), tuple(outcomes))
 
@@ -214,8 +221,8 @@ class IncidentReplays:
     ) -> Intervention:
         """An effect as reports show it, with the percentiles of all tenants that met the incident."""
         names = self.history.replica.tenants
-        whole = self._unchanged(effect.outcomes)
-        made = sum(_finished_tokens(one) for one in effect.outcomes) / max(sum(map(_finished_tokens, whole)), 1.0)
+        pairs = list(zip(self._unchanged(effect.outcomes), effect.outcomes, strict=True))
+        made = float(np.mean([_throughput(before, after) for before, after in pairs]))
         return Intervention(
             kind=kind,
             what=what,
@@ -271,10 +278,9 @@ def _quantile(waits: Floats, quantile: float) -> float:
     return float(np.quantile(waits, quantile, method="higher")) / 1e9 if len(waits) else 0.0
 
 
-def _finished_tokens(outcome: Outcome) -> float:
-    return float(outcome.requests["output_tokens"].sum())
-
-
-def with_settings(config: EngineConfig, **settings: object) -> EngineConfig:
-    """The configuration with some settings changed; ValueError where they don't go together."""
-    return replace(config, **settings)  # type: ignore[arg-type]
+def _throughput(before: Outcome, after: Outcome) -> float:
+    """Output tokens made in a replay over those made in another, of the requests that both have."""
+    codes = np.intersect1d(before.requests["code"], after.requests["code"])
+    codes = codes[codes >= 0]
+    made = [float(one.requests.loc[one.requests["code"].isin(codes), "output_tokens"].sum()) for one in (before, after)]
+    return made[1] / max(made[0], 1.0)
