@@ -88,7 +88,9 @@ def _settings(replays: IncidentReplays, mechanism: str | None, culprits: Sequenc
     changes: list[dict[str, object]] = []
     if mechanism in _PREFILL:
         if not config.chunked_prefill:
-            changes.append({"chunked_prefill": True, "max_num_batched_tokens": min(budget, _TRIED_BUDGET)})
+            # Cut up, a prompt still takes every step's whole budget until it is done, unless that is limited too.
+            chunked = {"chunked_prefill": True, "max_num_batched_tokens": min(budget, _TRIED_BUDGET)}
+            changes += [chunked, chunked | {"long_prefill_token_threshold": _SMALL_BUDGET}]
         else:
             if budget > _SMALL_BUDGET:
                 changes.append({"max_num_batched_tokens": max(_SMALL_BUDGET, budget // 4)})
