@@ -79,7 +79,8 @@ def find_truth(case: Case) -> tuple[Truth, pd.DataFrame]:
 
 def _find(case: Case) -> tuple[Truth, pd.DataFrame]:
     expect, scenario = case.expect, case.scenario
-    with_all, without = _run(case, scenario), _run(case, scenario, inject=False)
+    with_all = _run(case, scenario)
+    without = _run(case, scenario, inject=False) if case.injects else with_all
     pairs = pair(with_all, without)
     everyone = [tenant.name for tenant in scenario.tenants]
     suspects = [name for party in _parties(scenario) for name in party]
