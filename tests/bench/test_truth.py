@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stallscope.bench.truth import Truth, find_truth
+from stallscope.bench.truth import InVirtualTime, Truth, find_truth
 from tests.bench.stories import ANSWERS, FLOOD, RISER, story_case, write_story
 
 GUILTY = "{verdict: noisy_neighbor, culprits: [ember], mechanism: [prefill_queue]}"
 
 
 def truth_of(folder: Path, *inject: str, expect: str, **settings: int) -> Truth:
-    truth, _ = find_truth(story_case(write_story(folder, *inject, expect=expect, **settings)))
+    truth, _ = find_truth(story_case(write_story(folder, *inject, expect=expect, **settings)), InVirtualTime(0))
     return truth
 
 
