@@ -8,7 +8,6 @@ from pathlib import Path
 
 from stallscope.diagnosis.model import Diagnosis, Incident, InterventionKind, Verdict
 from stallscope.errors import UsageError
-from stallscope.workloads.recording import VIRTUAL_START_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +43,8 @@ class Answer:
     predictions: tuple[Predicted, ...] = ()
 
 
-def answer_of(diagnosis: Diagnosis) -> Answer:
-    """What a diagnosis says, by its most harmful incident."""
+def answer_of(diagnosis: Diagnosis, start_ns: int) -> Answer:
+    """What a diagnosis says of a run that began at ``start_ns``, by its most harmful incident."""
     incidents = diagnosis.incidents
     if not incidents:
         return Answer(str(diagnosis.verdict), confidence=str(diagnosis.confidence))
@@ -65,8 +64,8 @@ def answer_of(diagnosis: Diagnosis) -> Answer:
                 one.tenant,
                 one.metric,
                 one.quantile,
-                (incident.start_ns - VIRTUAL_START_NS) / 1e9,
-                (incident.end_ns - VIRTUAL_START_NS) / 1e9,
+                (incident.start_ns - start_ns) / 1e9,
+                (incident.end_ns - start_ns) / 1e9,
                 one.recorded_s,
                 one.predicted_s,
             )

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 
@@ -18,8 +19,9 @@ import stallscope_engine
 import stallscope_telemetry
 from stallscope.bench.cases import Case
 from stallscope.bench.policies import registered
-from stallscope.bench.truth import Truth, find_truth
+from stallscope.bench.truth import InVirtualTime, OnTorch, Truth, find_truth
 from stallscope.workloads.recording import record
+from stallscope.workloads.replica import ExecutorName
 
 _TRUTH_CODE = ("cases", "paired", "policies", "relaxations", "truth")
 
@@ -38,19 +40,21 @@ class Made:
     trace: Path
 
 
-def make(case: Case, folder: Path) -> Made:
-    """The case from ``folder``, or made and put there."""
-    stem = folder / _digest(case)
+def make(case: Case, folder: Path, executor: ExecutorName) -> Made:
+    """The case from ``folder``, or made on ``executor`` and put there."""
+    stem = folder / _digest(case, executor)
     truth, pairs = stem.with_suffix(".json"), stem.with_suffix(".parquet")
     trace = stem.with_suffix(".otlp.jsonl.zst")
     folder.mkdir(parents=True, exist_ok=True)
     if not trace.exists():
         draft = stem.with_name(f"{stem.name}-{os.getpid()}.otlp.jsonl.zst")
         with registered():
-            record(case.scenario, draft, seed=case.seed, executor="virtual", force=True)
+            record(case.scenario, draft, seed=case.seed, executor=executor, force=True)
         draft.replace(trace)
     if not truth.exists():
-        found, table = find_truth(case)
+        with TemporaryDirectory() as scratch:
+            on_torch = OnTorch(case.seed, Path(scratch), case.scenario, trace)
+            found, table = find_truth(case, on_torch if executor == "torch" else InVirtualTime(case.seed))
         table.to_parquet(pairs)
         draft = truth.with_suffix(f".{os.getpid()}")
         draft.write_text(found.to_json(), encoding="utf-8")
@@ -58,8 +62,8 @@ def make(case: Case, folder: Path) -> Made:
     return Made(Truth.from_json(truth.read_text(encoding="utf-8")), pd.read_parquet(pairs), trace)
 
 
-def _digest(case: Case) -> str:
-    return hashlib.sha256(f"{_code()}{case}".encode()).hexdigest()[:24]
+def _digest(case: Case, executor: ExecutorName) -> str:
+    return hashlib.sha256(f"{_code()}{executor}{case}".encode()).hexdigest()[:24]
 
 
 @cache

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stallscope.errors import UsageError
 
+if TYPE_CHECKING:
+    from stallscope.workloads.replica import ExecutorName
+
 app = typer.Typer(name="bench", help="How true diagnoses are, measured.", no_args_is_help=True)
 PIPE_WIDTH = 140
+
+
+class Executor(StrEnum):
+    virtual = "virtual"
+    torch = "torch"
 
 
 @app.callback()
@@ -26,6 +35,9 @@ def stall(
         typer.Option(help="Folder of scenario files with an expect; the benchmark's own by default."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="A:B, from A to before B; work on 0:100, report on others.")] = "0:20",
+    executor: Annotated[
+        Executor, typer.Option(help="torch runs in real time, several times a case; give it scenarios made for it.")
+    ] = Executor.virtual,
     as_json: Annotated[bool, typer.Option("--json", help="All scores and runs, for machines.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Of this machine's cores; all by default.")] = None,
     cache: Annotated[
@@ -58,7 +70,8 @@ def stall(
     if record is not None and score is not None:
         raise UsageError("--record hands out traces, --score takes answers: give one of them")
     files, chosen, folder = families(scenarios or SCENARIOS), _seeds(seeds), cache or default_folder()
-    many = processes or os.cpu_count() or 1
+    many = processes or (1 if executor is Executor.torch else os.cpu_count() or 1)
+    name: ExecutorName = "torch" if executor is Executor.torch else "virtual"
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(f"{len(files)} families x {len(chosen)} seeds", total=1.0)
@@ -67,13 +80,15 @@ def stall(
             bar.update(task, completed=share)
 
         if record is not None:
-            written = runner.run(partial(runner.hand_out, folder=folder, out=record), files, chosen, many, advance)
+            written = runner.run(
+                partial(runner.hand_out, folder=folder, executor=name, out=record), files, chosen, many, advance
+            )
             typer.echo(f"{len(written)} traces in {record / 'traces'}, what is true of them in {record / 'truth'}")
             return
         if score is not None:
-            work = partial(runner.judge_answer, folder=folder, answers=read_answers(score))
+            work = partial(runner.judge_answer, folder=folder, executor=name, answers=read_answers(score))
         else:
-            work = partial(runner.judge, folder=folder)
+            work = partial(runner.judge, folder=folder, executor=name)
         judged = runner.run(work, files, chosen, many, advance)
     if as_json:
         typer.echo(to_json(judged))

@@ -12,7 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 
+from stallscope.trace import Trace
 from stallscope.workloads.recording import VIRTUAL_START_NS, Simulation
 from stallscope.workloads.scenario import Scenario
 from stallscope.workloads.traffic import plan
@@ -24,6 +26,7 @@ TAIL_REQUESTS = 300  # that a p99 needs behind it
 FEW_REQUESTS = 3
 FEWEST_REQUESTS = 20  # that a p90 needs
 WINDOWS_S = (15.0, 60.0)
+_COLUMNS = ("request", "tenant", "arrival_s", *METRICS)
 
 
 def outcomes(scenario: Scenario, seed: int, inject: bool, run: Simulation) -> pd.DataFrame:
@@ -31,10 +34,6 @@ def outcomes(scenario: Scenario, seed: int, inject: bool, run: Simulation) -> pd
 
     Requests that wait still when the run ends count as waited so far; those that had begun to answer are left out.
     """
-    planned = plan(scenario, seed, inject)
-    due = pd.DataFrame(
-        [(one.request_id, one.offset_ns, one.injected) for one in planned], columns=["request", "due", "injected"]
-    ).set_index("request")
     rows = [
         (one.info.request_id, one.info.tenant, one.info.arrival_ns, *_waits(one), one.delivered_ns - one.end_ns)
         for one in run.requests
@@ -49,8 +48,38 @@ def outcomes(scenario: Scenario, seed: int, inject: bool, run: Simulation) -> pd
         for info in step.joined
         if info.request_id not in ended and info.handle not in began and not info.retry_of
     ]
-    table = pd.DataFrame(rows, columns=["request", "tenant", "arrival_s", *METRICS])
-    table["arrival_s"] -= VIRTUAL_START_NS
+    return _keyed(pd.DataFrame(rows, columns=list(_COLUMNS)), scenario, seed, inject, VIRTUAL_START_NS)
+
+
+def outcomes_of_trace(scenario: Scenario, seed: int, inject: bool, trace: Trace) -> tuple[pd.DataFrame, int]:
+    """The same of a recording in real time, and when its run began (ns)."""
+    requests = trace.requests.select(["request", "tenant", "arrival", "first_token", "end", "delivered", "retry_of"])
+    table = requests.to_pandas().astype({"request": str, "tenant": str})
+    table = table[table["retry_of"].isna()]
+    gaps = trace.gaps.select(["request", "length_ns"]).to_pandas().astype({"request": str})
+    last_ns = pc.max(trace.steps["ready"]).as_py() or 0
+    rows = pd.DataFrame(
+        {
+            "request": table["request"],
+            "tenant": table["tenant"],
+            "arrival_s": table["arrival"],
+            "ttft": table["first_token"].fillna(table["end"]).fillna(last_ns) - table["arrival"],
+            "itl": table["request"].map(gaps.groupby("request")["length_ns"].max()).fillna(0),
+            "delivery": (table["delivered"] - table["end"]).fillna(0),
+        }
+    )
+    due = {one.request_id: one.offset_ns for one in plan(scenario, seed, inject)}
+    start_ns = int((rows["arrival_s"] - rows["request"].map(due)).min())
+    return _keyed(rows, scenario, seed, inject, start_ns), start_ns
+
+
+def _keyed(table: pd.DataFrame, scenario: Scenario, seed: int, inject: bool, start_ns: int) -> pd.DataFrame:
+    """Rows of ``_COLUMNS`` in ns as those of ``outcomes``, by a key that other runs of the case have too."""
+    due = pd.DataFrame(
+        [(one.request_id, one.offset_ns, one.injected) for one in plan(scenario, seed, inject)],
+        columns=["request", "due", "injected"],
+    ).set_index("request")
+    table["arrival_s"] -= start_ns
     table[["arrival_s", *METRICS]] /= 1e9
     table = table.join(due, on="request")
     table["injected"] = table["injected"].eq(True)

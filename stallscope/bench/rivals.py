@@ -13,7 +13,6 @@ import pandas as pd
 from stallscope.bench.paired import Harm
 from stallscope.diagnosis.model import Diagnosis
 from stallscope.trace import Trace
-from stallscope.workloads.recording import VIRTUAL_START_NS
 
 RULES = (
     "most tokens",
@@ -27,36 +26,39 @@ RULES = (
 _BIN_S = 5.0  # of the correlation
 
 
-def accuse(trace: Trace, diagnosis: Diagnosis, harm: Harm) -> dict[str, str]:
-    """Whom each rule names, "" where it has nothing to go by; the charges are those of the diagnosis."""
+def accuse(trace: Trace, diagnosis: Diagnosis, harm: Harm, start_ns: int) -> dict[str, str]:
+    """Whom each rule names in a run that began at ``start_ns``, "" where it has nothing to go by.
+
+    The charges are those of the diagnosis.
+    """
     harm = replace(harm, from_s=max(harm.from_s - harm.with_s, 0.0))
-    requests = _requests(trace)
+    requests = _requests(trace, start_ns)
     inside = requests["arrival_s"].between(harm.from_s, harm.to_s)
     during = requests[inside].groupby("tenant")
     length_s = harm.to_s - harm.from_s
     rest_s = max(float(requests["arrival_s"].max()) - length_s, 1.0)
     usual = requests[~inside].groupby("tenant")["tokens"].sum() / rest_s
     above = (during["tokens"].sum() / length_s).sub(usual, fill_value=0)
-    scores: list[pd.Series[float]] = [
+    scores = (
         during["tokens"].sum(),
         during["prompt_tokens"].max(),
-        _kv_held(trace, harm),
-        during.size().astype(np.float64),
+        _kv_held(trace, harm, start_ns),
+        during.size(),
         _correlation(requests),
         above,
         _charges(diagnosis),
-    ]
+    )
     return {rule: str(score.idxmax()) if len(score) else "" for rule, score in zip(RULES, scores, strict=True)}
 
 
-def _requests(trace: Trace) -> pd.DataFrame:
+def _requests(trace: Trace, start_ns: int) -> pd.DataFrame:
     """tenant, arrival_s, prompt_tokens, tokens, ttft_s (null where there was none)."""
     columns = ["tenant", "arrival", "first_token", "prompt_tokens", "output_tokens"]
     table = trace.requests.select(columns).to_pandas()
     return pd.DataFrame(
         {
             "tenant": table["tenant"].astype(str),
-            "arrival_s": (table["arrival"] - VIRTUAL_START_NS) / 1e9,
+            "arrival_s": (table["arrival"] - start_ns) / 1e9,
             "prompt_tokens": table["prompt_tokens"],
             "tokens": table["prompt_tokens"] + table["output_tokens"].fillna(0),
             "ttft_s": (table["first_token"] - table["arrival"]) / 1e9,
@@ -64,21 +66,21 @@ def _requests(trace: Trace) -> pd.DataFrame:
     )
 
 
-def _kv_held(trace: Trace, harm: Harm) -> pd.Series[float]:
+def _kv_held(trace: Trace, harm: Harm, start_ns: int) -> pd.Series[float]:
     """Block-seconds of each tenant in the window, by the blocks that a stretch of steps begins with."""
     steps = trace.steps.select(["step", "dispatched", "ready"]).to_pandas().sort_values("step")
     held = trace.residency.select(["tenant", "first_step", "last_step", "kv_blocks"]).to_pandas()
     numbers = steps["step"].to_numpy()
-    start = _at(steps["dispatched"], numbers, held["first_step"]).clip(harm.from_s, harm.to_s)
-    end = _at(steps["ready"], numbers, held["last_step"]).clip(harm.from_s, harm.to_s)
+    start = _at(steps["dispatched"] - start_ns, numbers, held["first_step"]).clip(harm.from_s, harm.to_s)
+    end = _at(steps["ready"] - start_ns, numbers, held["last_step"]).clip(harm.from_s, harm.to_s)
     seconds = pd.Series(held["kv_blocks"].fillna(0).to_numpy() * (end - start), dtype=float)
     return seconds.groupby(held["tenant"].astype(str)).sum()
 
 
 def _at(times: pd.Series[int], numbers: np.ndarray, step: pd.Series[int]) -> np.ndarray:
-    """Seconds into the run of each of ``step``, or of the next step that was seen."""
+    """Seconds (of ``times``, ns) at each of ``step``, or of the next step that was seen."""
     place = np.minimum(np.searchsorted(numbers, step.to_numpy()), len(numbers) - 1)
-    return (times.to_numpy()[place] - VIRTUAL_START_NS) / 1e9
+    return times.to_numpy()[place] / 1e9
 
 
 def _correlation(requests: pd.DataFrame) -> pd.Series[float]:

@@ -17,6 +17,7 @@ from stallscope.bench.rivals import accuse
 from stallscope.bench.scores import Judged, calibration_error
 from stallscope.diagnosis import diagnose
 from stallscope.trace import read_trace
+from stallscope.workloads.replica import ExecutorName
 
 Job = tuple[Path, int]  # scenario file, seed
 Progress = Callable[[float], None]
@@ -30,29 +31,29 @@ def case_name(job: Job) -> str:
     return blake2b(f"{file.stem}/{seed}".encode(), digest_size=5).hexdigest()
 
 
-def judge(job: Job, folder: Path) -> Judged:
+def judge(job: Job, folder: Path, executor: ExecutorName) -> Judged:
     """Makes a case, or finds it in the cache ``folder``, has its trace diagnosed as a user would, and compares."""
-    made = make(make_case(*job), folder)
+    made = make(make_case(*job), folder, executor)
     truth = made.truth
     try:
         trace = read_trace(made.trace)
         diagnosis = diagnose(trace)
     except Exception as error:  # whatever ends an analyzer is a wrong answer to one case, and not the end of the others
         return Judged(case_name(job), truth, Answer(f"{CRASHED}: {type(error).__name__}: {error}"), {})
-    answer = answer_of(diagnosis)
-    rivals = accuse(trace, diagnosis, truth.harm) if truth.culprits and truth.harm else {}
+    answer = answer_of(diagnosis, truth.start_ns)
+    rivals = accuse(trace, diagnosis, truth.harm, truth.start_ns) if truth.culprits and truth.harm else {}
     return Judged(case_name(job), truth, answer, rivals, calibration_error(truth, made.pairs, answer))
 
 
-def judge_answer(job: Job, folder: Path, answers: Mapping[str, Answer]) -> Judged:
+def judge_answer(job: Job, folder: Path, executor: ExecutorName, answers: Mapping[str, Answer]) -> Judged:
     """The same for what somebody else said of the case; nothing said is a wrong answer."""
-    made = make(make_case(*job), folder)
+    made = make(make_case(*job), folder, executor)
     return Judged(case_name(job), made.truth, answers.get(case_name(job), Answer("")), {})
 
 
-def hand_out(job: Job, folder: Path, out: Path) -> Path:
+def hand_out(job: Job, folder: Path, executor: ExecutorName, out: Path) -> Path:
     """Writes a case for others: its trace to ``out``/traces, and apart from it the truth to ``out``/truth."""
-    made = make(make_case(*job), folder)
+    made = make(make_case(*job), folder, executor)
     name = case_name(job)
     for kind in ("traces", "truth"):
         (out / kind).mkdir(parents=True, exist_ok=True)

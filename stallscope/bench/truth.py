@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 import pandas as pd
 
 from stallscope.bench.cases import Case
-from stallscope.bench.paired import Harm, few_harmed, outcomes, pair, same_harm, worst_harm
+from stallscope.bench.paired import Harm, few_harmed, outcomes, outcomes_of_trace, pair, same_harm, worst_harm
 from stallscope.bench.policies import registered
 from stallscope.bench.relaxations import Relaxation, relaxed, worth_trying
-from stallscope.workloads.recording import simulate
+from stallscope.trace import read_trace
+from stallscope.workloads.recording import VIRTUAL_START_NS, record, simulate
 from stallscope.workloads.scenario import Scenario, Traffic, tenants_of
+from stallscope_engine.executors.virtual import StepCost
 
 CULPRIT_SHARE = 0.2  # of the harm, averaged over what goes with it first and last: above, a party is a culprit
 BYSTANDER_SHARE = 0.1  # below, to accuse it is false; between the two it is no mistake either way
@@ -49,6 +53,7 @@ class Truth:
     relief: dict[str, float]
     requests: tuple[str, ...]
     harm: Harm | None
+    start_ns: int  # when the run began, on the trace's clock
 
     @property
     def is_harmful(self) -> bool:
@@ -71,15 +76,64 @@ class Truth:
         return Truth(**(raw | lists | {"harm": raw["harm"] and Harm(**raw["harm"])}))
 
 
-def find_truth(case: Case) -> tuple[Truth, pd.DataFrame]:
+class Runs(Protocol):
+    """Runs scenarios, with or without what they inject, to ``paired.outcomes``.
+
+    ``repeat``: the same run twice is the same. Where it isn't, steps can't be given another cost either.
+    """
+
+    @property
+    def start_ns(self) -> int: ...
+    @property
+    def repeat(self) -> bool: ...
+    def __call__(self, scenario: Scenario, inject: bool = True, cost: StepCost | None = None) -> pd.DataFrame: ...
+
+
+@dataclass(frozen=True, slots=True)
+class InVirtualTime:
+    """Runs one seed in virtual time."""
+
+    seed: int
+    start_ns: int = VIRTUAL_START_NS
+    repeat: bool = True
+
+    def __call__(self, scenario: Scenario, inject: bool = True, cost: StepCost | None = None) -> pd.DataFrame:
+        return outcomes(scenario, self.seed, inject, simulate(scenario, self.seed, inject, cost))
+
+
+@dataclass(slots=True)
+class OnTorch:
+    """Records one seed in real time into ``folder``; ``recorded`` is the run of ``judged`` that is there already."""
+
+    seed: int
+    folder: Path
+    judged: Scenario
+    recorded: Path
+    start_ns: int = 0
+    repeat: bool = False
+
+    def __call__(self, scenario: Scenario, inject: bool = True, cost: StepCost | None = None) -> pd.DataFrame:
+        path = self.recorded
+        is_judged = inject and scenario is self.judged
+        if not is_judged:
+            path = self.folder / "again.otlp.jsonl.zst"
+            record(scenario, path, seed=self.seed, executor="torch", inject=inject, force=True)
+        table, start_ns = outcomes_of_trace(scenario, self.seed, inject, read_trace(path))
+        if is_judged:
+            self.start_ns = start_ns
+        return table
+
+
+def find_truth(case: Case, run: Runs) -> tuple[Truth, pd.DataFrame]:
     """The truth of a case, and its requests with and without the cause (``paired.pair``)."""
     with registered():
-        return _find(case)
+        return _find(case, run)
 
 
-def _find(case: Case) -> tuple[Truth, pd.DataFrame]:
+def _find(case: Case, run: Runs) -> tuple[Truth, pd.DataFrame]:
     expect, scenario = case.expect, case.scenario
-    with_all, without = _run(case, scenario), _run(case, scenario, inject=False)
+    with_all = run(scenario)
+    without = run(scenario, inject=False) if case.injects else with_all
     pairs = pair(with_all, without)
     everyone = [tenant.name for tenant in scenario.tenants]
     suspects = [name for party in _parties(scenario) for name in party]
@@ -89,14 +143,16 @@ def _find(case: Case) -> tuple[Truth, pd.DataFrame]:
         SELF: suspects,
     }.get(expect.verdict, everyone)
     harm = worst_harm(pairs, victims) if case.injects else None
-    effects = _effects(case, harm, with_all, without) if expect.verdict == NOISY and harm and harm.counts else {}
+    if harm is not None and harm.counts and not run.repeat:
+        harm = _beyond_chance(harm, run(scenario, inject=False), without)
+    effects = _effects(case, run, harm, without) if expect.verdict == NOISY and harm and harm.counts else {}
     culprits = tuple(name for name, share in effects.items() if share >= CULPRIT_SHARE)
     excused = [name for name, share in effects.items() if BYSTANDER_SHARE <= share < CULPRIT_SHARE]
     if not effects and few_harmed(pairs[~pairs["tenant"].isin(suspects)]):
         excused = suspects
     if expect.verdict == SELF:
         excused = suspects
-    relief = _relief(case, harm, without) if effects and harm else {}
+    relief = _relief(case, run, harm, without) if effects and harm and run.repeat else {}
     injected = with_all[with_all["injected"] & with_all["tenant"].isin(culprits)]
     return Truth(
         case.family,
@@ -113,11 +169,14 @@ def _find(case: Case) -> tuple[Truth, pd.DataFrame]:
         {relaxation.name: share for relaxation, share in relief.items()},
         tuple(injected["request"].sort_values()),
         harm,
+        run.start_ns,
     ), pairs
 
 
-def _run(case: Case, scenario: Scenario, inject: bool = True) -> pd.DataFrame:
-    return outcomes(scenario, case.seed, inject, simulate(scenario, case.seed, inject))
+def _beyond_chance(harm: Harm, again: pd.DataFrame, without: pd.DataFrame) -> Harm:
+    """The harm, or none where two runs without the cause differ by half as much."""
+    spread_s = abs(same_harm(pair(again, without), harm).excess_s)
+    return harm if harm.excess_s > 2 * spread_s else replace(harm, with_s=harm.without_s)
 
 
 def _verdicts(case: Case, pairs: pd.DataFrame, innocent: list[str], harm: Harm | None) -> tuple[str, ...]:
@@ -141,7 +200,7 @@ def _parties(scenario: Scenario) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(tenants_of(one) for one in scenario.inject if isinstance(one, Traffic)))
 
 
-def _effects(case: Case, harm: Harm, with_all: pd.DataFrame, without: pd.DataFrame) -> dict[str, float]:
+def _effects(case: Case, run: Runs, harm: Harm, without: pd.DataFrame) -> dict[str, float]:
     """Each tenant's share of the harm: what goes with its party first and what goes with it last, on average.
 
     For two parties that is the Shapley value.
@@ -151,7 +210,7 @@ def _effects(case: Case, harm: Harm, with_all: pd.DataFrame, without: pd.DataFra
         return dict.fromkeys(parties[0], 1.0)
     shares = {}
     for party in parties:
-        alone, others = (_run(case, _only(case.scenario, chosen)) for chosen in ([party], _all_but(parties, party)))
+        alone, others = (run(_only(case.scenario, chosen)) for chosen in ([party], _all_but(parties, party)))
         first = 1 - same_harm(pair(others, without), harm).excess_s / harm.excess_s
         last = same_harm(pair(alone, without), harm).excess_s / harm.excess_s
         shares.update(dict.fromkeys(party, round((first + last) / 2, 3)))
@@ -170,14 +229,13 @@ def _only(scenario: Scenario, parties: list[tuple[str, ...]]) -> Scenario:
 # --- by which mechanism -------------------------------------------------------------------------------------------
 
 
-def _relief(case: Case, harm: Harm, without: pd.DataFrame) -> dict[Relaxation, float]:
+def _relief(case: Case, run: Runs, harm: Harm, without: pd.DataFrame) -> dict[Relaxation, float]:
     """Share of the harm that is gone under each relaxation, tried until one of the expected mechanisms explains it."""
     shares: dict[Relaxation, float] = {}
     expected = case.expect.mechanism
     for relaxation in worth_trying(case.scenario, expected):
         scenario, cost = relaxed(case.scenario, relaxation)
-        run = outcomes(scenario, case.seed, True, simulate(scenario, case.seed, cost=cost))
-        left_s = same_harm(pair(run, without), harm).excess_s
+        left_s = same_harm(pair(run(scenario, cost=cost), without), harm).excess_s
         shares[relaxation] = round(min(1 - left_s / harm.excess_s, 1.0), 3)
         if relaxation.takes_away(expected) and shares[relaxation] >= EXPLAINS:
             break

@@ -89,7 +89,7 @@ def _settings(replays: IncidentReplays, mechanism: str | None, culprits: Sequenc
     if mechanism in _PREFILL:
         if not config.chunked_prefill:
             # Cut up, a prompt still takes every step's whole budget until it is done, unless that is limited too.
-            chunked = {"chunked_prefill": True, "max_num_batched_tokens": min(budget, _TRIED_BUDGET)}
+            chunked: dict[str, object] = {"chunked_prefill": True, "max_num_batched_tokens": min(budget, _TRIED_BUDGET)}
             changes += [chunked, chunked | {"long_prefill_token_threshold": _SMALL_BUDGET}]
         else:
             if budget > _SMALL_BUDGET:

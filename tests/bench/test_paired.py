@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from stallscope.bench.paired import METRICS, few_harmed, outcomes, pair, same_harm, worst_harm
-from stallscope.workloads.recording import simulate
+from stallscope.bench.paired import METRICS, few_harmed, outcomes, outcomes_of_trace, pair, same_harm, worst_harm
+from stallscope.trace import read_trace
+from stallscope.workloads.recording import VIRTUAL_START_NS, record, simulate
 from stallscope.workloads.scenario import load_scenario
 from tests.bench.stories import FLOOD, RISER, write_story
 
@@ -62,6 +63,22 @@ def test_who_still_waits_at_the_end_has_waited_so_far(tmp_path: Path) -> None:
     harm = worst_harm(pair(with_it, without), ["amber", "birch"])
     assert harm is not None
     assert harm.with_s > 20
+
+
+def test_a_trace_tells_the_same_as_the_run_that_was_recorded(tmp_path: Path) -> None:
+    scenario = load_scenario(write_story(tmp_path, FLOOD))
+    run = outcomes(scenario, 3, True, simulate(scenario, 3))
+    path = tmp_path / "trace.otlp.jsonl"
+    record(scenario, path, seed=3, executor="virtual")
+    table, start_ns = outcomes_of_trace(scenario, 3, True, read_trace(path))
+    assert start_ns == VIRTUAL_START_NS
+    assert sorted(table.index) == sorted(run.index)
+    both = table.join(run.add_suffix("_run"))
+    for name in ("arrival_s", "ttft", "delivery"):
+        assert both[name].to_numpy() == pytest.approx(both[f"{name}_run"].to_numpy())
+    assert (both["injected"] == both["injected_run"]).all()
+    long = both["itl_run"] > 0.1  # shorter gaps are recorded in sum
+    assert both["itl"][long].to_numpy() == pytest.approx(both["itl_run"][long].to_numpy())
 
 
 @pytest.mark.parametrize(

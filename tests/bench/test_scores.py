@@ -15,7 +15,7 @@ from stallscope.bench.truth import Truth
 HARM = Harm("chat", "ttft", 0.9, 0, 60, 1.0, 0.1)
 GUILTY = Truth(
     "flood", "cpu", 0, "fcfs", True, True, ("noisy_neighbor",), ("batch",), ("search",), {"batch": 0.9, "search": 0.1},
-    ("prefill_queue",), {}, ("batch-000001",), HARM,
+    ("prefill_queue",), {}, ("batch-000001",), HARM, 0,
 )  # fmt: skip
 HEALTHY = replace(GUILTY, injects=False, verdicts=("healthy",), culprits=(), excused=(), mechanisms=(), harm=None)
 STALL = replace(GUILTY, verdicts=("engine_stall",), culprits=(), excused=(), mechanisms=())

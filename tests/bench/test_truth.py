@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stallscope.bench.truth import Truth, find_truth
+import pandas as pd
+
+from stallscope.bench.truth import InVirtualTime, Truth, find_truth
+from stallscope.workloads.scenario import Scenario
+from stallscope_engine.executors.virtual import StepCost
 from tests.bench.stories import ANSWERS, FLOOD, RISER, story_case, write_story
 
 GUILTY = "{verdict: noisy_neighbor, culprits: [ember], mechanism: [prefill_queue]}"
 
 
 def truth_of(folder: Path, *inject: str, expect: str, **settings: int) -> Truth:
-    truth, _ = find_truth(story_case(write_story(folder, *inject, expect=expect, **settings)))
+    truth, _ = find_truth(story_case(write_story(folder, *inject, expect=expect, **settings)), InVirtualTime(0))
     return truth
 
 
@@ -58,6 +62,32 @@ def test_slow_clients_wait_for_what_the_engine_has_done(tmp_path: Path) -> None:
     truth = truth_of(tmp_path, slow, expect="{verdict: outside_engine}")
     assert truth.harm is not None
     assert (truth.harm.tenant, truth.harm.metric) == ("amber", "delivery")
+
+
+class Restless:
+    """Runs of which no two without the cause are alike, as on a machine that others use too."""
+
+    start_ns = 0
+    repeat = False
+
+    def __init__(self) -> None:
+        self.run = InVirtualTime(0)
+        self.seen = 0
+
+    def __call__(self, scenario: Scenario, inject: bool = True, cost: StepCost | None = None) -> pd.DataFrame:
+        self.seen += not inject
+        table = self.run(scenario, inject)
+        return table.assign(ttft=table["ttft"] + 5.0 * (self.seen - 1)) if not inject else table
+
+
+def test_in_real_time_harm_must_be_more_than_runs_differ_by_themselves(tmp_path: Path) -> None:
+    case = story_case(write_story(tmp_path, FLOOD, expect=GUILTY))
+    steady, _ = find_truth(case, InVirtualTime(0))
+    restless, _ = find_truth(case, Restless())
+    assert steady.is_harmful
+    assert steady.harm is not None
+    assert steady.harm.excess_s < 10
+    assert not restless.is_harmful
 
 
 def test_a_truth_survives_json(tmp_path: Path) -> None:
