@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.diagnose import UNKNOWN
-from stallscope.diagnosis.incidents import METRICS, TAIL_REQUESTS
+from stallscope.diagnosis.incidents import ITL, METRICS, TAIL_REQUESTS, TTFT
 from stallscope.diagnosis.model import Diagnosis
 from stallscope.diagnosis.replica import OTHER, replicas
 from stallscope.diagnosis.timeline import Floats, Ints
@@ -174,7 +174,7 @@ def _pairs(tenant: str, before: pd.DataFrame, after: pd.DataFrame) -> list[_Pair
     """Of each metric the median, and the highest percentile that both sides can bear; nothing where either has too few
     requests."""
     found = []
-    for metric in METRICS:
+    for metric in (METRICS[TTFT], METRICS[ITL]):
         sides = [
             side[[metric, "block"]].rename(columns={metric: "value"}).dropna().sort_values("value", kind="stable")
             for side in (before, after)
