@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shlex
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
@@ -439,13 +438,11 @@ def _tenants(diagnosis: Diagnosis) -> Iterable[Html]:
 
 
 def _footer(diagnosis: Diagnosis) -> Html:
-    worst = [victim.worst_request for one in diagnosis.incidents[:1] for victim in one.victims[:1]]
-    lines = [f"stallscope {__version__}, schema of the diagnosis {diagnosis.schema_version}."]
-    commands = [["stallscope", "explain", diagnosis.source, request] for request in worst]
+    command = words.explain_command(diagnosis)
     return element(
         "footer",
-        element("p", *lines),
-        *(element("p", "One request in full: ", _code(shlex.join(command))) for command in commands),
+        element("p", f"stallscope {__version__}, schema of the diagnosis {diagnosis.schema_version}."),
+        *([element("p", "One request in full: ", _code(command))] if command else []),
     )
 
 

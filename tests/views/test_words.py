@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from stallscope.diagnosis.model import Prediction
+from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.views import words
 from tests.reports.examples import hostile_diagnosis, with_replay
 from tests.views.recordings import diagnosed
@@ -54,3 +55,11 @@ def test_percentiles_are_named_as_people_do() -> None:
     assert [words.quantile_name(q) for q in (0.5, 0.9, 0.99, 0.999, 0.29, 1.0)] == [
         "p50", "p90", "p99", "p99.9", "p29", "worst",
     ]  # fmt: skip
+
+
+def test_what_to_type_next_can_be_pasted_and_is_not_said_of_a_trace_that_is_not_named() -> None:
+    diagnosis = replace(diagnosed(), source="my trace.otlp.jsonl")
+    worst = diagnosis.incidents[0].victims[0].worst_request
+    assert words.explain_command(diagnosis) == f"stallscope explain 'my trace.otlp.jsonl' {worst}"
+    assert words.explain_command(replace(diagnosis, source=REDACTED_SOURCE)) == ""
+    assert words.explain_command(replace(diagnosis, incidents=())) == ""
