@@ -10,6 +10,7 @@ from stallscope.views import words
 from stallscope.views.comparison import LEVEL, Change, Comparison, Outcome, Side
 
 FEW_INCIDENTS = 3
+LOSSY = 0.01  # share of steps lost from which on a comparison may be of what was seen, not of what was
 _STYLE = {Outcome.BETTER: "green", Outcome.WORSE: "red", Outcome.CHANCE: "dim"}
 _SAYS = {
     Outcome.BETTER: "better",
@@ -75,6 +76,10 @@ def _headline(comparison: Comparison) -> Text:
 def _caveats(comparison: Comparison) -> list[str]:
     """What keeps a difference from being the fix's doing, or from being seen."""
     lines = []
+    for name, side in (("before", comparison.before), ("after", comparison.after)):
+        if side.steps_lost_share >= LOSSY:
+            lost = f"{side.steps_lost_share:.0%} of the steps {name} are lost from the telemetry"
+            lines.append(f"{lost}: what can't be seen there may be all of the difference")
     for load in comparison.loads[:5]:
         name = words.printable(load.tenant)
         rates = f"{load.before:,.0f} tokens a second before, {load.after:,.0f} after"

@@ -15,16 +15,18 @@ from stallscope.diagnosis.model import Incident
 from stallscope.reports.markup import label
 from stallscope.views import words
 from stallscope.views.occupancy import Occupancy
-from stallscope.views.percentiles import Line, Percentiles
+from stallscope.views.percentiles import MEDIAN, Line, Percentiles
 from stallscope.views.swimlanes import Swimlanes
 
 Figure = dict[str, object]
 Colours = Mapping[str, str]
+Span = tuple[int, int]  # ns
 
 _CULPRITS = ("#e5484d", "#f76b15", "#c2298a")
 _TENANTS = ("#3b82f6", "#14a38b", "#a071e8", "#c99a0a", "#5ba532", "#2fa4c7", "#b07d5b", "#7c87a6")
 _OTHERS = "#8b8f98"
-_SHADE, _WORST = "rgba(229,72,77,0.14)", "rgba(229,72,77,0.16)"
+_SHADE, _EDGE, _WORST = "rgba(229,72,77,0.14)", "rgba(229,72,77,0.35)", "rgba(229,72,77,0.16)"
+_APART = 0.02  # of a picture's width, between numbers of incidents
 _SLIM = 0.32
 _LANE_PX, _LANES_FRAME_PX = 19, 110
 _IN_BATCH = {"decoding": 0.5, "prefill": 1.0, "recomputing": 1.0, "paused": 0.25}  # opacity of those in the batch
@@ -37,34 +39,25 @@ def colours(tenants: Sequence[str], culprits: Sequence[str]) -> dict[str, str]:
     return found | {tenant: _CULPRITS[position % len(_CULPRITS)] for position, tenant in enumerate(culprits)}
 
 
-def percentiles_figure(view: Percentiles, incidents: Sequence[Incident], colour: Colours) -> Figure:
-    """TTFT above, longest gaps below, both on logarithmic axes of time, with the incidents shaded."""
+def percentiles_figure(view: Percentiles, span: Span, incidents: Sequence[Incident], colour: Colours) -> Figure:
+    """TTFT above, longest gaps below, both on logarithmic axes of time, with the incidents shaded and numbered."""
     metrics = ("ttft", "itl")
-    shown = [line for line in view.lines if line.quantile != 0.5]
-    # A percentile of one request is no line; where all lines are that short, dots still show when it was.
-    data = [_line(line, metrics.index(line.metric), colour) for line in shown]
-    shapes = [_band(incident.start_ns, incident.end_ns) for incident in incidents]
-    numbers: list[Figure] = [
-        {
-            "x": _when(incident.start_ns), "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "left",
-            "text": str(number), "showarrow": False,
-        }
-        for number, incident in enumerate(incidents, start=1)
-    ]  # fmt: skip
+    lines = [line for line in view.lines if line.quantile != MEDIAN]
+    data = [_line(line, view.bin_ns, metrics.index(line.metric), colour) for line in lines]
     layout: Figure = {
         "height": 430,
         "grid": {"rows": 2, "columns": 1, "pattern": "coupled", "roworder": "top to bottom", "ygap": 0.12},
-        "xaxis": {"type": "date", "anchor": "y2"},
+        "xaxis": {"type": "date", "anchor": "y2", "range": [_when(time) for time in span]},
         "yaxis": _time_axis("TTFT"),
         "yaxis2": _time_axis("longest gap"),
-        "shapes": shapes,
-        "annotations": numbers,
+        "shapes": _bands(span, incidents),
+        "annotations": _numbers(span, incidents),
         "hovermode": "closest",
     }
     return {"data": data, "layout": layout}
 
 
-def _line(line: Line, row: int, colour: Colours) -> Figure:
+def _line(line: Line, bin_ns: int, row: int, colour: Colours) -> Figure:
     name, tail = label(line.tenant), words.quantile_name(line.quantile)
     metric = words.METRIC_WORDS[line.metric]
     hover = [
@@ -78,7 +71,7 @@ def _line(line: Line, row: int, colour: Colours) -> Figure:
         "name": f"{name} {tail}",
         "legendgroup": name,
         "showlegend": row == 0,
-        "x": [_when(int(start)) for start in line.start_ns],
+        "x": [_when(int(middle)) for middle in line.start_ns + bin_ns // 2],
         "y": np.maximum(line.value_s, 1e-4),
         "xaxis": "x",
         "yaxis": "y2" if row else "y",
@@ -89,7 +82,7 @@ def _line(line: Line, row: int, colour: Colours) -> Figure:
     }
 
 
-def occupancy_figure(view: Occupancy, incidents: Sequence[Incident], colour: Colours) -> Figure:
+def occupancy_figure(view: Occupancy, span: Span, incidents: Sequence[Incident], colour: Colours) -> Figure:
     """Blocks by tenant, stacked, beside the capacity; requests that waited as a line of its own."""
     when = [_when(int(time)) for time in view.time_ns]
     data: list[Figure] = [
@@ -116,7 +109,7 @@ def occupancy_figure(view: Occupancy, incidents: Sequence[Incident], colour: Col
             "hovertemplate": "%{y:,.0f} waiting",
         }
     )  # fmt: skip
-    shapes = [_band(incident.start_ns, incident.end_ns) for incident in incidents]
+    shapes = _bands(span, incidents)
     if view.total:
         capacity = {"color": _OTHERS, "width": 1, "dash": "dash"}
         shapes.append(
@@ -124,7 +117,7 @@ def occupancy_figure(view: Occupancy, incidents: Sequence[Incident], colour: Col
         )
     layout: Figure = {
         "height": 330,
-        "xaxis": {"type": "date"},
+        "xaxis": {"type": "date", "range": [_when(time) for time in span]},
         "yaxis": {"title": {"text": "KV blocks"}, "rangemode": "tozero", "tickformat": "~s"},
         "yaxis2": {
             "title": {"text": "waiting"}, "overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False,
@@ -202,11 +195,33 @@ def swimlanes_figure(view: Swimlanes, colour: Colours) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def _band(start_ns: int, end_ns: int) -> Figure:
-    return {
-        "type": "rect", "yref": "paper", "y0": 0, "y1": 1, "x0": _when(start_ns), "x1": _when(end_ns),
-        "layer": "below", "fillcolor": _SHADE, "line": {"width": 0},
-    }  # fmt: skip
+def _bands(span: Span, incidents: Sequence[Incident]) -> list[Figure]:
+    """A shade for each incident within the span; with an edge, so that a short one in a long span is seen."""
+    return [
+        {
+            "type": "rect", "yref": "paper", "y0": 0, "y1": 1, "x0": _when(start), "x1": _when(end),
+            "layer": "below", "fillcolor": _SHADE, "line": {"width": 1, "color": _EDGE},
+        }
+        for start, end in (
+            (max(one.start_ns, span[0]), min(one.end_ns, span[1])) for one in incidents
+        )
+        if start <= end
+    ]  # fmt: skip
+
+
+def _numbers(span: Span, incidents: Sequence[Incident]) -> list[Figure]:
+    """The numbers of incidents above their shades; of those that would cover each other, the first."""
+    taken: list[int] = []
+    found: list[Figure] = []
+    for number, one in enumerate(incidents, start=1):
+        at = max(one.start_ns, span[0])
+        near = any(abs(at - other) < _APART * (span[1] - span[0]) for other in taken)
+        if near or one.start_ns > span[1] or one.end_ns < span[0]:
+            continue
+        taken.append(at)
+        place: Figure = {"x": _when(at), "xanchor": "left", "y": 1, "yref": "paper", "yanchor": "bottom"}
+        found.append({**place, "text": str(number), "showarrow": False})
+    return found
 
 
 def _time_axis(title: str) -> Figure:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import shlex
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
@@ -16,7 +15,15 @@ from stallscope import __version__
 from stallscope.diagnosis.incidents import measure_waits
 from stallscope.diagnosis.model import Diagnosis, Incident, Intervention, Verdict
 from stallscope.diagnosis.replica import Replica, replicas
-from stallscope.reports.figures import Figure, colours, occupancy_figure, percentiles_figure, swimlanes_figure
+from stallscope.reports.figures import (
+    Colours,
+    Figure,
+    Span,
+    colours,
+    occupancy_figure,
+    percentiles_figure,
+    swimlanes_figure,
+)
 from stallscope.reports.markup import Html, data_block, element, joined
 from stallscope.trace import Trace
 from stallscope.views import words
@@ -28,6 +35,8 @@ from stallscope.views.waterfall import OWN, Waterfall, waterfall_of
 
 SHOWN_INCIDENTS = 20
 _POINTS, _MOMENTS = 90, 400  # widths of the pictures: bins of percentiles, moments of the KV cache
+_TOO_SMALL = 20  # an incident shorter than this part of a picture is hard to see in it
+_MARGINS, _LEAST_MARGIN_NS = 4, 15_000_000_000  # around the worst incident, in its lengths and at least
 _ROWS = 30  # of a waterfall, the longest
 _LONGEST_NAME = 64
 
@@ -227,13 +236,12 @@ def _pictures(diagnosis: Diagnosis, replica: Replica, pictures: dict[str, Figure
     shown = incidents[:SHOWN_INCIDENTS]
     on = "" if len({one.replica for one in diagnosis.incidents}) < 2 else f" on {replica.name}"
 
-    lines = percentiles(replica, *span, _POINTS)
-    if lines.lines:
-        pictures["percentiles"] = percentiles_figure(lines, shown, colour)
-        about = f"Requests by arrival, in bins of {words.duration(lines.bin_ns / 1e9)}; incidents are shaded."
-        if lines.tenants_left_out:
-            about += f" {words.counted(lines.tenants_left_out, 'tenant')} with fewer requests left out."
-        yield _section(f"What each tenant waited{on}", about, _place("percentiles"))
+    near = _around_the_worst(incidents, span)
+    title = f"What each tenant waited{on}"
+    yield from _percentiles(replica, span, shown, colour, pictures, "percentiles", title)
+    if near != span:
+        title = "The same, around the worst incident"
+        yield from _percentiles(replica, near, shown, colour, pictures, "percentiles-near", title)
     if incidents:
         windows = [(one.start_ns, one.end_ns) for one in incidents]
         yield from _blame_section(blame(replica, measure_waits(replica), windows))
@@ -242,9 +250,9 @@ def _pictures(diagnosis: Diagnosis, replica: Replica, pictures: dict[str, Figure
         if batch is not None:
             pictures["swimlanes"] = swimlanes_figure(batch, colour)
             yield _section("Who was in the batch around the worst step", _swimlanes_caption(batch), _place("swimlanes"))
-    memory = occupancy(replica, *span, _MOMENTS)
+    memory = occupancy(replica, *near, _MOMENTS)
     if memory.blocks.any():
-        pictures["occupancy"] = occupancy_figure(memory, shown, colour)
+        pictures["occupancy"] = occupancy_figure(memory, near, shown, colour)
         capacity = f"; the dashed line is the capacity of {memory.total:,} blocks." if memory.total else "."
         about = f"KV blocks in use by tenant, at the fullest moment of each stretch{capacity}"
         yield _section(f"Who held the KV cache{on}", about, _place("occupancy"))
@@ -253,6 +261,34 @@ def _pictures(diagnosis: Diagnosis, replica: Replica, pictures: dict[str, Figure
         known = (replica.requests["request"] == request).to_numpy()
         if known.any():
             yield _waterfall(waterfall_of(replica, int(known.argmax())))
+
+
+def _around_the_worst(incidents: Sequence[Incident], span: Span) -> Span:
+    """The span of a picture in which the worst incident can be seen: all of it, or a stretch around the incident."""
+    start, end = span
+    if not incidents or (length := incidents[0].end_ns - incidents[0].start_ns) * _TOO_SMALL > end - start:
+        return span
+    margin = max(_LEAST_MARGIN_NS, _MARGINS * length)
+    return max(start, incidents[0].start_ns - margin), min(end, incidents[0].end_ns + margin)
+
+
+def _percentiles(
+    replica: Replica,
+    span: Span,
+    incidents: Sequence[Incident],
+    colour: Colours,
+    pictures: dict[str, Figure],
+    place: str,
+    title: str,
+) -> Iterable[Html]:
+    view = percentiles(replica, *span, _POINTS)
+    if not view.lines:
+        return
+    pictures[place] = percentiles_figure(view, span, incidents, colour)
+    about = f"Requests by arrival, in bins of {words.duration(view.bin_ns / 1e9)}; incidents are shaded."
+    if view.tenants_left_out:
+        about += f" {words.counted(view.tenants_left_out, 'tenant')} with fewer requests left out."
+    yield _section(title, about, _place(place))
 
 
 def _section(title: str, about: str, *content: Html) -> Html:
@@ -402,13 +438,11 @@ def _tenants(diagnosis: Diagnosis) -> Iterable[Html]:
 
 
 def _footer(diagnosis: Diagnosis) -> Html:
-    worst = [victim.worst_request for one in diagnosis.incidents[:1] for victim in one.victims[:1]]
-    lines = [f"stallscope {__version__}, schema of the diagnosis {diagnosis.schema_version}."]
-    commands = [["stallscope", "explain", diagnosis.source, request] for request in worst]
+    command = words.explain_command(diagnosis)
     return element(
         "footer",
-        element("p", *lines),
-        *(element("p", "One request in full: ", _code(shlex.join(command))) for command in commands),
+        element("p", f"stallscope {__version__}, schema of the diagnosis {diagnosis.schema_version}."),
+        *([element("p", "One request in full: ", _code(command))] if command else []),
     )
 
 

@@ -44,9 +44,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         console.print(Text(f"\nand {words.counted(more, 'smaller incident')}; --format json lists them all"))
     console.print()
     console.print(_tenants(diagnosis))
-    if diagnosis.incidents and diagnosis.incidents[0].victims:
-        worst = diagnosis.incidents[0].victims[0].worst_request
-        console.print(Text(f"\nnext: stallscope explain {diagnosis.source} {worst}", style="dim"), soft_wrap=True)
+    if command := words.explain_command(diagnosis):
+        console.print(Text(f"\nnext: {command}", style="dim"), soft_wrap=True)
 
 
 def _headline(diagnosis: Diagnosis) -> Text:

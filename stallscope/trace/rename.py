@@ -14,6 +14,7 @@ from stallscope.trace.model import Trace
 from stallscope.trace.schema import TABLES
 
 UNKNOWN = "(unknown)"
+REDACTED_SOURCE = "the trace"
 Rename = Callable[[str], str]
 
 # Columns by what they name; replicas, phases and the like are nobody's.
@@ -52,7 +53,7 @@ def redacted(trace: Trace, tenant: str) -> Trace:
     _find_tenant(trace, tenant)
     names = {kind: _labels(trace, kind, tenant) for kind in _KINDS}
     findings = tuple(replace(finding, where="in the trace") for finding in trace.findings)
-    return replace(renamed(trace, names), source="the trace", findings=findings)
+    return replace(renamed(trace, names), source=REDACTED_SOURCE, findings=findings)
 
 
 def _find_tenant(trace: Trace, tenant: str) -> None:

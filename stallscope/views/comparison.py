@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.diagnose import UNKNOWN
-from stallscope.diagnosis.incidents import METRICS, TAIL_REQUESTS
+from stallscope.diagnosis.incidents import ITL, METRICS, TAIL_REQUESTS, TTFT
 from stallscope.diagnosis.model import Diagnosis
 from stallscope.diagnosis.replica import OTHER, replicas
 from stallscope.diagnosis.timeline import Floats, Ints
@@ -52,7 +52,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the recordings: its length, load (a second), incidents and what they cost."""
+    """One of the recordings: its length, load (a second), incidents and what they cost; share of its steps that were
+    lost from the telemetry."""
 
     source: str
     verdict: str
@@ -62,6 +63,7 @@ class Side:
     tokens_per_s: float
     incidents: int
     lost_s: float
+    steps_lost_share: float
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _blocks(table: pd.DataFrame) -> Ints:
 
 
 def _side(table: pd.DataFrame, diagnosis: Diagnosis) -> Side:
-    length = max((diagnosis.end_ns - diagnosis.start_ns) / 1e9, 1e-9)
+    length, coverage = max((diagnosis.end_ns - diagnosis.start_ns) / 1e9, 1e-9), diagnosis.coverage
     return Side(
         diagnosis.source,
         str(diagnosis.verdict),
@@ -153,6 +155,7 @@ def _side(table: pd.DataFrame, diagnosis: Diagnosis) -> Side:
         float(table["tokens"].sum()) / length,
         len(diagnosis.incidents),
         sum(incident.lost_s for incident in diagnosis.incidents),
+        coverage.steps_lost / max(coverage.steps + coverage.steps_lost, 1),
     )
 
 
@@ -171,7 +174,7 @@ def _pairs(tenant: str, before: pd.DataFrame, after: pd.DataFrame) -> list[_Pair
     """Of each metric the median, and the highest percentile that both sides can bear; nothing where either has too few
     requests."""
     found = []
-    for metric in METRICS:
+    for metric in (METRICS[TTFT], METRICS[ITL]):
         sides = [
             side[[metric, "block"]].rename(columns={metric: "value"}).dropna().sort_values("value", kind="stable")
             for side in (before, after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -16,6 +17,7 @@ from stallscope.diagnosis.model import (
     ReplayCheck,
     Verdict,
 )
+from stallscope.trace.rename import REDACTED_SOURCE
 
 # What a mechanism means, as the end of the sentence "A stalled B: ...".
 MECHANISM_WORDS = {
@@ -192,6 +194,14 @@ def _basis(diagnosis: Diagnosis) -> str:
         return "replayed"
     reasons = dict.fromkeys(check.reason for check in diagnosis.replays if check.reason)
     return f"charges only, {NO_REPLAY}" + "".join(f": {reason}" for reason in reasons)
+
+
+def explain_command(diagnosis: Diagnosis) -> str:
+    """What to type to see the worst request's time; "" where nobody was hit, and where the trace is not named."""
+    worst = [victim.worst_request for incident in diagnosis.incidents[:1] for victim in incident.victims[:1]]
+    if not worst or diagnosis.source == REDACTED_SOURCE:
+        return ""
+    return shlex.join(["stallscope", "explain", diagnosis.source, worst[0]])
 
 
 def replay_line(check: ReplayCheck) -> str:

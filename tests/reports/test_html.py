@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -85,9 +86,20 @@ def test_the_answer_comes_first_then_how_sure_it_is() -> None:
 def test_every_picture_has_its_place_and_its_data() -> None:
     _, page = stall()
     places = {attributes["id"] for tag, attributes in page.elements if attributes.get("class") == "picture"}
-    assert places == set(json.loads(page.scripts[0])) == {"percentiles", "swimlanes", "occupancy"}
+    figures = {"percentiles", "percentiles-near", "swimlanes", "occupancy"}
+    assert places == set(json.loads(page.scripts[0])) == figures
     for title in ("Who waited for whom", "The worst request's time", "What would have been", "What would help"):
         assert title in page.text
+
+
+def test_a_short_incident_is_shown_from_near_and_a_long_one_as_it_is() -> None:
+    figures = json.loads(stall()[1].scripts[0])
+    incident = diagnosed("reasoning_prompt").incidents[0]
+    first, last = (datetime.fromisoformat(time) for time in figures["percentiles-near"]["layout"]["xaxis"]["range"])
+    assert first.timestamp() < incident.start_ns / 1e9 < incident.end_ns / 1e9 < last.timestamp()
+    assert figures["occupancy"]["layout"]["xaxis"] == {"type": "date", "range": [str(first), str(last)]}
+    trace = recorded("batch_flood", "sample")
+    assert "percentiles-near" not in json.loads(Page(to_html(diagnosed("batch_flood"), trace)).scripts[0])
 
 
 def test_what_replay_predicts_is_shown_and_its_absence_is_said() -> None:
@@ -157,7 +169,7 @@ def test_a_browser_draws_all_pictures_and_runs_nothing_else(made: Made, tmp_path
     command += ["--virtual-time-budget=20000", "--dump-dom", path.as_uri()]
     drawn = Page(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
     backgrounds = [a for tag, a in drawn.elements if tag == "svg" and a.get("class") == "main-svg"]
-    assert len(backgrounds) >= 3
+    assert len(backgrounds) >= 4
     assert drawn.count("img") == 0
     assert [name for tag, attributes in drawn.elements for name in attributes if name.startswith("on")] == []
 
