@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.holdings import Holders, Holding
-from stallscope.diagnosis.ledger import Ledger
-from stallscope.diagnosis.lives import Lives, State, expand
+from stallscope.diagnosis.ledger import CHUNK, Ledger
+from stallscope.diagnosis.lives import Lives, State
 from stallscope.diagnosis.rounding import round_to_sum
-from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Places, at, running_total
+from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Places, at, expand, running_total
 
 
 class Mechanism(StrEnum):
@@ -162,29 +162,36 @@ class Partition:
         Of many waits at once; rounded, so it may be off by a ns from what ``charge`` says.
         """
         ledger, stretches, timeline = self.ledger, self.ledger.stretches, self.ledger.timeline
-        order, starts = self.lives.by_request
-        works = (self.lives.state[order] == State.RUNNING).astype(np.float64)
-        key = stretches.request[order].astype(np.int64) * len(timeline) + stretches.first[order]
-        before = running_total(works * (ledger.whole_own_cost(order) + ledger.whole_fixed(order)))
-        del works
-        request = waits["request"].to_numpy(np.int64)
+        order, _ = self.lives.by_request
+        rows = order[self.lives.state[order] == State.RUNNING]
+        first = stretches.first[rows]
+        requests = stretches.request[rows]
+        key = requests * np.int64(len(timeline)) + first
+        before = running_total(ledger.own_work()[rows])
 
-        def until(times: Ints) -> Floats:
-            """Own work of a request up to a time, but for what is the same at all times."""
+        def until(request: Ints, times: Ints) -> Floats:
+            """Own work of a request up to a time, and of all requests with lower codes."""
             places = timeline.locate(times)
-            begun = np.searchsorted(key, request * len(timeline) + places.position, side="right")
-            there = begun > starts[request]
-            row = order[np.maximum(begun - 1, 0)]
-            running = there & (self.lives.state[row] == State.RUNNING) & (places.position <= stretches.last[row])
-            some = np.flatnonzero(running)
+            begun = np.searchsorted(key, request * np.int64(len(timeline)) + places.position, side="right")
             total = before[begun]
-            total[some] = before[begun[some] - 1]
+            # In the last row that has begun, if it is the request's and not over, only part of the work is done.
+            last = np.maximum(begun - 1, 0)
+            row = rows[last]
+            runs = (begun > 0) & (stretches.request[row] == request) & (places.position <= stretches.last[row])
+            some = np.flatnonzero(runs)
             now, row = places.take(some), row[some]
-            since = Places(stretches.first[row].astype(np.int64), np.zeros(len(some)))
-            total[some] += ledger.own_cost_between(row, since, now) + ledger.fixed(since, now)
+            since = Places(stretches.first[row], np.zeros(len(some)))
+            total[some] = before[last[some]] + ledger.own_cost_between(row, since, now) + ledger.fixed(since, now)
             return total
 
-        own = until(waits["end"].to_numpy(np.int64)) - until(waits["begin"].to_numpy(np.int64))
+        request, begin, end = (waits[name].to_numpy() for name in ("request", "begin", "end"))
+        at_arrival = before[np.concatenate([[0], np.cumsum(np.bincount(requests, minlength=len(self.lives.arrival)))])]
+        own = np.empty(len(waits))
+        for low in range(0, len(waits), CHUNK):
+            some = slice(low, low + CHUNK)
+            own[some] = until(request[some], end[some]) - at_arrival[request[some]]
+            late = low + np.flatnonzero(begin[some] > self.lives.arrival[request[some]])
+            own[late] -= until(request[late], begin[late]) - at_arrival[request[late]]
         return np.rint(np.maximum(own, 0.0)).astype(np.int64)
 
     def _parts(self, pieces: _Pieces, group_of_request: Ints) -> pd.DataFrame:

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.signedinteger]  # times are int64; codes and positions may be int32, of which there are millions
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+TIMELINE_COLUMNS = ("step", "scheduled", "dispatched", "ready", "idle_ns")  # of ``steps``
 _NOBODY: Ints = np.zeros(0, dtype=np.int64)
 
 
@@ -91,9 +92,7 @@ class Timeline:
 
         ``arrivals``: when its requests arrived (ns, ascending).
         """
-        step, scheduled, dispatched, ready, idle = (
-            steps[name].to_numpy(np.int64) for name in ("step", "scheduled", "dispatched", "ready", "idle_ns")
-        )
+        step, scheduled, dispatched, ready, idle = (steps[name].to_numpy(np.int64) for name in TIMELINE_COLUMNS)
         bounds = np.empty(len(step) + 1, dtype=np.int64)
         bounds[:1] = scheduled[:1] - idle[:1]
         bounds[1:] = ready
@@ -139,6 +138,13 @@ class Timeline:
         spent = self.slices.between(begin, end) + self.idle.between(begin, end)
         return end - begin - spent - self.unobserved.between(begin, end)
 
+    def steps_before(self, step: Ints) -> Ints:
+        """How many steps were seen before each step number."""
+        if self.observed.all():
+            before: Ints = np.clip(step - self.step[0], 0, len(self))
+            return before
+        return np.searchsorted(self.step, step)
+
     def locate(self, times: Ints) -> Places:
         """Where each time lies."""
         position = np.minimum(np.searchsorted(self.end, times), len(self) - 1)
@@ -146,9 +152,11 @@ class Timeline:
         length = np.maximum(self.end[position] - start, 1)
         return Places(position, np.clip((times - start) / length, 0.0, 1.0))
 
-    def position(self, step: Ints) -> Ints:
-        """Index of the first step seen at or after each given step number."""
-        return np.searchsorted(self.step, step).astype(np.int64)
+
+def expand(begin: Ints, end: Ints) -> Ints:
+    """The integers of each range from ``begin`` to below ``end``, one range after the other."""
+    count = end - begin
+    return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
 
 
 def running_total(per_step: Floats) -> Floats:
