@@ -56,31 +56,7 @@ class Window:
 
 def measure_waits(replica: Replica) -> Waits:
     """TTFT and inter-token gaps of a replica's requests, partitioned and compared with their tenant's usual."""
-    requests, gaps = replica.requests, replica.gaps
-    first_token = requests["first_token"].to_numpy()
-    end = np.where(first_token >= 0, first_token, requests["seen_until"])
-    ttft = pd.DataFrame(
-        {
-            "metric": TTFT,
-            "request": np.arange(len(requests)),
-            "begin": requests["arrival"],
-            "end": end,
-            "censored": first_token < 0,
-        }
-    )
-    # Each long gap, and for everybody the longest of the short ones, so that a percentile counts all requests.
-    chosen = gaps.take(np.flatnonzero((gaps["count"] == 1) | _longest_of_short(gaps, len(requests))))
-    itl = pd.DataFrame(
-        {
-            "metric": ITL,
-            "request": chosen["request"],
-            "begin": chosen["start"],
-            "end": chosen["start"] + chosen["length_ns"],
-            "censored": False,
-        }
-    )
-    table = pd.concat([ttft, itl], ignore_index=True)
-    table["tenant"] = replica.tenant_of_request[table["request"].to_numpy()]
+    table = _all_waits(replica)
     table["delay"] = table["end"] - table["begin"] - replica.partition.own_work(table)
     span = replica.timeline.end[-1] - replica.timeline.before[0] if len(replica.timeline) else 0
     bin_ns = max(BIN_NS, int(span) // _MOST_BINS)
@@ -90,6 +66,28 @@ def measure_waits(replica: Replica) -> Waits:
     charged = table[table["charged"]]
     queries = charged[["request", "begin", "end"]].assign(query=charged.index)
     return Waits(table, replica.partition.charge(queries, replica.tenant_of_request))
+
+
+def _all_waits(replica: Replica) -> pd.DataFrame:
+    """Metric, request, tenant, begin, end, censored of each wait."""
+    requests, gaps = replica.requests, replica.gaps
+    first_token = requests["first_token"].to_numpy()
+    # Each long gap, and for everybody the longest of the short ones, so that a percentile counts all requests.
+    chosen = np.flatnonzero((gaps["count"] == 1) | _longest_of_short(gaps, len(requests)))
+    start, length = gaps["start"].to_numpy()[chosen], gaps["length_ns"].to_numpy()[chosen]
+    request = np.concatenate([np.arange(len(requests), dtype=np.int32), gaps["request"].to_numpy()[chosen]])
+    answered = np.where(first_token >= 0, first_token, requests["seen_until"])
+    return pd.DataFrame(
+        {
+            "metric": np.repeat(np.array([TTFT, ITL], dtype=np.int8), [len(requests), len(chosen)]),
+            "request": request,
+            "tenant": replica.tenant_of_request[request],
+            "begin": np.concatenate([requests["arrival"], start]),
+            "end": np.concatenate([answered, start + length]),
+            "censored": np.concatenate([first_token < 0, np.zeros(len(chosen), dtype=np.bool_)]),
+        },
+        copy=False,
+    )
 
 
 def _longest_of_short(gaps: pd.DataFrame, requests: int) -> NDArray[np.bool_]:
@@ -138,22 +136,23 @@ def _bars(table: pd.DataFrame, bin_ns: int) -> Floats:
     From the worst delay of each time bin: median and spread are estimated from the calmer 30% of the bins (as the
     normal distribution of their logarithms has them), so that up to two thirds of the bins may be stalled.
     """
-    worst = (
-        table.assign(bin=table["begin"] // bin_ns)
-        .groupby(["tenant", "metric", "bin"])["delay"]
-        .max()
-        .clip(lower=1e6)  # below a millisecond, differences mean nothing
-        .apply(np.log)
-    )
-    by_tenant = worst.groupby(level=["tenant", "metric"])
-    low, calm = by_tenant.quantile(0.1), by_tenant.quantile(0.3)
+    tenant, begin = table["tenant"].to_numpy(), table["begin"].to_numpy()
+    bins = begin // bin_ns
+    bins -= bins.min(initial=0 if len(bins) == 0 else bins[0])
+    kind = tenant * np.int64(len(METRICS)) + table["metric"].to_numpy()
+    size = int(bins.max(initial=0)) + 1
+    delays = np.full((int(kind.max(initial=-1)) + 1) * size, -1)
+    np.maximum.at(delays, kind * size + bins, table["delay"].to_numpy())
+    seen = np.flatnonzero(delays >= 0)
+    # Below a millisecond, differences mean nothing.
+    worst = pd.Series(np.log(np.maximum(delays[seen], 1e6))).groupby(seen // size)
+    low, calm = worst.quantile(0.1), worst.quantile(0.3)
     sigma = (calm - low) / 0.757  # distance of the normal distribution's 10% and 30% points, in sigmas
     median = calm + 0.524 * sigma
     # Where next to nothing is the usual, the spread of its logarithm says little: hence the bounds.
     usual, times = np.exp(median), np.exp(np.clip(_SIGMAS * sigma, *np.log(_TIMES_USUAL)))
     bars = np.minimum(usual * times, np.maximum(usual * _TIMES_USUAL[0], usual + _MOST_BEYOND_NS))
-    keys = pd.MultiIndex.from_frame(table[["tenant", "metric"]])
-    found: Floats = bars.reindex(keys).to_numpy(np.float64)
+    found: Floats = bars.reindex(range(int(kind.max(initial=-1)) + 1)).to_numpy(np.float64)[kind]
     return found
 
 

@@ -74,7 +74,14 @@ def stable_order(key: Ints) -> Ints:
     # Packed with their position they sort several times faster than by a stable argsort.
     packed = (np.asarray(key, dtype=np.int64) << 32) | np.arange(len(key))
     packed.sort()
-    return packed & 0xFFFFFFFF
+    packed &= 0xFFFFFFFF
+    return packed.astype(np.int32)
+
+
+def narrow(values: Ints) -> Ints:
+    """As int32 if they fit."""
+    fits = not len(values) or (values.max() < 2**31 and values.min() >= -(2**31))
+    return values.astype(np.int32) if fits else values
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,5 +276,7 @@ def read_stretches(
     """Stretches of columns of the residency table (``request`` as codes), in their order."""
     first = timeline.steps_before(first_step)
     last = np.maximum(timeline.steps_before(last_step + 1), first) - 1
-    flags = ((phase == name).to_numpy(bool) for name in ("prefill", "decode", "paused"))
-    return Stretches(request, first.astype(np.int32), last.astype(np.int32), tokens, context_start, *flags)
+    prefill, decode, paused = ((phase == name).to_numpy(bool) for name in ("prefill", "decode", "paused"))
+    return Stretches(
+        request, narrow(first), narrow(last), narrow(tokens), narrow(context_start), prefill, decode, paused
+    )

@@ -164,9 +164,8 @@ class Partition:
         ledger, stretches, timeline = self.ledger, self.ledger.stretches, self.ledger.timeline
         order, _ = self.lives.by_request
         rows = order[self.lives.state[order] == State.RUNNING]
-        first = stretches.first[rows]
-        requests = stretches.request[rows]
-        key = requests * np.int64(len(timeline)) + first
+        key = stretches.request[rows] * np.int64(len(timeline))
+        key += stretches.first[rows]
         before = running_total(ledger.own_work()[rows])
 
         def until(request: Ints, times: Ints) -> Floats:
@@ -185,14 +184,15 @@ class Partition:
             return total
 
         request, begin, end = (waits[name].to_numpy() for name in ("request", "begin", "end"))
-        at_arrival = before[np.concatenate([[0], np.cumsum(np.bincount(requests, minlength=len(self.lives.arrival)))])]
-        own = np.empty(len(waits))
+        at_arrival = before[np.searchsorted(key, np.arange(len(self.lives.arrival)) * np.int64(len(timeline)))]
+        work = np.empty(len(waits), dtype=np.int64)
         for low in range(0, len(waits), CHUNK):
             some = slice(low, low + CHUNK)
-            own[some] = until(request[some], end[some]) - at_arrival[request[some]]
-            late = low + np.flatnonzero(begin[some] > self.lives.arrival[request[some]])
-            own[late] -= until(request[late], begin[late]) - at_arrival[request[late]]
-        return np.rint(np.maximum(own, 0.0)).astype(np.int64)
+            own = until(request[some], end[some]) - at_arrival[request[some]]
+            late = np.flatnonzero(begin[some] > self.lives.arrival[request[some]])
+            own[late] -= until(request[some][late], begin[some][late]) - at_arrival[request[some][late]]
+            work[some] = np.rint(np.maximum(own, 0.0))
+        return work
 
     def _parts(self, pieces: _Pieces, group_of_request: Ints) -> pd.DataFrame:
         """Unrounded parts of each piece, long form: piece, holder, mechanism, ns."""

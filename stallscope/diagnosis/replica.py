@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stallscope.diagnosis.ledger import Ledger, Stretches, read_stretches
+from stallscope.diagnosis.ledger import Ledger, Stretches, narrow, read_stretches
 from stallscope.diagnosis.lives import Lives, Small, read_states
 from stallscope.diagnosis.partition import Partition
 from stallscope.diagnosis.timeline import TIMELINE_COLUMNS, Ints, Mask, Timeline
@@ -78,7 +78,7 @@ class Replica:
 
     @cached_property
     def tenant_of_request(self) -> Ints:
-        return self.requests["tenant"].to_numpy(np.int64)
+        return self.requests["tenant"].to_numpy()
 
     def facts(self, request: int) -> RequestFacts:
         """The request with this code."""
@@ -178,9 +178,8 @@ def _residency(trace: Trace, name: str, codes: _RequestCodes, timeline: Timeline
     table = _columns(trace, "residency", _RESIDENCY_COLUMNS, mine)
     request, holder = (codes.named(trace, "residency", column, mine) for column in ("request", "holder"))
     phase, reason = (table[column].to_pandas() for column in ("phase", "reason"))
-    first, last, tokens, context = (_ints(table[column]) for column in _RESIDENCY_COLUMNS[2:])
-    del table
-    stretches = read_stretches(timeline, request, phase, first, last, tokens, context)
+    columns = (_ints(table[column]) for column in _RESIDENCY_COLUMNS[2:])
+    stretches = read_stretches(timeline, request, phase, *columns)
     state = read_states(phase, reason, holder)
     if (request >= 0).all() and _ascends(stretches.first):
         return stretches, state, holder
@@ -193,6 +192,7 @@ def _gaps(trace: Trace, name: str, codes: _RequestCodes) -> pd.DataFrame:
     mine = _rows_of(trace, "gaps", name)
     table = _columns(trace, "gaps", _GAP_COLUMNS, mine)
     columns = {"request": codes.named(trace, "gaps", "request", mine)} | {c: _ints(table[c]) for c in _GAP_COLUMNS}
+    columns["count"] = narrow(columns["count"])
     gaps = pd.DataFrame(columns, copy=False)
     known = gaps["request"] >= 0
     return gaps if known.all() else gaps[known].reset_index(drop=True)
@@ -222,9 +222,9 @@ def _tenant_codes(requests: pa.Table) -> tuple[tuple[str, ...], Ints]:
     rank = np.empty(len(names), dtype=np.int64)
     rank[ranked] = np.arange(len(names))
     if len(names) <= MOST_TENANTS:
-        return tuple(names[code] for code in ranked), rank[codes]
+        return tuple(names[code] for code in ranked), rank[codes].astype(np.int32)
     kept = tuple(names[code] for code in ranked[: MOST_TENANTS - 1])
-    return (*kept, OTHER), np.minimum(rank, len(kept))[codes]
+    return (*kept, OTHER), np.minimum(rank, len(kept))[codes].astype(np.int32)
 
 
 def _commonest(column: pa.ChunkedArray, group: Ints, groups: int) -> tuple[str, ...]:

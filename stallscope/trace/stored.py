@@ -63,10 +63,12 @@ class StoredTables(Mapping[str, pa.Table]):
         try:
             with parquet.ParquetFile(path, read_dictionary=coded_columns(name)) as file:
                 table = read(file, TABLES[name].names)
-                return table if schema is None else table.cast(schema)
+                table = table if schema is None else table.cast(schema)
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: not readable as the table {name} ({reason}); convert again") from error
+        pa.default_memory_pool().release_unused()  # reading takes more than it leaves
+        return table
 
 
 def coded_columns(table: str) -> list[str]:
