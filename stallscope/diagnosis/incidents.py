@@ -70,7 +70,7 @@ def measure_waits(replica: Replica) -> Waits:
 
 def _all_waits(replica: Replica) -> pd.DataFrame:
     """Metric, request, tenant, begin, end, censored of each wait."""
-    requests, gaps = replica.requests, replica.gaps
+    requests, gaps = replica.requests, replica.read_gaps()
     first_token = requests["first_token"].to_numpy()
     # Each long gap, and for everybody the longest of the short ones, so that a percentile counts all requests.
     chosen = np.flatnonzero((gaps["count"] == 1) | _longest_of_short(gaps, len(requests)))

@@ -18,7 +18,18 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.cost_model import CostModel, fit_cost_model
-from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Mask, Places, Timeline, at, expand, running_total
+from stallscope.diagnosis.timeline import (
+    Floats,
+    Intervals,
+    Ints,
+    Mask,
+    Places,
+    Timeline,
+    at,
+    expand,
+    narrow,
+    running_total,
+)
 
 CHUNK = 1 << 16  # steps at hand at a time
 FITTED_SPANS, FITTED_SPAN = 400, 250  # steps that the cost model is fitted on, at most: more make it no better
@@ -76,12 +87,6 @@ def stable_order(key: Ints) -> Ints:
     packed.sort()
     packed &= 0xFFFFFFFF
     return packed.astype(np.int32)
-
-
-def narrow(values: Ints) -> Ints:
-    """As int32 if they fit."""
-    fits = not len(values) or (values.max() < 2**31 and values.min() >= -(2**31))
-    return values.astype(np.int32) if fits else values
 
 
 @dataclass(frozen=True, eq=False)

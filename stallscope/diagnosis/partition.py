@@ -83,7 +83,7 @@ _OWN_CONDITION = {
 }
 
 
-BLOCK = 4096  # queries that are charged at a time
+BLOCK = 2048  # queries that are charged at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,8 @@ class _Pieces:
     taker: Ints
 
 
-_NO_CHARGES = pd.DataFrame({name: np.zeros(0, dtype=np.int64) for name in ("query", "holder", "mechanism", "ns")})
+_CHARGE_TYPES = {"query": np.int64, "holder": np.int32, "mechanism": np.int8, "ns": np.int64}
+_NO_CHARGES = pd.DataFrame({name: np.zeros(0, dtype=kind) for name, kind in _CHARGE_TYPES.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,13 +119,13 @@ class Partition:
 
         ``queries``: columns query (unique int), request (code), begin, end (int64 ns, within the request's life).
         ``group_of_request``: group code of each request; groups are the holders.
-        Returns columns query, holder (a group's code or a ``Party``), mechanism (index into ``MECHANISMS``), ns (int64,
-        positive), sorted; the parts of each query sum to its length.
+        Returns columns query, holder (a group's code or a ``Party``), mechanism (index into ``MECHANISMS``), ns (all
+        integers, ns positive), sorted; the parts of each query sum to its length.
         """
         order = np.argsort(queries["begin"].to_numpy(), kind="stable")
         blocks = (queries.iloc[order[first : first + BLOCK]] for first in range(0, len(order), BLOCK))
         charges = pd.concat([_NO_CHARGES, *(self._charge(block, group_of_request) for block in blocks)])
-        return charges.sort_values(["query", "holder", "mechanism"], ignore_index=True)
+        return charges.take(np.argsort(charges["query"].to_numpy(), kind="stable")).reset_index(drop=True)
 
     def _charge(self, queries: pd.DataFrame, group_of_request: Ints) -> pd.DataFrame:
         """``charge`` for a block of queries."""
@@ -133,7 +134,8 @@ class Partition:
         parts["ns"] = round_to_sum(parts["piece"].to_numpy(), parts["ns"].to_numpy(), pieces.end - pieces.begin)
         parts = parts[parts["ns"] > 0]
         parts["query"] = queries["query"].to_numpy()[pieces.query[parts["piece"].to_numpy()]]
-        return parts.groupby(["query", "holder", "mechanism"], sort=False)["ns"].sum().reset_index()
+        charges = parts.groupby(["query", "holder", "mechanism"], sort=True)["ns"].sum().reset_index()
+        return charges.astype(_CHARGE_TYPES)
 
     def cut(self, queries: pd.DataFrame) -> pd.DataFrame:
         """The queries cut at the segment boundaries of the lives they lie in; no empty pieces."""

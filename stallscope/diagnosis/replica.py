@@ -11,10 +11,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stallscope.diagnosis.ledger import Ledger, Stretches, narrow, read_stretches
+from stallscope.diagnosis.ledger import Ledger, Stretches, read_stretches
 from stallscope.diagnosis.lives import Lives, Small, read_states
 from stallscope.diagnosis.partition import Partition
-from stallscope.diagnosis.timeline import TIMELINE_COLUMNS, Ints, Mask, Timeline
+from stallscope.diagnosis.timeline import TIMELINE_COLUMNS, Ints, Mask, Timeline, narrow
 from stallscope.trace import Trace
 
 MOST_TENANTS = 50  # by tokens; the rest are analysed as one
@@ -47,6 +47,24 @@ class RequestFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class RequestCodes:
+    """The replica's code of each row of the trace's requests (int32; -1 for those of others) and, last, of no row."""
+
+    of_row: Ints
+
+    @staticmethod
+    def of(trace: Trace, mine: Mask | None, order: Ints | None, count: int) -> RequestCodes:
+        row = np.arange(count) if mine is None else np.flatnonzero(mine)
+        of_row = np.full((count if mine is None else len(mine)) + 1, -1, dtype=np.int32)
+        of_row[row if order is None else row[order]] = np.arange(count)
+        return RequestCodes(of_row)
+
+    def named(self, trace: Trace, table: str, column: str, rows: Mask | None) -> Ints:
+        found = trace.request_rows(table, column)
+        return self.of_row[found if rows is None else found[rows]]
+
+
+@dataclass(frozen=True, eq=False)
 class Replica:
     """One replica's tables with codes.
 
@@ -59,9 +77,17 @@ class Replica:
     tenants: tuple[str, ...]
     sources: tuple[str, ...]
     requests: pd.DataFrame
-    gaps: pd.DataFrame
     partition: Partition
     trace: Trace
+    request_codes: RequestCodes
+
+    @cached_property
+    def gaps(self) -> pd.DataFrame:
+        return self.read_gaps()
+
+    def read_gaps(self) -> pd.DataFrame:
+        """``gaps``, for who needs them only once: they are not kept."""
+        return _gaps(self.trace, self.name, self.request_codes)
 
     @cached_property
     def steps(self) -> pd.DataFrame:
@@ -123,7 +149,7 @@ def _read(trace: Trace, name: str) -> Replica:
     raw = _columns(trace, "requests", _REQUEST_COLUMNS, mine)
     order = None if _ascends(_ints(raw["arrival"])) else np.argsort(_ints(raw["arrival"]), kind="stable")
     raw = raw if order is None else raw.take(order)
-    codes = _RequestCodes.of(trace, mine, order, len(raw))
+    codes = RequestCodes.of(trace, mine, order, len(raw))
     arrival = _ints(raw["arrival"])
     timeline = Timeline.of_steps(_steps(trace, name, TIMELINE_COLUMNS), arrival)
     stretches, state, taker = _residency(trace, name, codes, timeline)
@@ -131,7 +157,7 @@ def _read(trace: Trace, name: str) -> Replica:
     seen = stretches.last >= stretches.first
     np.maximum.at(last_sight, stretches.request[seen], timeline.end[stretches.last[seen]])
     end = _ints(raw["end"], -1)
-    seen_until = np.where(end >= 0, end, np.maximum(last_sight, arrival))
+    seen_until = np.maximum(np.where(end >= 0, end, last_sight), arrival)
     tenants, tenant_codes = _tenant_codes(raw)
     requests = pd.DataFrame(
         {
@@ -150,29 +176,11 @@ def _read(trace: Trace, name: str) -> Replica:
     sources = _commonest(raw["tenant_source"], tenant_codes, len(tenants))
     del raw
     ledger = Ledger.of(timeline, stretches)
-    lives = Lives(ledger, arrival, np.maximum(seen_until, arrival), state, taker, _serves_by_arrival(trace, name))
-    return Replica(name, tenants, sources, requests, _gaps(trace, name, codes), Partition(ledger, lives), trace)
+    lives = Lives(ledger, arrival, seen_until, state, taker, _serves_by_arrival(trace, name))
+    return Replica(name, tenants, sources, requests, Partition(ledger, lives), trace, codes)
 
 
-@dataclass(frozen=True, eq=False)
-class _RequestCodes:
-    """The replica's code of each row of the trace's requests (int32; -1 for those of others) and, last, of no row."""
-
-    of_row: Ints
-
-    @staticmethod
-    def of(trace: Trace, mine: Mask | None, order: Ints | None, count: int) -> _RequestCodes:
-        row = np.arange(count) if mine is None else np.flatnonzero(mine)
-        of_row = np.full((count if mine is None else len(mine)) + 1, -1, dtype=np.int32)
-        of_row[row if order is None else row[order]] = np.arange(count)
-        return _RequestCodes(of_row)
-
-    def named(self, trace: Trace, table: str, column: str, rows: Mask | None) -> Ints:
-        found = trace.request_rows(table, column)
-        return self.of_row[found if rows is None else found[rows]]
-
-
-def _residency(trace: Trace, name: str, codes: _RequestCodes, timeline: Timeline) -> tuple[Stretches, Small, Ints]:
+def _residency(trace: Trace, name: str, codes: RequestCodes, timeline: Timeline) -> tuple[Stretches, Small, Ints]:
     """Stretches of known requests, what each request is doing there, and who took its blocks (-1: nobody)."""
     mine = _rows_of(trace, "residency", name)
     table = _columns(trace, "residency", _RESIDENCY_COLUMNS, mine)
@@ -188,7 +196,7 @@ def _residency(trace: Trace, name: str, codes: _RequestCodes, timeline: Timeline
     return stretches.take(order), state[order], holder[order]
 
 
-def _gaps(trace: Trace, name: str, codes: _RequestCodes) -> pd.DataFrame:
+def _gaps(trace: Trace, name: str, codes: RequestCodes) -> pd.DataFrame:
     mine = _rows_of(trace, "gaps", name)
     table = _columns(trace, "gaps", _GAP_COLUMNS, mine)
     columns = {"request": codes.named(trace, "gaps", "request", mine)} | {c: _ints(table[c]) for c in _GAP_COLUMNS}

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-Ints = NDArray[np.signedinteger]  # times are int64; codes and positions may be int32, of which there are millions
+Ints = NDArray[np.signedinteger]  # times are int64, codes and positions may be int32
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -76,10 +76,12 @@ class Timeline:
 
     Slice k runs from ``start[k]`` to ``end[k]``; ``before[k]`` is the end of the previous slice (for the first step,
     its own schedule); ``bounds`` (n + 1) holds both. ``observed`` is False where steps are missing between this one and
-    the one before. ``idle`` and ``unobserved`` are the parts of the gaps that are no host gap.
+    the one before. ``idle`` and ``unobserved`` are the parts of the gaps that are no host gap. The steps' numbers are
+    kept as that of the first (``first_step``) and how much ``later`` each is.
     """
 
-    step: Ints
+    first_step: int
+    later: Ints
     bounds: Ints
     start: Ints
     observed: Mask
@@ -110,11 +112,24 @@ class Timeline:
         woken = np.append(arrivals, latest.max(initial=0))[np.searchsorted(arrivals, low)]
         idle_end = np.where(seen, np.clip(woken, np.minimum(low + length, latest), latest), latest)
         idle_start = np.maximum(idle_end - length, low)
-        missed = [np.stack([low, idle_end], axis=1)[~seen].ravel(), np.stack([idle_start, high], axis=1)[~seen].ravel()]
-        return Timeline(step, bounds, start, observed, Intervals(idle_start, idle_end), Intervals(*missed))
+        missed = (np.stack(edges, axis=1)[~seen].ravel() for edges in ((low, idle_end), (idle_start, high)))
+        return Timeline(
+            int(step[0]),
+            narrow(step - step[0]),
+            bounds,
+            start,
+            observed,
+            Intervals(idle_start, idle_end),
+            Intervals(*missed),
+        )
 
     def __len__(self) -> int:
-        return len(self.step)
+        return len(self.start)
+
+    @property
+    def step(self) -> Ints:
+        """The steps' numbers."""
+        return self.first_step + self.later.astype(np.int64)
 
     @property
     def before(self) -> Ints:
@@ -141,9 +156,9 @@ class Timeline:
     def steps_before(self, step: Ints) -> Ints:
         """How many steps were seen before each step number."""
         if self.observed.all():
-            before: Ints = np.clip(step - self.step[0], 0, len(self))
+            before: Ints = np.clip(step - self.first_step, 0, len(self))
             return before
-        return np.searchsorted(self.step, step)
+        return np.searchsorted(self.later, step - self.first_step)
 
     def locate(self, times: Ints) -> Places:
         """Where each time lies."""
@@ -151,6 +166,12 @@ class Timeline:
         start = self.start[position]
         length = np.maximum(self.end[position] - start, 1)
         return Places(position, np.clip((times - start) / length, 0.0, 1.0))
+
+
+def narrow(values: Ints) -> Ints:
+    """As int32 if they fit."""
+    fits = not len(values) or (values.max() < 2**31 and values.min() >= -(2**31))
+    return values.astype(np.int32) if fits else values
 
 
 def expand(begin: Ints, end: Ints) -> Ints:

@@ -30,6 +30,8 @@ class StoredTables(Mapping[str, pa.Table]):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # For the whole process: Arrow's own allocators keep for themselves what a read no longer needs.
+        pa.set_memory_pool(pa.system_memory_pool())
         for name, schema in TABLES.items():
             self._read(name, lambda file, names: file.schema_arrow.empty_table().select(names), plain_schema(schema))
 
@@ -67,7 +69,7 @@ class StoredTables(Mapping[str, pa.Table]):
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: not readable as the table {name} ({reason}); convert again") from error
-        pa.default_memory_pool().release_unused()  # reading takes more than it leaves
+        pa.default_memory_pool().release_unused()  # reading takes twice what it leaves
         return table
 
 
