@@ -359,8 +359,8 @@ class Measured:
         return self.steps / (self.partition_s + self.incidents_s)
 
 
-def analyse(folder: Path) -> Measured:
-    """Reads and analyses the trace in ``folder``, as ``diagnose`` does without replays."""
+def analyse(folder: Path, verdicts: bool) -> Measured:
+    """Reads and analyses the trace in ``folder``, as ``diagnose`` does without replays; verdicts only if asked for."""
     from stallscope.diagnosis.incidents import find_windows, measure_waits
     from stallscope.diagnosis.replica import replicas
     from stallscope.diagnosis.verdict import judge
@@ -374,14 +374,15 @@ def analyse(folder: Path) -> Measured:
     waits = measure_waits(replica)
     windows = find_windows(waits, replica)
     incidents = time.process_time()
-    judged = judge(replica, waits, windows)
+    if verdicts:
+        judge(replica, waits, windows)
     end = time.process_time()
     return Measured(
         len(replica.timeline),
         len(replica.requests),
         len(replica.ledger.stretches),
         int(waits.table["stalled"].sum()),
-        len(judged),
+        len(windows),
         partition - begin,
         incidents - partition,
         end - incidents,
@@ -417,6 +418,7 @@ def main() -> None:
     parser.add_argument("--stall-every", type=int, default=100_000, help="steps from one stall to the next; at least 2")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "stallscope-analysis")
     parser.add_argument("--passes", type=int, default=3, help="analyses of each size; the fastest counts")
+    parser.add_argument("--verdicts", action="store_true", help="judge the incidents, too")
     parser.add_argument("--make", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--analyse", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -425,22 +427,21 @@ def main() -> None:
         return
     if chosen.analyse:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        print(json.dumps(asdict(analyse(chosen.analyse))))
+        print(json.dumps(asdict(analyse(chosen.analyse, chosen.verdicts))))
         return
     table = Table("steps", "requests", "rows", "stalled waits", "incidents", "partition s", "incidents s", "verdicts s",
-                  "steps/s", "with verdicts", "peak MB", "of it imports")  # fmt: skip
+                  "steps/s", "peak MB", "of it imports")  # fmt: skip
     for steps in chosen.sizes:
         folder = chosen.folder / f"{steps}-{chosen.stall_every}"
         if not folder.exists():
             _in_a_process("--make", str(steps), "--stall-every", str(chosen.stall_every), "--folder", str(folder))
-        runs = [Measured(**json.loads(_in_a_process("--analyse", str(folder)))) for _ in range(chosen.passes)]
+        command = ("--analyse", str(folder), *(["--verdicts"] if chosen.verdicts else []))
+        runs = [Measured(**json.loads(_in_a_process(*command))) for _ in range(chosen.passes)]
         one = max(runs, key=lambda run: run.steps_per_s)
-        whole = one.partition_s + one.incidents_s + one.verdicts_s
         table.add_row(
             *(f"{value:,}" for value in (one.steps, one.requests, one.rows, one.stalled_waits, one.incidents)),
             *(f"{value:.2f}" for value in (one.partition_s, one.incidents_s, one.verdicts_s)),
-            *(f"{value:,.0f}" for value in (one.steps_per_s, one.steps / whole)),
-            *(f"{value:,.0f}" for value in (max(run.peak_mb for run in runs), one.imported_mb)),
+            *(f"{value:,.0f}" for value in (one.steps_per_s, max(run.peak_mb for run in runs), one.imported_mb)),
         )
     Console(width=140).print(table)
 

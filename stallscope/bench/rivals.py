@@ -39,15 +39,15 @@ def accuse(trace: Trace, diagnosis: Diagnosis, harm: Harm, start_ns: int) -> dic
     rest_s = max(float(requests["arrival_s"].max()) - length_s, 1.0)
     usual = requests[~inside].groupby("tenant")["tokens"].sum() / rest_s
     above = (during["tokens"].sum() / length_s).sub(usual, fill_value=0)
-    scores = (
+    scores: list[pd.Series[float]] = [
         during["tokens"].sum(),
         during["prompt_tokens"].max(),
         _kv_held(trace, harm, start_ns),
-        during.size(),
+        during.size().astype(np.float64),
         _correlation(requests),
         above,
         _charges(diagnosis),
-    )
+    ]
     return {rule: str(score.idxmax()) if len(score) else "" for rule, score in zip(RULES, scores, strict=True)}
 
 

@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 
 from stallscope.diagnosis.ledger import Ledger, Lines, stable_order
-from stallscope.diagnosis.lives import Lives, expand
-from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Mask, Places, at, running_total
+from stallscope.diagnosis.lives import Lives
+from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Mask, Places, at, expand, running_total
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,45 +59,12 @@ class Window:
 
 def measure_waits(replica: Replica) -> Waits:
     """TTFT and inter-token gaps of a replica's requests, partitioned and compared with their tenant's usual."""
-    requests, gaps = replica.requests, replica.gaps
-    first_token = requests["first_token"].to_numpy()
-    end = np.where(first_token >= 0, first_token, requests["seen_until"])
-    ttft = pd.DataFrame(
-        {
-            "metric": TTFT,
-            "request": np.arange(len(requests)),
-            "begin": requests["arrival"],
-            "end": end,
-            "censored": first_token < 0,
-        }
-    )
-    # Each long gap, and for everybody the longest of the short ones, so that a percentile counts all requests.
-    chosen = gaps.take(np.flatnonzero((gaps["count"] == 1) | _longest_of_short(gaps, len(requests))))
-    itl = pd.DataFrame(
-        {
-            "metric": ITL,
-            "request": chosen["request"],
-            "begin": chosen["start"],
-            "end": chosen["start"] + chosen["length_ns"],
-            "censored": False,
-        }
-    )
-    late = requests[(requests["end"] >= 0) & (requests["delivered"] > requests["end"])]
-    delivery = pd.DataFrame(
-        {
-            "metric": DELIVERY,
-            "request": late.index.to_numpy(np.int64),
-            "begin": late["end"],
-            "end": late["delivered"],
-            "censored": False,
-        }
-    )
-    table = pd.concat([ttft, itl, delivery], ignore_index=True)
-    table["tenant"] = replica.tenant_of_request[table["request"].to_numpy()]
-    inside = table["metric"] != DELIVERY
-    own_ns = np.zeros(len(table))
-    own_ns[inside] = replica.partition.own_work(table[inside])
-    table["delay"] = table["end"] - table["begin"] - own_ns.astype(np.int64)
+    table = _all_waits(replica)
+    inside = np.flatnonzero(table["metric"] != DELIVERY)
+    table["delay"] = table["end"] - table["begin"]
+    own_ns = np.zeros(len(table), dtype=np.int64)
+    own_ns[inside] = replica.partition.own_work(table if len(inside) == len(table) else table.iloc[inside])
+    table["delay"] -= own_ns
     span = replica.timeline.end[-1] - replica.timeline.before[0] if len(replica.timeline) else 0
     bin_ns = max(BIN_NS, int(span) // _MOST_BINS)
     table["bar"] = _bars(table, bin_ns)
@@ -107,6 +74,32 @@ def measure_waits(replica: Replica) -> Waits:
     queries = charged.loc[charged["metric"] != DELIVERY, ["request", "begin", "end"]]
     charges = replica.partition.charge(queries.assign(query=queries.index), replica.tenant_of_request)
     return Waits(table, pd.concat([charges, _delivery_charges(charged)], ignore_index=True))
+
+
+def _all_waits(replica: Replica) -> pd.DataFrame:
+    """Metric, request, tenant, begin, end, censored of each wait."""
+    requests, gaps = replica.requests, replica.read_gaps()
+    first_token = requests["first_token"].to_numpy()
+    # Each long gap, and for everybody the longest of the short ones, so that a percentile counts all requests.
+    chosen = np.flatnonzero((gaps["count"] == 1) | _longest_of_short(gaps, len(requests)))
+    start, length = gaps["start"].to_numpy()[chosen], gaps["length_ns"].to_numpy()[chosen]
+    request = np.concatenate([np.arange(len(requests), dtype=np.int32), gaps["request"].to_numpy()[chosen]])
+    answered = np.where(first_token >= 0, first_token, requests["seen_until"])
+    ended, delivered = requests["end"].to_numpy(), requests["delivered"].to_numpy()
+    late = np.flatnonzero((ended >= 0) & (delivered > ended))
+    request = np.concatenate([request, late.astype(np.int32)])
+    counts = [len(requests), len(chosen), len(late)]
+    return pd.DataFrame(
+        {
+            "metric": np.repeat(np.array([TTFT, ITL, DELIVERY], dtype=np.int8), counts),
+            "request": request,
+            "tenant": replica.tenant_of_request[request],
+            "begin": np.concatenate([requests["arrival"], start, ended[late]]),
+            "end": np.concatenate([answered, start + length, delivered[late]]),
+            "censored": np.concatenate([first_token < 0, np.zeros(len(chosen) + len(late), dtype=np.bool_)]),
+        },
+        copy=False,
+    )
 
 
 def _longest_of_short(gaps: pd.DataFrame, requests: int) -> NDArray[np.bool_]:
@@ -168,22 +161,23 @@ def _bars(table: pd.DataFrame, bin_ns: int) -> Floats:
     From the worst delay of each time bin: median and spread are estimated from the calmer 30% of the bins (as the
     normal distribution of their logarithms has them), so that up to two thirds of the bins may be stalled.
     """
-    worst = (
-        table.assign(bin=table["begin"] // bin_ns)
-        .groupby(["tenant", "metric", "bin"])["delay"]
-        .max()
-        .clip(lower=1e6)  # below a millisecond, differences mean nothing
-        .apply(np.log)
-    )
-    by_tenant = worst.groupby(level=["tenant", "metric"])
-    low, calm = by_tenant.quantile(0.1), by_tenant.quantile(0.3)
+    tenant, begin = table["tenant"].to_numpy(), table["begin"].to_numpy()
+    bins = begin // bin_ns
+    bins -= bins.min(initial=0 if len(bins) == 0 else bins[0])
+    kind = tenant * np.int64(len(METRICS)) + table["metric"].to_numpy()
+    size = int(bins.max(initial=0)) + 1
+    delays = np.full((int(kind.max(initial=-1)) + 1) * size, -1)
+    np.maximum.at(delays, kind * size + bins, table["delay"].to_numpy())
+    seen = np.flatnonzero(delays >= 0)
+    # Below a millisecond, differences mean nothing.
+    worst = pd.Series(np.log(np.maximum(delays[seen], 1e6))).groupby(seen // size)
+    low, calm = worst.quantile(0.1), worst.quantile(0.3)
     sigma = (calm - low) / 0.757  # distance of the normal distribution's 10% and 30% points, in sigmas
     median = calm + 0.524 * sigma
     # Where next to nothing is the usual, the spread of its logarithm says little: hence the bounds.
     usual, times = np.exp(median), np.exp(np.clip(_SIGMAS * sigma, *np.log(_TIMES_USUAL)))
     bars = np.minimum(usual * times, np.maximum(usual * _TIMES_USUAL[0], usual + _MOST_BEYOND_NS))
-    keys = pd.MultiIndex.from_frame(table[["tenant", "metric"]])
-    found: Floats = bars.reindex(keys).to_numpy(np.float64)
+    found: Floats = bars.reindex(range(int(kind.max(initial=-1)) + 1)).to_numpy(np.float64)[kind]
     return found
 
 

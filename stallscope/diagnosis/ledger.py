@@ -18,10 +18,21 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.cost_model import CostModel, fit_cost_model
-from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Mask, Places, Timeline, at, running_total
+from stallscope.diagnosis.timeline import (
+    Floats,
+    Intervals,
+    Ints,
+    Mask,
+    Places,
+    Timeline,
+    at,
+    expand,
+    narrow,
+    running_total,
+)
 
 CHUNK = 1 << 16  # steps at hand at a time
-FITTED_STEPS = 100_000  # at most, evenly spread: more of them make no better cost model
+FITTED_SPANS, FITTED_SPAN = 400, 250  # steps that the cost model is fitted on, at most: more make it no better
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +55,9 @@ class Stretches:
 
     def __len__(self) -> int:
         return len(self.request)
+
+    def take(self, rows: Ints) -> Stretches:
+        return Stretches(*(column[rows] for column in vars(self).values()))
 
     @cached_property
     def resident(self) -> Mask:
@@ -71,7 +85,8 @@ def stable_order(key: Ints) -> Ints:
     # Packed with their position they sort several times faster than by a stable argsort.
     packed = (np.asarray(key, dtype=np.int64) << 32) | np.arange(len(key))
     packed.sort()
-    return packed & 0xFFFFFFFF
+    packed &= 0xFFFFFFFF
+    return packed.astype(np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +109,12 @@ class Ledger:
     def of(timeline: Timeline, stretches: Stretches) -> Ledger:
         """Fits the cost model and adds up what each step cost."""
         n = len(timeline)
-        fitted = np.unique(np.linspace(0, n - 1, min(n, FITTED_STEPS)).astype(np.int64))
-        features = features_at(stretches, fitted)
+        spans = Intervals(np.zeros(1, dtype=np.int64), np.full(1, n))
+        if n > FITTED_SPANS * FITTED_SPAN:
+            begin = np.linspace(0, n - FITTED_SPAN, FITTED_SPANS).astype(np.int64)
+            spans = Intervals(begin, begin + FITTED_SPAN)
+        fitted = expand(spans.begin, spans.end)
+        features = features_at(stretches.take(stretches.within(spans)), fitted)
         # A step whose batch is not fully known (after lost telemetry) would teach the model nonsense.
         taught = features[:, 1:].any(axis=1)
         duration = (timeline.end[fitted] - timeline.start[fitted]).astype(np.float64)
@@ -130,11 +149,17 @@ class Ledger:
         weighted = at(self.scaled_position, end) - at(self.scaled_position, begin)
         return self._own_cost(stretch, steps, weighted)
 
-    def whole_own_cost(self, stretch: Ints) -> Floats:
-        """Marginal cost of each given stretch's own request over all of the stretch."""
-        first, after = self.stretches.first[stretch], self.stretches.last[stretch] + 1
-        steps = self.scale[after] - self.scale[first]
-        return self._own_cost(stretch, steps, self.scaled_position[after] - self.scaled_position[first])
+    def own_work(self) -> Floats:
+        """What each stretch's own request cost over all of it, with the steps' fixed cost: its own work, if it ran."""
+        rows = np.arange(len(self.stretches))
+        work = np.zeros(len(rows))
+        for low in range(0, len(rows), CHUNK):
+            some = rows[low : low + CHUNK]
+            first, after = self.stretches.first[some], self.stretches.last[some] + 1
+            steps = self.scale[after] - self.scale[first]
+            weighted = self.scaled_position[after] - self.scaled_position[first]
+            work[low : low + CHUNK] = self.model.coefficients[0] * steps + self._own_cost(some, steps, weighted)
+        return work
 
     def _own_cost(self, stretch: Ints, steps: Floats, weighted: Floats) -> Floats:
         level, rise = self.cost_lines(stretch)
@@ -144,12 +169,6 @@ class Ledger:
     def fixed(self, begin: Places, end: Places) -> Floats:
         """What the steps between two places cost whatever is in them."""
         return self.model.coefficients[0] * (at(self.scale, end) - at(self.scale, begin))
-
-    def whole_fixed(self, stretch: Ints) -> Floats:
-        """The same over all of each given stretch."""
-        first, after = self.stretches.first[stretch], self.stretches.last[stretch] + 1
-        fixed: Floats = self.model.coefficients[0] * (self.scale[after] - self.scale[first])
-        return fixed
 
     def step_cost(self, chosen: Mask) -> Floats:
         """Marginal cost of the chosen stretches in each step, ns."""
@@ -256,16 +275,19 @@ def _sums(stretches: Stretches, steps: int, lines: Lines) -> Iterator[tuple[int,
         yield low, np.maximum(sums[0] + sums[1] * np.arange(size), 0.0), sums[2] > 0
 
 
-def read_stretches(residency: pd.DataFrame, timeline: Timeline) -> Stretches:
-    """Arrays of one replica's residency rows, ordered by first step; the column ``request`` must hold codes."""
-    phase = residency["phase"]
-    first = timeline.position(residency["first_step"].to_numpy(np.int64))
-    last = np.searchsorted(timeline.step, residency["last_step"].to_numpy(np.int64), side="right") - 1
+def read_stretches(
+    timeline: Timeline,
+    request: Ints,
+    phase: pd.Series[str],
+    first_step: Ints,
+    last_step: Ints,
+    tokens: Ints,
+    context_start: Ints,
+) -> Stretches:
+    """Stretches of columns of the residency table (``request`` as codes), in their order."""
+    first = timeline.steps_before(first_step)
+    last = np.maximum(timeline.steps_before(last_step + 1), first) - 1
+    prefill, decode, paused = ((phase == name).to_numpy(bool) for name in ("prefill", "decode", "paused"))
     return Stretches(
-        residency["request"].to_numpy(np.int32),
-        first.astype(np.int32),
-        np.maximum(last, first - 1).astype(np.int32),
-        residency["tokens"].to_numpy(np.int64),
-        residency["context_start"].to_numpy(np.int64),
-        *((phase == name).to_numpy(bool) for name in ("prefill", "decode", "paused")),
+        request, narrow(first), narrow(last), narrow(tokens), narrow(context_start), prefill, decode, paused
     )

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stallscope.diagnosis.ledger import Ledger, stable_order
-from stallscope.diagnosis.timeline import Intervals, Ints
+from stallscope.diagnosis.timeline import Intervals, Ints, expand
 
 Small = NDArray[np.int8]
 
@@ -178,21 +178,13 @@ class Lives:
         return asked, head
 
 
-def expand(begin: Ints, end: Ints) -> Ints:
-    """The integers of each range from ``begin`` to below ``end``, one range after the other."""
-    count = end - begin
-    return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
-
-
-def read_states(residency: pd.DataFrame) -> Small:
-    """The state of a request in each row: of columns phase, reason (as strings) and holder (a code, -1: none)."""
-    phase = residency["phase"]
-    codes, reasons = pd.factorize(residency["reason"], use_na_sentinel=False)
+def read_states(phase: pd.Series[str], reason: pd.Series[str], holder: Ints) -> Small:
+    """The state of a request in each row of residency; ``holder``: code of who took its blocks, -1 for none."""
+    codes, reasons = pd.factorize(reason, use_na_sentinel=False)
     waiting = np.array([_REASON_STATES.get(str(name), State.UNSEEN) for name in reasons], dtype=np.int8)
     state = waiting[codes] if len(codes) else np.zeros(0, dtype=np.int8)
-    redo = residency["holder"] >= 0
     state[phase.isin(("prefill", "decode"))] = State.RUNNING
-    state[(phase == "prefill") & redo] = State.RECOMPUTE
+    state[(phase == "prefill") & (holder >= 0)] = State.RECOMPUTE
     state[phase == "paused"] = State.PAUSED
     state[phase == "preempted"] = State.PREEMPTED
     return state

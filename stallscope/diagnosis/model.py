@@ -116,7 +116,8 @@ class Intervention:
 
     ``restored``: share of the victims' excess that would have been gone (negative: it would have been worse).
     ``throughput``: output tokens made in the same time over those of the unchanged replay, of requests in both.
-    ``tonight``: of a remedy, whether it needs no change of the engine. ``unseen``: share of replayed steps larger than any in the recording.
+    ``tonight``: of a remedy, whether it needs no change of the engine. ``unseen``: share of replayed steps larger than
+    any in the recording.
     """
 
     kind: InterventionKind

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.holdings import Holders, Holding
-from stallscope.diagnosis.ledger import Ledger
-from stallscope.diagnosis.lives import Lives, State, expand
+from stallscope.diagnosis.ledger import CHUNK, Ledger
+from stallscope.diagnosis.lives import Lives, State
 from stallscope.diagnosis.rounding import round_to_sum
-from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Places, at, running_total
+from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Places, at, expand, running_total
 
 
 class Mechanism(StrEnum):
@@ -84,7 +84,7 @@ _OWN_CONDITION = {
 }
 
 
-BLOCK = 4096  # queries that are charged at a time
+BLOCK = 2048  # queries that are charged at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,8 @@ class _Pieces:
     taker: Ints
 
 
-_NO_CHARGES = pd.DataFrame({name: np.zeros(0, dtype=np.int64) for name in ("query", "holder", "mechanism", "ns")})
+_CHARGE_TYPES = {"query": np.int64, "holder": np.int32, "mechanism": np.int8, "ns": np.int64}
+_NO_CHARGES = pd.DataFrame({name: np.zeros(0, dtype=kind) for name, kind in _CHARGE_TYPES.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,13 +120,13 @@ class Partition:
 
         ``queries``: columns query (unique int), request (code), begin, end (int64 ns, within the request's life).
         ``group_of_request``: group code of each request; groups are the holders.
-        Returns columns query, holder (a group's code or a ``Party``), mechanism (index into ``MECHANISMS``), ns (int64,
-        positive), sorted; the parts of each query sum to its length.
+        Returns columns query, holder (a group's code or a ``Party``), mechanism (index into ``MECHANISMS``), ns (all
+        integers, ns positive), sorted; the parts of each query sum to its length.
         """
         order = np.argsort(queries["begin"].to_numpy(), kind="stable")
         blocks = (queries.iloc[order[first : first + BLOCK]] for first in range(0, len(order), BLOCK))
         charges = pd.concat([_NO_CHARGES, *(self._charge(block, group_of_request) for block in blocks)])
-        return charges.sort_values(["query", "holder", "mechanism"], ignore_index=True)
+        return charges.take(np.argsort(charges["query"].to_numpy(), kind="stable")).reset_index(drop=True)
 
     def _charge(self, queries: pd.DataFrame, group_of_request: Ints) -> pd.DataFrame:
         """``charge`` for a block of queries."""
@@ -134,7 +135,8 @@ class Partition:
         parts["ns"] = round_to_sum(parts["piece"].to_numpy(), parts["ns"].to_numpy(), pieces.end - pieces.begin)
         parts = parts[parts["ns"] > 0]
         parts["query"] = queries["query"].to_numpy()[pieces.query[parts["piece"].to_numpy()]]
-        return parts.groupby(["query", "holder", "mechanism"], sort=False)["ns"].sum().reset_index()
+        charges = parts.groupby(["query", "holder", "mechanism"], sort=True)["ns"].sum().reset_index()
+        return charges.astype(_CHARGE_TYPES)
 
     def cut(self, queries: pd.DataFrame) -> pd.DataFrame:
         """The queries cut at the segment boundaries of the lives they lie in; no empty pieces."""
@@ -163,30 +165,37 @@ class Partition:
         Of many waits at once; rounded, so it may be off by a ns from what ``charge`` says.
         """
         ledger, stretches, timeline = self.ledger, self.ledger.stretches, self.ledger.timeline
-        order, starts = self.lives.by_request
-        works = (self.lives.state[order] == State.RUNNING).astype(np.float64)
-        key = stretches.request[order].astype(np.int64) * len(timeline) + stretches.first[order]
-        before = running_total(works * (ledger.whole_own_cost(order) + ledger.whole_fixed(order)))
-        del works
-        request = waits["request"].to_numpy(np.int64)
+        order, _ = self.lives.by_request
+        rows = order[self.lives.state[order] == State.RUNNING]
+        key = stretches.request[rows] * np.int64(len(timeline))
+        key += stretches.first[rows]
+        before = running_total(ledger.own_work()[rows])
 
-        def until(times: Ints) -> Floats:
-            """Own work of a request up to a time, but for what is the same at all times."""
+        def until(request: Ints, times: Ints) -> Floats:
+            """Own work of a request up to a time, and of all requests with lower codes."""
             places = timeline.locate(times)
-            begun = np.searchsorted(key, request * len(timeline) + places.position, side="right")
-            there = begun > starts[request]
-            row = order[np.maximum(begun - 1, 0)]
-            running = there & (self.lives.state[row] == State.RUNNING) & (places.position <= stretches.last[row])
-            some = np.flatnonzero(running)
+            begun = np.searchsorted(key, request * np.int64(len(timeline)) + places.position, side="right")
             total = before[begun]
-            total[some] = before[begun[some] - 1]
+            # In the last row that has begun, if it is the request's and not over, only part of the work is done.
+            last = np.maximum(begun - 1, 0)
+            row = rows[last]
+            runs = (begun > 0) & (stretches.request[row] == request) & (places.position <= stretches.last[row])
+            some = np.flatnonzero(runs)
             now, row = places.take(some), row[some]
-            since = Places(stretches.first[row].astype(np.int64), np.zeros(len(some)))
-            total[some] += ledger.own_cost_between(row, since, now) + ledger.fixed(since, now)
+            since = Places(stretches.first[row], np.zeros(len(some)))
+            total[some] = before[last[some]] + ledger.own_cost_between(row, since, now) + ledger.fixed(since, now)
             return total
 
-        own = until(waits["end"].to_numpy(np.int64)) - until(waits["begin"].to_numpy(np.int64))
-        return np.rint(np.maximum(own, 0.0)).astype(np.int64)
+        request, begin, end = (waits[name].to_numpy() for name in ("request", "begin", "end"))
+        at_arrival = before[np.searchsorted(key, np.arange(len(self.lives.arrival)) * np.int64(len(timeline)))]
+        work = np.empty(len(waits), dtype=np.int64)
+        for low in range(0, len(waits), CHUNK):
+            some = slice(low, low + CHUNK)
+            own = until(request[some], end[some]) - at_arrival[request[some]]
+            late = np.flatnonzero(begin[some] > self.lives.arrival[request[some]])
+            own[late] -= until(request[some][late], begin[some][late]) - at_arrival[request[some][late]]
+            work[some] = np.rint(np.maximum(own, 0.0))
+        return work
 
     def _parts(self, pieces: _Pieces, group_of_request: Ints) -> pd.DataFrame:
         """Unrounded parts of each piece, long form: piece, holder, mechanism, ns."""

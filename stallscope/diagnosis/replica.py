@@ -11,10 +11,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stallscope.diagnosis.ledger import Ledger, read_stretches
-from stallscope.diagnosis.lives import Lives, read_states
+from stallscope.diagnosis.ledger import Ledger, Stretches, read_stretches
+from stallscope.diagnosis.lives import Lives, Small, read_states
 from stallscope.diagnosis.partition import Partition
-from stallscope.diagnosis.timeline import Ints, Timeline
+from stallscope.diagnosis.timeline import TIMELINE_COLUMNS, Ints, Mask, Timeline, narrow
 from stallscope.trace import Trace
 
 MOST_TENANTS = 50  # by tokens; the rest are analysed as one
@@ -24,16 +24,17 @@ UNKNOWN = "(unknown)"
 # Policies whose queue is served in the order of arrival.
 FIRST_COME = ("fcfs", "prefill_first", "static")
 
-_STEP_COLUMNS = ("step", "scheduled", "dispatched", "ready", "idle_ns")
-_RESIDENCY_COLUMNS = ("request", "phase", "reason", "first_step", "last_step", "tokens", "context_start", "holder")
+_STEP_COLUMNS = (
+    *TIMELINE_COLUMNS, "batch_size", "prefill_tokens", "running", "waiting", "kv_used", "kv_cached", "kv_total",
+)  # fmt: skip
+_RESIDENCY_COLUMNS = ("phase", "reason", "first_step", "last_step", "tokens", "context_start")
 _REQUEST_COLUMNS = (
     "request", "tenant", "tenant_source", "arrival", "first_token", "end", "delivered", "prompt_tokens",
     "output_tokens", "state",
 )  # fmt: skip
 _CLIENT_NUMBERS = ("max_tokens", "cached_tokens", "priority")
 _CLIENT_NAMES = ("finish_reason", "session", "predecessor", "retry_of")
-BATCH_COLUMNS = ("batch_size", "running", "waiting", "prefill_tokens", "kv_used", "kv_cached", "kv_total")
-_GAP_COLUMNS = ("request", "start", "length_ns", "count")
+_GAP_COLUMNS = ("start", "length_ns", "count")
 
 
 @dataclass(frozen=True)
@@ -51,37 +52,59 @@ class RequestFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class RequestCodes:
+    """The replica's code of each row of the trace's requests (int32; -1 for those of others) and, last, of no row."""
+
+    of_row: Ints
+
+    @staticmethod
+    def of(trace: Trace, mine: Mask | None, order: Ints | None, count: int) -> RequestCodes:
+        row = np.arange(count) if mine is None else np.flatnonzero(mine)
+        of_row = np.full((count if mine is None else len(mine)) + 1, -1, dtype=np.int32)
+        of_row[row if order is None else row[order]] = np.arange(count)
+        return RequestCodes(of_row)
+
+    def named(self, trace: Trace, table: str, column: str, rows: Mask | None) -> Ints:
+        found = trace.request_rows(table, column)
+        return self.of_row[found if rows is None else found[rows]]
+
+
+@dataclass(frozen=True, eq=False)
 class Replica:
     """One replica's tables with codes.
 
     ``requests`` (index = request code): request, tenant (code), arrival, first_token, end, delivered (ns; -1 where
     there is none), seen_until (end, or the last sight), prompt_tokens, output_tokens, state. ``gaps``: request (code),
-    start, length_ns, count. ``steps``: step, scheduled, dispatched, ready, idle_ns.
+    start, length_ns, count.
     """
 
     name: str
     tenants: tuple[str, ...]
     sources: tuple[str, ...]
     requests: pd.DataFrame
-    gaps: pd.DataFrame
     partition: Partition
     trace: Trace
+    request_codes: RequestCodes
+
+    @cached_property
+    def gaps(self) -> pd.DataFrame:
+        return self.read_gaps()
+
+    def read_gaps(self) -> pd.DataFrame:
+        """``gaps``, for who needs them only once: they are not kept."""
+        return _gaps(self.trace, self.name, self.request_codes)
 
     @cached_property
     def steps(self) -> pd.DataFrame:
-        return _steps(self.trace, self.name)
-
-    @cached_property
-    def batches(self) -> pd.DataFrame:
-        """Of each of ``steps``: its columns in ``BATCH_COLUMNS`` (0: unknown)."""
-        rows = _rows(self.trace, "steps", ("step", *BATCH_COLUMNS), self.name).sort_by("step")
-        return pd.DataFrame({column: _ints(rows[column]) for column in BATCH_COLUMNS})
+        """Some columns of the table of steps, in order: those of its times, and how many did what."""
+        return _steps(self.trace, self.name, _STEP_COLUMNS)
 
     @cached_property
     def clients(self) -> pd.DataFrame:
         """Of each of ``requests``: max_tokens, cached_tokens, priority (0 where unknown), and finish_reason, session,
         predecessor, retry_of ("" where there is none)."""
-        rows = _rows(self.trace, "requests", ("arrival", *_CLIENT_NUMBERS, *_CLIENT_NAMES), self.name)
+        mine = _rows_of(self.trace, "requests", self.name)
+        rows = _columns(self.trace, "requests", ("arrival", *_CLIENT_NUMBERS, *_CLIENT_NAMES), mine)
         rows = rows.take(np.argsort(_ints(rows["arrival"]), kind="stable"))
         names = {name: rows[name].cast(pa.string()).fill_null("").to_pandas().astype(object) for name in _CLIENT_NAMES}
         return pd.DataFrame({name: _ints(rows[name]) for name in _CLIENT_NUMBERS} | names)
@@ -104,7 +127,7 @@ class Replica:
 
     @cached_property
     def tenant_of_request(self) -> Ints:
-        return self.requests["tenant"].to_numpy(np.int64)
+        return self.requests["tenant"].to_numpy()
 
     def facts(self, request: int) -> RequestFacts:
         """The request with this code."""
@@ -118,40 +141,50 @@ def replicas(trace: Trace) -> Iterator[Replica]:
         yield _read(trace, name)
 
 
-def _rows(trace: Trace, table: str, columns: Sequence[str], replica: str) -> pa.Table:
-    """One replica's rows of a table of the trace."""
-    read = trace.columns(table, ["replica", *columns])
-    codes = _codes(read["replica"], pa.array([replica]))
-    return (read.filter(codes == 0) if codes.any() else read).drop_columns("replica")
+def _rows_of(trace: Trace, table: str, replica: str) -> Mask | None:
+    """Which rows of a table are a replica's; None: all."""
+    column = trace.columns(table, ["replica"])["replica"]
+    mine = [_equals(chunk, replica) for chunk in column.chunks]
+    return None if all(each.all() for each in mine) else np.concatenate(mine)
 
 
-def _steps(trace: Trace, name: str) -> pd.DataFrame:
-    steps = _rows(trace, "steps", _STEP_COLUMNS, name)
-    if not _ascends(_ints(steps["step"])):
-        steps = steps.sort_by("step")
-    return pd.DataFrame({column: _ints(steps[column]) for column in _STEP_COLUMNS})
+def _equals(chunk: pa.DictionaryArray, name: str) -> Mask:
+    code = chunk.dictionary.to_pylist().index(name) if name in chunk.dictionary.to_pylist() else -2
+    found: Mask = chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False) == code
+    return found
+
+
+def _columns(trace: Trace, table: str, names: Sequence[str], rows: Mask | None) -> pa.Table:
+    read = trace.columns(table, names)
+    return read if rows is None else read.filter(pa.array(rows))
+
+
+def _steps(trace: Trace, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    """Columns of a replica's steps, in order."""
+    table = _columns(trace, "steps", columns, _rows_of(trace, "steps", name))
+    if not _ascends(_ints(table["step"])):
+        table = table.sort_by("step")
+    return pd.DataFrame({column: _ints(table[column]) for column in columns}, copy=False)
 
 
 def _read(trace: Trace, name: str) -> Replica:
-    raw = _rows(trace, "requests", _REQUEST_COLUMNS, name)
-    raw = raw.take(np.argsort(_ints(raw["arrival"]), kind="stable"))
+    mine = _rows_of(trace, "requests", name)
+    raw = _columns(trace, "requests", _REQUEST_COLUMNS, mine)
+    order = None if _ascends(_ints(raw["arrival"])) else np.argsort(_ints(raw["arrival"]), kind="stable")
+    raw = raw if order is None else raw.take(order)
+    codes = RequestCodes.of(trace, mine, order, len(raw))
     arrival = _ints(raw["arrival"])
-    timeline = Timeline.of_steps(_steps(trace, name), arrival)
-    names = raw["request"].cast(pa.string()).combine_chunks()
-
-    residency = _residency(trace, name, names)
-    stretches = read_stretches(residency, timeline)
-    state, taker = read_states(residency), residency["holder"].to_numpy()
-    del residency
+    timeline = Timeline.of_steps(_steps(trace, name, TIMELINE_COLUMNS), arrival)
+    stretches, state, taker = _residency(trace, name, codes, timeline)
     last_sight = np.full(len(arrival), timeline.bounds[0])
     seen = stretches.last >= stretches.first
     np.maximum.at(last_sight, stretches.request[seen], timeline.end[stretches.last[seen]])
     end = _ints(raw["end"], -1)
-    seen_until = np.where(end >= 0, end, np.maximum(last_sight, arrival))
+    seen_until = np.maximum(np.where(end >= 0, end, last_sight), arrival)
     tenants, tenant_codes = _tenant_codes(raw)
     requests = pd.DataFrame(
         {
-            "request": names.to_pandas(),
+            "request": raw["request"].cast(pa.string()).to_pandas(),
             "tenant": tenant_codes,
             "arrival": arrival,
             "first_token": _ints(raw["first_token"], -1),
@@ -161,48 +194,40 @@ def _read(trace: Trace, name: str) -> Replica:
             "prompt_tokens": _ints(raw["prompt_tokens"]),
             "output_tokens": _ints(raw["output_tokens"]),
             "state": raw["state"].to_pandas(),
-        }
+        },
+        copy=False,
     )
-    ledger = Ledger.of(timeline, stretches)
-    lives = Lives(ledger, arrival, np.maximum(seen_until, arrival), state, taker, _serves_by_arrival(trace, name))
     sources = _commonest(raw["tenant_source"], tenant_codes, len(tenants))
-    gaps = _gaps(trace, name, names)
-    return Replica(name, tenants, sources, requests, gaps, Partition(ledger, lives), trace)
+    del raw
+    ledger = Ledger.of(timeline, stretches)
+    lives = Lives(ledger, arrival, seen_until, state, taker, _serves_by_arrival(trace, name))
+    return Replica(name, tenants, sources, requests, Partition(ledger, lives), trace, codes)
 
 
-def _residency(trace: Trace, name: str, requests: pa.Array) -> pd.DataFrame:
-    """Rows ordered by first step, with request and holder as codes (holder -1: none); of known requests only."""
-    table = _rows(trace, "residency", _RESIDENCY_COLUMNS, name)
-    columns = {
-        "request": _codes(table["request"], requests),
-        "holder": _codes(table["holder"], requests),
-        "phase": table["phase"].to_pandas(),
-        "reason": table["reason"].to_pandas(),
-        **{column: _ints(table[column]) for column in ("first_step", "last_step", "tokens", "context_start")},
-    }
-    rows = pd.DataFrame(columns)
-    if (rows["request"] < 0).any():
-        rows = rows[rows["request"] >= 0]
-    return rows if _ascends(rows["first_step"].to_numpy()) else rows.sort_values(["first_step", "request"])
+def _residency(trace: Trace, name: str, codes: RequestCodes, timeline: Timeline) -> tuple[Stretches, Small, Ints]:
+    """Stretches of known requests, what each request is doing there, and who took its blocks (-1: nobody)."""
+    mine = _rows_of(trace, "residency", name)
+    table = _columns(trace, "residency", _RESIDENCY_COLUMNS, mine)
+    request, holder = (codes.named(trace, "residency", column, mine) for column in ("request", "holder"))
+    phase, reason = (table[column].to_pandas() for column in ("phase", "reason"))
+    columns = (_ints(table[column]) for column in _RESIDENCY_COLUMNS[2:])
+    stretches = read_stretches(timeline, request, phase, *columns)
+    state = read_states(phase, reason, holder)
+    if (request >= 0).all() and _ascends(stretches.first):
+        return stretches, state, holder
+    order = np.lexsort((request, stretches.first))
+    order = order[request[order] >= 0]
+    return stretches.take(order), state[order], holder[order]
 
 
-def _gaps(trace: Trace, name: str, requests: pa.Array) -> pd.DataFrame:
-    table = _rows(trace, "gaps", _GAP_COLUMNS, name)
-    gaps = pd.DataFrame(
-        {"request": _codes(table["request"], requests)} | {column: _ints(table[column]) for column in _GAP_COLUMNS[1:]}
-    )
+def _gaps(trace: Trace, name: str, codes: RequestCodes) -> pd.DataFrame:
+    mine = _rows_of(trace, "gaps", name)
+    table = _columns(trace, "gaps", _GAP_COLUMNS, mine)
+    columns = {"request": codes.named(trace, "gaps", "request", mine)} | {c: _ints(table[c]) for c in _GAP_COLUMNS}
+    columns["count"] = narrow(columns["count"])
+    gaps = pd.DataFrame(columns, copy=False)
     known = gaps["request"] >= 0
     return gaps if known.all() else gaps[known].reset_index(drop=True)
-
-
-def _codes(column: pa.ChunkedArray, names: pa.Array) -> Ints:
-    """Position of each name of a dictionary-coded column among ``names`` (int32); -1 where it is not, or null."""
-    found = []
-    for chunk in column.chunks:
-        code = pc.index_in(chunk.dictionary, value_set=names).fill_null(-1).to_numpy(zero_copy_only=False)
-        found.append(np.append(code, np.int32(-1))[chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
-    codes: Ints = np.concatenate(found) if found else np.zeros(0, dtype=np.int32)
-    return codes
 
 
 def _ints(column: pa.ChunkedArray, null: int = 0) -> Ints:
@@ -217,8 +242,8 @@ def _ascends(values: Ints) -> bool:
 
 def _serves_by_arrival(trace: Trace, name: str) -> bool:
     """Whether the replica's queue is first come, first served; so is that of an engine that does not say."""
-    policies = _rows(trace, "replicas", ["policy"], name)["policy"].drop_null().to_pylist()
-    return all(policy in FIRST_COME for policy in policies)
+    mine = trace.replicas.filter(pc.equal(trace.replicas["replica"].cast(pa.string()), name))
+    return all(policy in FIRST_COME for policy in mine["policy"].drop_null().to_pylist())
 
 
 def _tenant_codes(requests: pa.Table) -> tuple[tuple[str, ...], Ints]:
@@ -229,9 +254,9 @@ def _tenant_codes(requests: pa.Table) -> tuple[tuple[str, ...], Ints]:
     rank = np.empty(len(names), dtype=np.int64)
     rank[ranked] = np.arange(len(names))
     if len(names) <= MOST_TENANTS:
-        return tuple(names[code] for code in ranked), rank[codes]
+        return tuple(names[code] for code in ranked), rank[codes].astype(np.int32)
     kept = tuple(names[code] for code in ranked[: MOST_TENANTS - 1])
-    return (*kept, OTHER), np.minimum(rank, len(kept))[codes]
+    return (*kept, OTHER), np.minimum(rank, len(kept))[codes].astype(np.int32)
 
 
 def _commonest(column: pa.ChunkedArray, group: Ints, groups: int) -> tuple[str, ...]:

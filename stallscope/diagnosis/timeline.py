@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.signedinteger]  # times are int64, codes and positions may be int32
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+TIMELINE_COLUMNS = ("step", "scheduled", "dispatched", "ready", "idle_ns")  # of ``steps``
 _NOBODY: Ints = np.zeros(0, dtype=np.int64)
 
 
@@ -75,10 +76,12 @@ class Timeline:
 
     Slice k runs from ``start[k]`` to ``end[k]``; ``before[k]`` is the end of the previous slice (for the first step,
     its own schedule); ``bounds`` (n + 1) holds both. ``observed`` is False where steps are missing between this one and
-    the one before. ``idle`` and ``unobserved`` are the parts of the gaps that are no host gap.
+    the one before. ``idle`` and ``unobserved`` are the parts of the gaps that are no host gap. The steps' numbers are
+    kept as that of the first (``first_step``) and how much ``later`` each is.
     """
 
-    step: Ints
+    first_step: int
+    later: Ints
     bounds: Ints
     start: Ints
     observed: Mask
@@ -91,9 +94,7 @@ class Timeline:
 
         ``arrivals``: when its requests arrived (ns, ascending).
         """
-        step, scheduled, dispatched, ready, idle = (
-            steps[name].to_numpy(np.int64) for name in ("step", "scheduled", "dispatched", "ready", "idle_ns")
-        )
+        step, scheduled, dispatched, ready, idle = (steps[name].to_numpy(np.int64) for name in TIMELINE_COLUMNS)
         bounds = np.empty(len(step) + 1, dtype=np.int64)
         bounds[:1] = scheduled[:1] - idle[:1]
         bounds[1:] = ready
@@ -111,11 +112,24 @@ class Timeline:
         woken = np.append(arrivals, latest.max(initial=0))[np.searchsorted(arrivals, low)]
         idle_end = np.where(seen, np.clip(woken, np.minimum(low + length, latest), latest), latest)
         idle_start = np.maximum(idle_end - length, low)
-        missed = [np.stack([low, idle_end], axis=1)[~seen].ravel(), np.stack([idle_start, high], axis=1)[~seen].ravel()]
-        return Timeline(step, bounds, start, observed, Intervals(idle_start, idle_end), Intervals(*missed))
+        missed = (np.stack(edges, axis=1)[~seen].ravel() for edges in ((low, idle_end), (idle_start, high)))
+        return Timeline(
+            int(step[0]),
+            narrow(step - step[0]),
+            bounds,
+            start,
+            observed,
+            Intervals(idle_start, idle_end),
+            Intervals(*missed),
+        )
 
     def __len__(self) -> int:
-        return len(self.step)
+        return len(self.start)
+
+    @property
+    def step(self) -> Ints:
+        """The steps' numbers."""
+        return self.first_step + self.later.astype(np.int64)
 
     @property
     def before(self) -> Ints:
@@ -139,6 +153,13 @@ class Timeline:
         spent = self.slices.between(begin, end) + self.idle.between(begin, end)
         return end - begin - spent - self.unobserved.between(begin, end)
 
+    def steps_before(self, step: Ints) -> Ints:
+        """How many steps were seen before each step number."""
+        if self.observed.all():
+            before: Ints = np.clip(step - self.first_step, 0, len(self))
+            return before
+        return np.searchsorted(self.later, step - self.first_step)
+
     def locate(self, times: Ints) -> Places:
         """Where each time lies."""
         position = np.minimum(np.searchsorted(self.end, times), len(self) - 1)
@@ -146,9 +167,17 @@ class Timeline:
         length = np.maximum(self.end[position] - start, 1)
         return Places(position, np.clip((times - start) / length, 0.0, 1.0))
 
-    def position(self, step: Ints) -> Ints:
-        """Index of the first step seen at or after each given step number."""
-        return np.searchsorted(self.step, step).astype(np.int64)
+
+def narrow(values: Ints) -> Ints:
+    """As int32 if they fit."""
+    fits = not len(values) or (values.max() < 2**31 and values.min() >= -(2**31))
+    return values.astype(np.int32) if fits else values
+
+
+def expand(begin: Ints, end: Ints) -> Ints:
+    """The integers of each range from ``begin`` to below ``end``, one range after the other."""
+    count = end - begin
+    return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(int(count.sum()))
 
 
 def running_total(per_step: Floats) -> Floats:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from stallscope.trace.findings import Finding
+from stallscope.trace.references import Ints, request_rows
 from stallscope.trace.schema import TABLES
 from stallscope.trace.stored import StoredTables
 from stallscope.trace.validate import validate
@@ -37,6 +38,12 @@ class Trace:
         if isinstance(self.tables, StoredTables):
             return self.tables.columns(table, names)
         return self.tables[table].select(names)
+
+    def request_rows(self, table: str, column: str) -> Ints:
+        """For each row of a table, the row of ``requests`` that ``column`` names (``references.REFERENCES``), or -1."""
+        if isinstance(self.tables, StoredTables):
+            return self.tables.request_rows(table, column)
+        return request_rows(self.tables, table, column)
 
     @property
     def replicas(self) -> pa.Table:

@@ -11,9 +11,10 @@ import pyarrow as pa
 from stallscope.errors import UsageError
 from stallscope.trace.findings import Finding
 from stallscope.trace.model import Trace
-from stallscope.trace.stored import StoredTables
+from stallscope.trace.references import REFERENCES, request_rows
+from stallscope.trace.stored import StoredTables, coded_columns, row_column
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA = "trace.json"
 
 
@@ -35,7 +36,10 @@ def write_parquet(trace: Trace, folder: str | Path) -> None:
         if any(folder.iterdir()):
             raise UsageError(f"{folder}: the folder is not empty; name a new one")
         for name, table in trace.tables.items():
-            parquet.write_table(table, folder / f"{name}.parquet", **_encoding(table.schema))
+            stored = table
+            for column in REFERENCES.get(name, ()):
+                stored = stored.append_column(row_column(column), pa.array(request_rows(trace.tables, name, column)))
+            parquet.write_table(stored, folder / f"{name}.parquet", **_encoding(name, stored.schema))
         metadata = {
             "format": FORMAT_VERSION,
             "source": trace.source,
@@ -46,13 +50,13 @@ def write_parquet(trace: Trace, folder: str | Path) -> None:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); check the path and its rights") from error
 
 
-def _encoding(schema: pa.Schema) -> dict[str, object]:
+def _encoding(table: str, schema: pa.Schema) -> dict[str, object]:
     """How columns are written: half the size of the defaults, and read twice as fast."""
     return {
         "compression": "zstd",
         # Most integers are times and counters, which differ little from one row to the next.
         "column_encoding": {field.name: "DELTA_BINARY_PACKED" for field in schema if pa.types.is_int64(field.type)},
-        "use_dictionary": [field.name for field in schema if pa.types.is_dictionary(field.type)],
+        "use_dictionary": coded_columns(table),
         # Only where all names of a column fit into its dictionary does a reader get them as codes.
         "dictionary_pagesize_limit": 1 << 28,
     }

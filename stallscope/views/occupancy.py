@@ -35,18 +35,18 @@ def occupancy(replica: Replica, start_ns: int, end_ns: int, width: int, most_ten
     """The replica's KV cache from ``start_ns`` to ``end_ns``, in at most ``width`` moments."""
     ledger, timeline = replica.ledger, replica.timeline
     inside = np.flatnonzero((timeline.end > start_ns) & (timeline.start < end_ns))
-    used = replica.batches["kv_used"].to_numpy(np.int64)[inside]
+    used = replica.steps["kv_used"].to_numpy(np.int64)[inside]
     bins = _bins(timeline.end[inside], start_ns, end_ns, width)
     chosen = inside[_fullest(bins, used)]
     first = np.flatnonzero(np.diff(bins, prepend=-1))
-    waiting = replica.batches["waiting"].to_numpy(np.int64)[inside]
+    waiting = replica.steps["waiting"].to_numpy(np.int64)[inside]
     most_waiting = np.maximum.reduceat(waiting, first) if len(first) else waiting
 
     tenant_of = replica.tenant_of_request[ledger.stretches.request]
     order = _by_tokens_held(replica, inside)
     shown = order[:most_tenants]
     everyone = ledger.kv_tokens()[chosen]
-    in_use = replica.batches["kv_used"].to_numpy(np.float64)[chosen]
+    in_use = replica.steps["kv_used"].to_numpy(np.float64)[chosen]
     held = np.zeros((len(shown), len(chosen)))
     for row, tenant in enumerate(shown):
         held[row] = ledger.kv_tokens(tenant_of == tenant)[chosen]
@@ -57,11 +57,11 @@ def occupancy(replica: Replica, start_ns: int, end_ns: int, width: int, most_ten
         names.append(OTHERS)
     return Occupancy(
         replica.name,
-        int(replica.batches["kv_total"].max()) if len(replica.batches) else 0,
+        int(replica.steps["kv_total"].max()) if len(replica.steps) else 0,
         tuple(names),
         timeline.end[chosen],
         blocks,
-        replica.batches["kv_cached"].to_numpy(np.float64)[chosen],
+        replica.steps["kv_cached"].to_numpy(np.float64)[chosen],
         most_waiting,
     )
 

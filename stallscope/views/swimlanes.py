@@ -63,7 +63,7 @@ def swimlanes(replica: Replica, start_ns: int, end_ns: int, most_lanes: int = MO
     inside = np.flatnonzero((timeline.end > start_ns) & (timeline.start < end_ns))
     if not len(inside):
         return None
-    present = (replica.batches["running"] + replica.batches["waiting"]).to_numpy(np.int64)
+    present = (replica.steps["running"] + replica.steps["waiting"]).to_numpy(np.int64)
     worst = int(inside[(timeline.duration * present)[inside].argmax()])
     low, high = max(0, worst - STEPS_AROUND), min(len(timeline) - 1, worst + STEPS_AROUND)
     return _between(replica, low, high, worst, most_lanes)

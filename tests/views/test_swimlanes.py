@@ -47,7 +47,7 @@ def test_lanes_are_bounded_and_those_left_out_are_counted() -> None:
 def test_the_worst_step_is_that_in_which_most_time_of_requests_passed() -> None:
     view, r = worst("reasoning_prompt"), replica("reasoning_prompt")
     incident = diagnosed("reasoning_prompt").incidents[0]
-    present = (r.batches["running"] + r.batches["waiting"]).to_numpy(np.int64)
+    present = (r.steps["running"] + r.steps["waiting"]).to_numpy(np.int64)
     inside = (r.timeline.end > incident.start_ns) & (r.timeline.start < incident.end_ns)
     assert view.worst_step == r.timeline.step[np.argmax(np.where(inside, r.timeline.duration * present, 0))]
     assert len(view.step_start_ns) <= 2 * STEPS_AROUND + 1

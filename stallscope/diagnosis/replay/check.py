@@ -39,7 +39,7 @@ def forced_agreement(history: History, first: int, last: int) -> Agreement:
 
 
 def _worth_looking_at(history: History, first: int, last: int) -> list[int]:
-    batches = history.replica.batches.iloc[first : last + 1]
+    batches = history.replica.steps.iloc[first : last + 1]
     positions = np.arange(first, last + 1)
     # A first step, and one after lost telemetry, follow no known state.
     known = (positions > 0) & history.replica.timeline.observed[first : last + 1]

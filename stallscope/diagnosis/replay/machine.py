@@ -52,7 +52,7 @@ def learn_machine(history: History) -> Machine:
         timeline.start[chosen],
         timeline.end[chosen],
         np.where(timeline.observed[chosen], host, 0),
-        replica.batches["batch_size"].to_numpy(np.float64)[chosen],
+        replica.steps["batch_size"].to_numpy(np.float64)[chosen],
         cost.predict(features),
     )
     return Machine(cost, read_disturbances(times))
