@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stallscope.cli.shared import FOUND, INCONCLUSIVE, console, read, warn
+from stallscope.cli.shared import FOUND, INCONCLUSIVE, console, progress, read, warn
 from stallscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -207,9 +207,8 @@ def _selected(path: Path, asked: _Asked) -> Trace:
 def _diagnosed(trace: Trace, asked: _Asked) -> Diagnosis:
     from stallscope.diagnosis import diagnose
 
-    if asked.slos:
-        raise UsageError("--slo: incidents are found against learned baselines only; leave it out")
-    return diagnose(trace)
+    with progress("looking for who did it") as advance:
+        return diagnose(trace, slos=asked.slos, replay=asked.replay, remedies=asked.replay, progress=advance)
 
 
 def _rendered(diagnosis: Diagnosis, trace: Trace | None, output: Format, out: Path | None) -> str:

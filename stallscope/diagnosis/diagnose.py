@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -13,6 +15,7 @@ from stallscope.diagnosis.load import KV, STEP_TIME, Loads
 from stallscope.diagnosis.model import Confidence, Coverage, Diagnosis, Incident, ReplayCheck, TenantSummary, Verdict
 from stallscope.diagnosis.replay.replayer import prepare_replay
 from stallscope.diagnosis.replica import Replica, replicas
+from stallscope.diagnosis.slo import Slo, check_tenants
 from stallscope.diagnosis.verdict import judge
 from stallscope.trace import Trace
 
@@ -20,24 +23,38 @@ FEWEST_REQUESTS = 20  # below, usual and unusual can't be told apart
 UNKNOWN = "(unknown)"
 
 
-def diagnose(trace: Trace, *, replay: bool = True, remedies: bool = False) -> Diagnosis:
+def diagnose(
+    trace: Trace,
+    *,
+    slos: Sequence[Slo] = (),
+    replay: bool = True,
+    remedies: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> Diagnosis:
     """Finds the incidents of a trace and judges each; needs steps (fidelity 3).
 
-    ``replay``: by what would have been; then ``remedies`` may be tried too.
+    ``slos``: what counts as stalled, in place of the learned usual. ``replay``: by what would have been; then
+    ``remedies`` may be tried too. ``progress`` hears the share of the work that is done, in [0, 1]. Raises UsageError
+    where an SLO is for a tenant that the trace doesn't have.
     """
+    check_tenants(trace, slos)
     incidents: list[Incident] = []
     summaries: list[TenantSummary] = []
     errors: list[float] = []
     checks: list[ReplayCheck] = []
-    for replica in replicas(trace):
-        waits = measure_waits(replica)
+    all_of_them = max(len(pc.unique(trace.columns("steps", ["replica"])["replica"])), 1)
+    for number, replica in enumerate(replicas(trace)):
+        waits = measure_waits(replica, slos)
         episodes = find_episodes(waits)
-        windows = find_windows(waits, episodes, replica)
+        windows = find_windows(waits, episodes, replica, slos)
         replayer = None
         if replay and windows:
-            replayer = prepare_replay(replica, fidelity=_fidelity(trace, replica.name))
+            replayer = prepare_replay(replica, known_share=_known_share(trace, replica.name))
             checks.append(replayer.check)
-        incidents.extend(judge(replica, waits, episodes, windows, replayer, remedies=remedies))
+        for incident, done in judge(replica, waits, episodes, windows, replayer, remedies=remedies):
+            incidents += [incident] if incident is not None else []
+            if progress is not None:
+                progress((number + done) / all_of_them)
         summaries.extend(_summaries(replica, waits.table))
         errors.append(replica.ledger.model.error)
     incidents.sort(key=lambda incident: -incident.lost_s)
@@ -58,10 +75,11 @@ def diagnose(trace: Trace, *, replay: bool = True, remedies: bool = False) -> Di
     )
 
 
-def _fidelity(trace: Trace, replica: str) -> int:
-    """The least that is known of a replica's steps in any stretch."""
-    coverage = trace.coverage.filter(pc.equal(trace.coverage["replica"].cast(pa.string()), replica))
-    return int(pc.min(coverage["fidelity"]).as_py() or 0)
+def _known_share(trace: Trace, replica: str) -> float:
+    """Share of a replica's steps that were seen with their batches (fidelity 3)."""
+    coverage = trace.coverage.filter(pc.equal(trace.coverage["replica"].cast(pa.string()), replica)).to_pandas()
+    steps = coverage["steps_seen"] + coverage["steps_lost"]
+    return float(coverage.loc[coverage["fidelity"] == 3, "steps_seen"].sum() / max(steps.sum(), 1))
 
 
 def _overall(incidents: list[Incident], coverage: Coverage) -> tuple[Verdict, Confidence]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.incidents import METRICS, TAIL_REQUESTS, TTFT, Waits, Window
+from stallscope.diagnosis.incidents import TAIL_REQUESTS, Waits, Window
+from stallscope.diagnosis.metrics import METRICS, TTFT
 from stallscope.diagnosis.model import Charge, Quantile, SuspectRequest, Victim
 from stallscope.diagnosis.partition import MECHANISMS, Party
 from stallscope.diagnosis.replica import Replica

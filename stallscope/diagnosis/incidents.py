@@ -9,18 +9,19 @@ the bar for itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from stallscope.diagnosis.metrics import DELIVERY, ITL, METRICS, TTFT
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.replica import Replica
+from stallscope.diagnosis.slo import Slo, limits_of
 from stallscope.diagnosis.timeline import Floats, Ints
 
-METRICS = ("ttft", "itl", "delivery")
-TTFT, ITL, DELIVERY = 0, 1, 2
 NOTICEABLE_NS = 50_000_000  # nobody opens an incident for less
 BIN_NS = 1_000_000_000  # shortest bin; longer in long traces
 SLACK_NS = 5_000_000_000  # stalled waits that follow one another so closely are one stretch
@@ -57,8 +58,8 @@ class Window:
     waits: Ints
 
 
-def measure_waits(replica: Replica) -> Waits:
-    """TTFT and inter-token gaps of a replica's requests, partitioned and compared with their tenant's usual."""
+def measure_waits(replica: Replica, slos: Sequence[Slo] = ()) -> Waits:
+    """The waits of a replica's requests, partitioned and compared with their tenant's usual, or with ``slos``."""
     table = _all_waits(replica)
     inside = np.flatnonzero(table["metric"] != DELIVERY)
     table["delay"] = table["end"] - table["begin"]
@@ -69,6 +70,10 @@ def measure_waits(replica: Replica) -> Waits:
     bin_ns = max(BIN_NS, int(span) // _MOST_BINS)
     table["bar"] = _bars(table, bin_ns)
     table["stalled"] = (table["delay"] > table["bar"]) & (table["delay"] > NOTICEABLE_NS)
+    for (tenant, metric), slo in limits_of(slos, replica.tenants).items():
+        mine = (table["tenant"] == tenant) & (table["metric"] == metric)
+        table.loc[mine, "bar"] = float(slo.limit_ns)
+        table.loc[mine, "stalled"] = (table["end"] - table["begin"])[mine] > slo.limit_ns
     table["charged"] = _worth_charging(table)
     charged = table[table["charged"]]
     queries = charged.loc[charged["metric"] != DELIVERY, ["request", "begin", "end"]]
@@ -199,12 +204,15 @@ def find_episodes(waits: Waits) -> list[Window]:
     ]
 
 
-def find_windows(waits: Waits, episodes: list[Window], replica: Replica) -> list[Window]:
+def find_windows(waits: Waits, episodes: list[Window], replica: Replica, slos: Sequence[Slo] = ()) -> list[Window]:
     """The episodes that a percentile would show.
 
-    One in which no tenant has at least ``FEWEST_STALLED`` stalled requests, and 1% of the ``TAIL_REQUESTS`` around it,
-    is no incident.
+    One in which no tenant has at least ``FEWEST_STALLED`` stalled requests, and 1% of the ``TAIL_REQUESTS`` around it
+    (or what an SLO's percentile allows), is no incident.
     """
+    allowed = np.full(len(replica.tenants), TAIL_SHARE)
+    for (tenant, _), slo in limits_of(slos, replica.tenants).items():
+        allowed[tenant] = max(allowed[tenant], 1.0 - slo.quantile)
     tenant_of, arrival = replica.tenant_of_request, replica.requests["arrival"].to_numpy(np.int64)
     arrivals = [np.sort(arrival[tenant_of == code]) for code in range(len(replica.tenants))]
     windows = []
@@ -213,7 +221,7 @@ def find_windows(waits: Waits, episodes: list[Window], replica: Replica) -> list
         hit = np.bincount(stalled.drop_duplicates("request")["tenant"], minlength=len(arrivals))
         around = [_requests_around(times, episode.start, episode.end) for times in arrivals]
         shares = [count / all_of_them for count, all_of_them in zip(hit, around, strict=True)]
-        if any(count >= FEWEST_STALLED and share > TAIL_SHARE for count, share in zip(hit, shares, strict=True)):
+        if ((hit >= FEWEST_STALLED) & (np.array(shares) > allowed)).any():
             windows.append(episode)
     return windows
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.incidents import TTFT, Waits, Window
+from stallscope.diagnosis.incidents import Waits, Window
 from stallscope.diagnosis.load import RESOURCE_OF, STEP_TIME, Load, Loads
+from stallscope.diagnosis.metrics import TTFT
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism
 
 UNUSUAL_SIGMAS = 5.0

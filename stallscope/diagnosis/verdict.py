@@ -7,6 +7,7 @@ Where the recording could be replayed, that decides (``blame``); without a repla
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pandas as pd
 
@@ -41,8 +42,10 @@ def judge(
     replayer: Replayer | None = None,
     *,
     remedies: bool = False,
-) -> list[Incident]:
-    """The incidents among the windows, in their order. Without a ``replayer``, by charges alone: then all of them.
+) -> Iterator[tuple[Incident | None, float]]:
+    """Each window as an incident (None: it was none), with the share of them that is done.
+
+    Without a ``replayer``, by charges alone: then all windows are incidents.
 
     ``episodes``: all stretches with stalled waits, of which the windows are some: none of them counts as usual.
     ``remedies``: those are tried too, on the incidents that could be replayed.
@@ -53,8 +56,8 @@ def judge(
     replays: list[IncidentReplays | None] = [None] * len(windows)
     if replayer is not None and replayer.trusted:
         replays = list(replayer.incidents(windows, waits, healthy, loads))
-    incidents = []
-    for window, of_window in zip(windows, replays, strict=True):
+    for number, (window, of_window) in enumerate(zip(windows, replays, strict=True), start=1):
+        incident = None
         case = open_case(replica, waits, window, loads, healthy, usual)
         judgement = Judgement(judge_by_charges(case), ())
         if of_window is not None and judgement.finding is not None and not _beyond_replay(judgement.finding):
@@ -65,8 +68,7 @@ def judge(
                 culprits = [suspect.tenant for suspect in judgement.finding.culprits]
                 tried = try_remedies(of_window, culprits, judgement.finding.mechanism)
                 incident = dataclasses.replace(incident, remedies=tried)
-            incidents.append(incident)
-    return incidents
+        yield incident, number / len(windows)
 
 
 def _beyond_replay(finding: Finding) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.incidents import ITL, METRICS, TAIL_REQUESTS, TTFT
+from stallscope.diagnosis.incidents import TAIL_REQUESTS
+from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints
 

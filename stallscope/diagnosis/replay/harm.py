@@ -10,7 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stallscope.diagnosis.cost_model import CostModel
-from stallscope.diagnosis.incidents import ITL, METRICS, NOTICEABLE_NS, TAIL_REQUESTS, TTFT, Waits, Window
+from stallscope.diagnosis.incidents import NOTICEABLE_NS, TAIL_REQUESTS, Waits, Window
+from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
 from stallscope.diagnosis.replay.run import Outcome
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints

@@ -13,8 +13,9 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.incidents import ITL, METRICS, TAIL_REQUESTS, TTFT, Window
+from stallscope.diagnosis.incidents import TAIL_REQUESTS, Window
 from stallscope.diagnosis.load import Loads
+from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
 from stallscope.diagnosis.model import Intervention, InterventionKind, Prediction
 from stallscope.diagnosis.replay.harm import Harm, Norms, in_scope, recorded_outcomes, waits_of, worst_harm
 from stallscope.diagnosis.replay.history import History

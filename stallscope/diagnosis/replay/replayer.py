@@ -17,6 +17,7 @@ from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays, St
 from stallscope.diagnosis.replay.machine import Machine, learn_machine
 from stallscope.diagnosis.replica import Replica
 
+LEAST_KNOWN = 0.5  # share of steps with their batches, below which a replay has too little to go by
 TOGETHER_NS = 60_000_000_000  # incidents that are no further apart are replayed in one stretch
 MOST_STRETCH_NS = 600_000_000_000
 
@@ -65,11 +66,14 @@ def _stretches(windows: Sequence[Window]) -> list[list[Window]]:
     return runs
 
 
-def prepare_replay(replica: Replica, *, fidelity: int) -> Replayer:
-    """Reads history and machine of a replica and checks its scheduler against the recording."""
+def prepare_replay(replica: Replica, *, known_share: float) -> Replayer:
+    """Reads history and machine of a replica and checks its scheduler against the recording.
+
+    ``known_share``: of its steps, those whose batches are known.
+    """
     policy = str(replica.settings.get("policy") or "unknown")
-    if fidelity < 3:
-        return _impossible(replica, policy, "its batches are not known: telemetry gives sums or requests alone")
+    if known_share < LEAST_KNOWN:
+        return _impossible(replica, policy, f"the batches of only {known_share:.0%} of its steps are known")
     try:
         history = read_history(replica)
         machine = learn_machine(history)

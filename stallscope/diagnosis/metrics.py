@@ -1,0 +1,4 @@
+"""What requests wait for, as a client feels it: names, and the codes that stand for them in tables."""
+
+METRICS = ("ttft", "itl", "delivery")  # first token, inter-token gap, from the last token to the client
+TTFT, ITL, DELIVERY = 0, 1, 2
