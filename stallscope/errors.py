@@ -13,3 +13,9 @@ class UsageError(StallscopeError):
     """Wrong use, or nothing sound to read."""
 
     exit_code = 2
+
+
+class InconclusiveError(StallscopeError):
+    """What was asked can't be answered from this data."""
+
+    exit_code = 4

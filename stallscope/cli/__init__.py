@@ -16,6 +16,7 @@ from stallscope.bench import command as bench
 from stallscope.cli.analysis import analyze, compare, doctor, explain
 from stallscope.cli.serving import serve
 from stallscope.cli.traffic import demo, load, record
+from stallscope.cli.whatif import whatif
 from stallscope.errors import StallscopeError
 
 app = typer.Typer(
@@ -52,6 +53,7 @@ for _command, _example in (
     (doctor, "stallscope doctor stall.otlp.jsonl.zst"),
     (analyze, "stallscope analyze stall.otlp.jsonl.zst --since -10m --format html -o stall.html"),
     (explain, "stallscope explain stall.otlp.jsonl.zst chat-000123"),
+    (whatif, "stallscope whatif stall.otlp.jsonl.zst --set long_prefill_token_threshold=512"),
     (compare, "stallscope compare before.otlp.jsonl.zst after.otlp.jsonl.zst"),
     (serve, "stallscope serve --model tiny-llama -o served.otlp.jsonl.zst"),
 ):

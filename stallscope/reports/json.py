@@ -1,4 +1,4 @@
-"""Results as JSON: a diagnosis (the schema of ``diagnosis.model``, with its version), a check-up, a comparison."""
+"""Results as JSON: a diagnosis (the schema of ``diagnosis.model``, with its version), a check-up, a comparison, a what-if."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import dataclasses
 import orjson
 
 from stallscope.diagnosis.model import Diagnosis
+from stallscope.diagnosis.whatif import WhatIf
 from stallscope.views.checkup import Checkup
 from stallscope.views.comparison import Comparison
 
 
-def to_json(result: Diagnosis | Checkup | Comparison) -> str:
+def to_json(result: Diagnosis | Checkup | Comparison | WhatIf) -> str:
     """Indented JSON with a line break at its end."""
     return orjson.dumps(dataclasses.asdict(result), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode()

@@ -1,0 +1,117 @@
+"""What would have been in a whole trace, had something been otherwise: one question, answered by replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from stallscope.diagnosis.incidents import Window, find_episodes, find_windows, measure_waits
+from stallscope.diagnosis.load import Loads
+from stallscope.diagnosis.model import Intervention, InterventionKind, ReplayCheck
+from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
+from stallscope.diagnosis.replay.replayer import prepare_replay
+from stallscope.diagnosis.replica import Replica, replicas
+from stallscope.diagnosis.suspects import healthy_waits
+from stallscope.errors import InconclusiveError, UsageError
+from stallscope.trace import Trace
+from stallscope_engine.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Tenants as usual, tenants not there, or settings of the engine (name and text): one of the three."""
+
+    usual: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """The answer, and how well the recording could be replayed unchanged."""
+
+    answer: Intervention
+    check: ReplayCheck
+
+
+def what_if(trace: Trace, question: Question, progress: Callable[[float], None] | None = None) -> WhatIf:
+    """Replays a trace of one replica with what the question changes.
+
+    Raises UsageError where the question is none for this trace, InconclusiveError where it can't be replayed.
+    """
+    found = list(replicas(trace))
+    if len(found) != 1:
+        names = ", ".join(one.name for one in found) or "none"
+        raise UsageError(f"what if is asked of one replica at a time: choose with --replica ({names})")
+    replica = found[0]
+    replays, check = _prepare(replica)
+    tenants = [_tenant(replica, name) for name in (*question.usual, *question.without)]
+    if progress is not None:
+        for done, draw in enumerate(DRAWS, start=1):
+            replays.stretch.unchanged(draw)
+            progress(done / (2 * len(DRAWS)))
+    kind, what, effect = _ask(replays, question, tenants)
+    if progress is not None:
+        progress(1.0)
+    return WhatIf(replays.describe(kind, what, tenants, effect), check)
+
+
+def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
+    waits = measure_waits(replica)
+    episodes = find_episodes(waits)
+    loads = Loads(replica, [(episode.start, episode.end) for episode in episodes])
+    healthy = healthy_waits(waits, find_windows(waits, episodes, replica))
+    replayer = prepare_replay(replica, known_share=1.0)
+    if not replayer.trusted:
+        raise InconclusiveError(f"{replica.name} can't be replayed: {replayer.check.reason}")
+    whole = Window(int(replica.timeline.before[0]), int(replica.timeline.end[-1]), np.zeros(0, dtype=np.int64))
+    return replayer.incidents([whole], waits, healthy, loads)[0], replayer.check
+
+
+def _ask(replays: IncidentReplays, question: Question, tenants: Sequence[int]) -> tuple[InterventionKind, str, Effect]:
+    if question.usual:
+        return InterventionKind.USUAL, f"{', '.join(question.usual)} as usual", replays.usual(tenants)
+    if question.without:
+        return (
+            InterventionKind.WITHOUT_TENANT,
+            f"without {', '.join(question.without)}",
+            replays.without_tenants(tenants),
+        )
+    if not question.settings:
+        raise UsageError("ask one thing: --usual TENANT, --without TENANT, or --set NAME=VALUE")
+    config = _changed(replays.history.config, question.settings)
+    what = ", ".join(f"{name}={value}" for name, value in question.settings)
+    return InterventionKind.REMEDY, what, replays.configured(config, draws=DRAWS)
+
+
+def _tenant(replica: Replica, name: str) -> int:
+    if name not in replica.tenants:
+        raise UsageError(f"no tenant {name!r} in the trace, but {', '.join(replica.tenants[:10])}")
+    return replica.tenants.index(name)
+
+
+def _changed(config: EngineConfig, settings: Sequence[tuple[str, str]]) -> EngineConfig:
+    """The configuration with settings given as text; UsageError where one is unknown or doesn't fit."""
+    known = {field.name: getattr(config, field.name) for field in fields(config)}
+    values: dict[str, object] = {}
+    for name, text in settings:
+        if name not in known:
+            raise UsageError(f"no setting {name!r}; there are {', '.join(known)}")
+        values[name] = _read(name, text, known[name])
+    try:
+        return replace(config, **values)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"--set: {error}") from error
+
+
+def _read(name: str, text: str, now: object) -> object:
+    """``text`` as a value of the kind that the setting has now."""
+    try:
+        if isinstance(now, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return type(now)(text) if isinstance(now, int | float) else text
+    except (KeyError, ValueError) as error:
+        kind = "true or false" if isinstance(now, bool) else "a number"
+        raise UsageError(f"--set {name}={text}: must be {kind}; it was {now} in the recording") from error
