@@ -123,6 +123,8 @@ def _failure(one: Judged) -> str:
     said = " ".join(filter(None, parts))
     right = " or ".join(truth.verdicts) + (f" {', '.join(truth.culprits)}" if truth.culprits else "")
     mechanisms = f" ({', '.join(truth.mechanisms)})" if truth.mechanisms else ""
+    if not truth.is_scored:
+        right, mechanisms = "nobody, for no percentile moved", ""
     hurt = (
         "" if harm is None else f"; {harm.tenant} {harm.metric} {duration(harm.without_s)} to {duration(harm.with_s)}"
     )
