@@ -1,4 +1,4 @@
-"""Results as JSON: a diagnosis (the schema of ``diagnosis.model``, with its version), a check-up, a comparison, a what-if."""
+"""Results as JSON: a diagnosis (the schema of ``diagnosis.model``, with its version), or what else a command found."""
 
 from __future__ import annotations
 
