@@ -13,12 +13,14 @@ from stallscope.diagnosis.model import Confidence, Verdict
 from stallscope.diagnosis.partition import Party
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.suspects import (
+    CACHE_EVICTION,
     QUEUES,
     STEP_FIXED,
     Suspect,
     excess_charges,
     find_suspect,
     pass_on_head_of_line,
+    pass_on_refills,
 )
 
 
@@ -66,6 +68,12 @@ class Case:
         queued &= ~self.excess["holder"].isin(self.unusual)
         return share(float(self.excess.loc[queued, "ns"].sum()), self.charged_ns)
 
+    @property
+    def cold_share(self) -> float:
+        """Share that is charged for beginnings of prompts that the cache lacked, through nobody's doing."""
+        cold = (self.excess["mechanism"] == CACHE_EVICTION) & (self.excess["holder"] == int(Party.ENGINE))
+        return share(float(self.excess.loc[cold, "ns"].sum()), self.charged_ns)
+
     def share_of(self, party: Party) -> float:
         """Share of what is charged that is charged to somebody who is no tenant."""
         mine = self.excess["holder"] == int(party)
@@ -90,7 +98,7 @@ def open_case(
     replica: Replica, waits: Waits, window: Window, loads: Loads, healthy: pd.DataFrame, usual: pd.Series[float]
 ) -> Case:
     """``healthy``: the waits that are usual; ``usual``: what holders are charged for those (``suspects``)."""
-    everything = excess_charges(waits, window, usual)
+    everything = pass_on_refills(excess_charges(waits, window, usual), replica, waits, window)
     excess = everything[everything["mechanism"] != STEP_FIXED]
     tenants = range(len(replica.tenants))
     first_look = {tenant: find_suspect(excess, tenant, loads, window) for tenant in tenants}

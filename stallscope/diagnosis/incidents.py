@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from stallscope.diagnosis.metrics import DELIVERY, ITL, METRICS, TTFT
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
+from stallscope.diagnosis.refills import Refills, read_refills
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.slo import Slo, limits_of
 from stallscope.diagnosis.timeline import Floats, Ints
@@ -47,6 +48,7 @@ class Waits:
 
     table: pd.DataFrame
     charges: pd.DataFrame
+    refills: Refills | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,11 @@ def measure_waits(replica: Replica, slos: Sequence[Slo] = ()) -> Waits:
     table["delay"] = table["end"] - table["begin"]
     own_ns = np.zeros(len(table), dtype=np.int64)
     own_ns[inside] = replica.partition.own_work(table if len(inside) == len(table) else table.iloc[inside])
+    # Work that a request is usually spared is a delay.
+    refills = read_refills(replica)
+    if refills is not None:
+        cold = (table["metric"] == TTFT).to_numpy() & (refills.share[table["request"].to_numpy()] > 0)
+        own_ns[cold] = (own_ns[cold] * (1.0 - refills.share[table["request"].to_numpy()[cold]])).astype(np.int64)
     table["delay"] -= own_ns
     span = replica.timeline.end[-1] - replica.timeline.before[0] if len(replica.timeline) else 0
     bin_ns = max(BIN_NS, int(span) // _MOST_BINS)
@@ -78,7 +85,9 @@ def measure_waits(replica: Replica, slos: Sequence[Slo] = ()) -> Waits:
     charged = table[table["charged"]]
     queries = charged.loc[charged["metric"] != DELIVERY, ["request", "begin", "end"]]
     charges = replica.partition.charge(queries.assign(query=queries.index), replica.tenant_of_request)
-    return Waits(table, pd.concat([charges, _delivery_charges(charged)], ignore_index=True))
+    if refills is not None:
+        charges = refills.passed_on(charges, table["request"].to_numpy())
+    return Waits(table, pd.concat([charges, _delivery_charges(charged)], ignore_index=True), refills)
 
 
 def _all_waits(replica: Replica) -> pd.DataFrame:

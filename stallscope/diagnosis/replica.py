@@ -110,6 +110,26 @@ class Replica:
         return pd.DataFrame({name: _ints(rows[name]) for name in _CLIENT_NUMBERS} | names)
 
     @cached_property
+    def evictions(self) -> pd.DataFrame:
+        """Cached blocks that were pushed out: time (ns), taker, owner (tenant codes), blocks; ordered by time."""
+        mine = _rows_of(self.trace, "evictions", self.name)
+        rows = _columns(self.trace, "evictions", ("step", "evicting_request", "owner_tenant", "blocks"), mine)
+        code_of = pd.Series(self.tenant_of_request, index=self.requests["request"].to_numpy())
+        taker = code_of.reindex(rows["evicting_request"].cast(pa.string()).to_pandas()).fillna(-1).to_numpy(np.int64)
+        owner = rows["owner_tenant"].cast(pa.string()).to_pandas().map({n: c for c, n in enumerate(self.tenants)})
+        position = np.searchsorted(self.steps["step"].to_numpy(np.int64), _ints(rows["step"]))
+        position = np.minimum(position, len(self.timeline) - 1)
+        found = pd.DataFrame(
+            {
+                "time": self.timeline.start[position],
+                "taker": taker,
+                "owner": owner.fillna(-1).to_numpy(np.int64),
+                "blocks": _ints(rows["blocks"]),
+            }
+        )
+        return found[(found["taker"] >= 0) & (found["owner"] >= 0)].sort_values("time", ignore_index=True)
+
+    @cached_property
     def settings(self) -> dict[str, object]:
         """What the replica said of itself last; empty where it said nothing."""
         rows: list[dict[str, object]] = self.trace.replicas.filter(

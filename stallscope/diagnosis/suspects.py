@@ -15,11 +15,22 @@ from stallscope.diagnosis.incidents import Waits, Window
 from stallscope.diagnosis.load import RESOURCE_OF, STEP_TIME, Load, Loads
 from stallscope.diagnosis.metrics import TTFT
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism
+from stallscope.diagnosis.replica import Replica
 
 UNUSUAL_SIGMAS = 5.0
 UNUSUAL_GROWTH = 1.5
 
 QUEUES = [MECHANISMS.index(m) for m in (Mechanism.KV_PINNING, Mechanism.PREFILL_QUEUE, Mechanism.SLOT_EXHAUSTION)]
+PREFILLS = [
+    MECHANISMS.index(m)
+    for m in (
+        Mechanism.PREFILL_QUEUE,
+        Mechanism.PREFILL_INTERFERENCE,
+        Mechanism.STEP_BOUNDARY,
+        Mechanism.PREFILL_PRIORITY,
+    )
+]
+CACHE_EVICTION = MECHANISMS.index(Mechanism.CACHE_EVICTION)
 OWN_WORK, STEP_FIXED = MECHANISMS.index(Mechanism.OWN_WORK), MECHANISMS.index(Mechanism.STEP_FIXED)
 
 
@@ -93,6 +104,25 @@ def pass_on_head_of_line(excess: pd.DataFrame, waits: Waits, window: Window, unu
     for column in ("holder", "mechanism"):
         moved[column] = moved[f"{column}_cause"].where(found, moved[column]).astype(np.int64)
     return pd.concat([excess[~is_head], moved[excess.columns]], ignore_index=True)
+
+
+def pass_on_refills(excess: pd.DataFrame, replica: Replica, waits: Waits, window: Window) -> pd.DataFrame:
+    """What is charged for prefills that fill a beginning again goes to those who had pushed it out of the cache."""
+    if waits.refills is None:
+        return excess
+    requests = replica.requests
+    near = (requests["arrival"] <= window.end) & (requests["seen_until"] >= window.start)
+    parts = [excess]
+    for holder in np.unique(excess["holder"][excess["holder"] >= 0]).tolist():
+        theirs = np.flatnonzero(near & (replica.tenant_of_request == holder))
+        rows = ((excess["holder"] == holder) & excess["mechanism"].isin(PREFILLS)).to_numpy()
+        for taker, part in waits.refills.causes_of(theirs).items():
+            if taker != holder and rows.any():
+                moved = excess[rows].assign(holder=taker, mechanism=CACHE_EVICTION)
+                parts += [moved.assign(ns=moved["ns"] * part), excess[rows].assign(ns=-excess["ns"][rows] * part)]
+    keys = ["wait", "victim", "holder", "mechanism"]
+    total: pd.DataFrame = pd.concat(parts, ignore_index=True).groupby(keys)["ns"].sum().reset_index()
+    return total[total["ns"] > 0]
 
 
 def find_suspect(excess: pd.DataFrame, tenant: int, loads: Loads, window: Window) -> Suspect | None:

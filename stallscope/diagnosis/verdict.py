@@ -17,7 +17,7 @@ from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, v
 from stallscope.diagnosis.incidents import Waits, Window
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
-from stallscope.diagnosis.partition import Party
+from stallscope.diagnosis.partition import Mechanism, Party
 from stallscope.diagnosis.remedies import try_remedies
 from stallscope.diagnosis.replay.interventions import IncidentReplays
 from stallscope.diagnosis.replay.replayer import Replayer
@@ -73,7 +73,7 @@ def judge(
 
 def _beyond_replay(finding: Finding) -> bool:
     """Whether no replay of the engine could say more."""
-    return finding.verdict in (Verdict.INSUFFICIENT_DATA, Verdict.OUTSIDE_ENGINE)
+    return finding.verdict in (Verdict.INSUFFICIENT_DATA, Verdict.OUTSIDE_ENGINE, Verdict.COLD_CACHE)
 
 
 # --- by charges ---------------------------------------------------------------------------------------------------
@@ -94,6 +94,10 @@ def judge_by_charges(case: Case) -> Finding:
         verdict = Verdict.OUTSIDE_ENGINE
         mechanism = largest_mechanism(case.excess[case.excess["holder"] == int(Party.FRONTEND)])
         reasons = [f"{outside:.0%} of the loss lies before the engine's queue, or after its last token"]
+    elif (cold := case.cold_share) >= CARRIES:
+        verdict = Verdict.COLD_CACHE
+        mechanism = str(Mechanism.CACHE_EVICTION)
+        reasons = [f"{cold:.0%} of the loss is prompts computed in full that are usually found in the prefix cache"]
     elif accused and _carries(carried, backlog) and carried >= engine:
         verdict = Verdict.NOISY_NEIGHBOR
         chosen = _smallest_set(accused)
