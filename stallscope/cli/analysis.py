@@ -146,7 +146,7 @@ def compare(
     first, second = read(before), read(after)
     warn(first)
     warn(second)
-    comparison = compared((first, diagnose(first)), (second, diagnose(second)))
+    comparison = compared((first, diagnose(first, replay=False)), (second, diagnose(second, replay=False)))
     if output is TableFormat.json:
         typer.echo(to_json(comparison), nl=False)
     else:

@@ -167,6 +167,8 @@ class Partition:
         ledger, stretches, timeline = self.ledger, self.ledger.stretches, self.ledger.timeline
         order, _ = self.lives.by_request
         rows = order[self.lives.state[order] == State.RUNNING]
+        if not len(rows):
+            return np.zeros(len(waits), dtype=np.int64)
         key = stretches.request[rows] * np.int64(len(timeline))
         key += stretches.first[rows]
         before = running_total(ledger.own_work()[rows])

@@ -112,4 +112,5 @@ def _causes(replica: Replica, evictions: pd.DataFrame, cold: Ints) -> pd.DataFra
     others = causes.assign(other=~own).groupby("request")["other"].transform("any").to_numpy(np.bool_)
     causes = causes[~(own & others)].reset_index(drop=True)
     causes["part"] = causes["blocks"] / causes.groupby("request")["blocks"].transform("sum")
-    return causes.drop(columns="blocks")
+    shared: pd.DataFrame = causes.drop(columns="blocks")
+    return shared

@@ -182,8 +182,8 @@ def _requests(replica: Replica) -> pd.DataFrame:
     end = raw["end"].to_numpy(np.int64)
     arrival = raw["arrival"].to_numpy(np.int64)
     think = np.where(follows >= 0, arrival - end[follows], 0)
-    # Who asked before its predecessor had ended did not wait for it.
-    waited = (follows >= 0) & (end[follows] >= 0) & (think >= 0)
+    # Who asked before its predecessor had ended did not wait for it. An engine tells of an abort late, after the retry.
+    waited = (follows >= 0) & (end[follows] >= 0) & ((think >= 0) | (retry >= 0))
     prefix, shared = _prefixes(raw)
     return pd.DataFrame(
         {
@@ -196,7 +196,7 @@ def _requests(replica: Replica) -> pd.DataFrame:
             "priority": raw["priority"].to_numpy(np.int64),
             "patience": np.where(gave_up & (end >= 0), np.maximum(end - arrival, 1), 0),
             "follows": np.where(waited, follows, -1),
-            "think": np.where(waited, think, 0),
+            "think": np.where(waited, np.maximum(think, 0), 0),
             "retry": (retry >= 0) & waited,
             "cached_tokens": raw["cached_tokens"].to_numpy(np.int64),
             "prefix": prefix,

@@ -1,0 +1,63 @@
+"""Tenants as usual: their own calm time in the place of what they did, nothing for a newcomer, nobody else changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from stallscope.diagnosis.load import Calm
+from stallscope.diagnosis.replay.history import History
+from stallscope.diagnosis.replay.run import Plan
+from stallscope.diagnosis.replay.usual import as_recorded, as_usual
+from tests.diagnosis.replay.recorded import CHAT, FLOOD, history_of
+
+S = 1_000_000_000
+
+
+def whole(history: History) -> Plan:
+    timeline = history.replica.timeline
+    return as_recorded(history, int(timeline.before[0]), int(timeline.end[-1]), int(timeline.end[-1]))
+
+
+def calm_outside(history: History, tenant: int, start: int, end: int) -> Calm:
+    arrival = history.requests["arrival"].to_numpy(np.int64)
+    first, last = int(history.replica.timeline.before[0]), int(history.replica.timeline.end[-1])
+    mine = (history.requests["tenant"].to_numpy() == tenant) & ((arrival < start) | (arrival > end))
+    return Calm(mine, ((first, start), (end, last)), ((start, end),))
+
+
+def test_a_newcomers_usual_is_nothing() -> None:
+    history = history_of(CHAT + FLOOD)
+    culprit = history.replica.tenants.index("batch")
+    begin = int(history.replica.timeline.before[0])
+    span = (begin + 11 * S, begin + 25 * S)
+    plan = as_usual(history, whole(history), {culprit: [span]}, {culprit: calm_outside(history, culprit, *span)}, 0)
+    assert not (plan.requests["tenant"] == culprit).any()
+
+
+@pytest.mark.parametrize("draw", range(3))
+def test_a_steady_tenant_as_usual_does_about_the_same(draw: int) -> None:
+    history = history_of(CHAT + FLOOD)
+    chat = history.replica.tenants.index("chat")
+    begin = int(history.replica.timeline.before[0])
+    span = (begin + 11 * S, begin + 21 * S)
+    base = whole(history)
+    plan = as_usual(history, base, {chat: [span]}, {chat: calm_outside(history, chat, *span)}, draw)
+    drawn = plan.requests[plan.requests["code"] < 0]
+    there = base.requests[(base.requests["tenant"] == chat) & base.requests["arrival"].between(*span)]
+    assert drawn["arrival"].between(*span).all()
+    assert 0.6 < len(drawn) / len(there) < 1.6
+    calm_sizes = set(history.requests.loc[calm_outside(history, chat, *span).requests, "prompt_tokens"])
+    assert set(drawn["prompt_tokens"]) <= calm_sizes
+
+
+def test_nobody_else_is_changed_and_all_stay_in_the_order_of_arrival() -> None:
+    history = history_of(CHAT + FLOOD)
+    chat = history.replica.tenants.index("chat")
+    begin = int(history.replica.timeline.before[0])
+    span = (begin + 11 * S, begin + 21 * S)
+    base = whole(history)
+    plan = as_usual(history, base, {chat: [span]}, {chat: calm_outside(history, chat, *span)}, 0)
+    others = [requests[requests["tenant"] != chat]["code"].to_list() for requests in (base.requests, plan.requests)]
+    assert others[0] == others[1]
+    assert plan.requests["arrival"].is_monotonic_increasing
