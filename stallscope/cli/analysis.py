@@ -181,12 +181,11 @@ def _diagnosis(
 
     saved = Saved(path, repr(asked), out)
     kept = saved.load()
-    selected = None if kept is not None and not with_trace else _selected(path, asked)
     if kept is not None:
         diagnosis, place = kept
         typer.echo(f"diagnosed earlier: {place}", err=True)
-        return diagnosis, selected
-    assert selected is not None
+        return diagnosis, _selected(path, asked) if with_trace else None
+    selected = _selected(path, asked)
     diagnosis = _diagnosed(selected, asked)
     if save:
         typer.echo(f"kept: {saved.keep(diagnosis)}", err=True)
