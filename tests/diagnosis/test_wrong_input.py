@@ -107,6 +107,13 @@ def test_rows_over_steps_that_are_gone_are_charged_to_the_nanosecond(stalled: li
     assert sums.tolist() == (queries["end"] - queries["begin"]).tolist()
 
 
+def test_requests_of_which_no_batch_is_known_are_too_little() -> None:
+    trace = read(recorded(crowd(2, 12)))
+    diagnosis = diagnose(Trace({**trace.tables, "residency": trace.residency.slice(0, 0)}, trace.source))
+    assert diagnosis.verdict is Verdict.INSUFFICIENT_DATA
+    assert diagnosis.incidents == ()
+
+
 def test_replicas_with_skewed_clocks_are_judged_each_by_its_own(stalled: list[bytes]) -> None:
     alone = diagnose(read(stalled))
     calm = recorded(crowd(5, 2500))
