@@ -24,6 +24,7 @@ UNKNOWN = "(unknown)"
 # Policies whose queue is served in the order of arrival.
 FIRST_COME = ("fcfs", "prefill_first", "static")
 
+_STEP_COLUMNS = (*TIMELINE_COLUMNS, "batch_size", "prefill_tokens", "waiting")
 _RESIDENCY_COLUMNS = ("phase", "reason", "first_step", "last_step", "tokens", "context_start")
 _REQUEST_COLUMNS = (
     "request", "tenant", "tenant_source", "arrival", "first_token", "end", "prompt_tokens", "output_tokens", "state",
@@ -90,8 +91,8 @@ class Replica:
 
     @cached_property
     def steps(self) -> pd.DataFrame:
-        """The columns of the table of steps that make up the timeline, in order."""
-        return _steps(self.trace, self.name, TIMELINE_COLUMNS)
+        """Some columns of the table of steps, in order: those of its times, and how many did what."""
+        return _steps(self.trace, self.name, _STEP_COLUMNS)
 
     @property
     def ledger(self) -> Ledger:
