@@ -177,13 +177,13 @@ class Partition:
             begun = np.searchsorted(key, request * np.int64(len(timeline)) + places.position, side="right")
             total = before[begun]
             # In the last row that has begun, if it is the request's and not over, only part of the work is done.
-            last = np.maximum(begun - 1, 0)
-            row = rows[last]
-            runs = (begun > 0) & (stretches.request[row] == request) & (places.position <= stretches.last[row])
-            some = np.flatnonzero(runs)
-            now, row = places.take(some), row[some]
-            since = Places(stretches.first[row], np.zeros(len(some)))
-            total[some] = before[last[some]] + ledger.own_cost_between(row, since, now) + ledger.fixed(since, now)
+            some = np.flatnonzero(begun > 0)
+            row = rows[begun[some] - 1]
+            runs = (stretches.request[row] == request[some]) & (places.position[some] <= stretches.last[row])
+            some, row = some[runs], row[runs]
+            since, now = Places(stretches.first[row], np.zeros(len(some))), places.take(some)
+            own = ledger.own_cost_between(row, since, now) + ledger.fixed(since, now)
+            total[some] = before[begun[some] - 1] + own
             return total
 
         request, begin, end = (waits[name].to_numpy() for name in ("request", "begin", "end"))

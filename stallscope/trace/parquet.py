@@ -59,6 +59,7 @@ def _encoding(table: str, schema: pa.Schema) -> dict[str, object]:
         "use_dictionary": coded_columns(table),
         # Only where all names of a column fit into its dictionary does a reader get them as codes.
         "dictionary_pagesize_limit": 1 << 28,
+        "write_page_checksum": True,
     }
 
 

@@ -63,7 +63,8 @@ class StoredTables(Mapping[str, pa.Table]):
 
         path = self._folder / f"{name}.parquet"
         try:
-            with parquet.ParquetFile(path, read_dictionary=coded_columns(name)) as file:
+            coded = coded_columns(name)
+            with parquet.ParquetFile(path, read_dictionary=coded, page_checksum_verification=True) as file:
                 table = read(file, TABLES[name].names)
                 table = table if schema is None else table.cast(schema)
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:

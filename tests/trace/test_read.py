@@ -288,6 +288,18 @@ def test_parquet_returns_the_same_trace(tmp_path: Path) -> None:
     assert read_trace(tmp_path / "tables") == trace
 
 
+def test_damage_within_a_stored_table_is_found_when_it_is_read(tmp_path: Path) -> None:
+    write_parquet(read(busy().lines()), tmp_path / "tables")
+    file = tmp_path / "tables" / "steps.parquet"
+    damaged = bytearray(file.read_bytes())
+    damaged[40:80] = bytes(40)
+    file.write_bytes(damaged)
+    stored = read_trace(tmp_path / "tables")
+    assert stored.requests.num_rows > 0
+    with pytest.raises(UsageError, match="not readable as the table steps"):
+        _ = stored.steps
+
+
 def test_parquet_is_neither_written_over_nor_guessed(tmp_path: Path) -> None:
     trace = read(steady().lines())
     write_parquet(trace, tmp_path / "tables")
