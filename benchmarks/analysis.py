@@ -361,7 +361,7 @@ class Measured:
 
 def analyse(folder: Path, verdicts: bool) -> Measured:
     """Reads and analyses the trace in ``folder``, as ``diagnose`` does without replays; verdicts only if asked for."""
-    from stallscope.diagnosis.incidents import find_windows, measure_waits
+    from stallscope.diagnosis.incidents import find_episodes, find_windows, measure_waits
     from stallscope.diagnosis.replica import replicas
     from stallscope.diagnosis.verdict import judge
 
@@ -372,10 +372,11 @@ def analyse(folder: Path, verdicts: bool) -> Measured:
     (replica,) = replicas(read_trace(folder))
     partition = time.process_time()
     waits = measure_waits(replica)
-    windows = find_windows(waits, replica)
+    episodes = find_episodes(waits)
+    windows = find_windows(waits, episodes, replica)
     incidents = time.process_time()
     if verdicts:
-        judge(replica, waits, windows)
+        list(judge(replica, waits, episodes, windows, None))
     end = time.process_time()
     return Measured(
         len(replica.timeline),
