@@ -8,7 +8,7 @@ overload, and no name. What moves nobody's percentile is no incident.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import factorial
 
@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.case import Case, Finding, load_reason
-from stallscope.diagnosis.load import SLOTS, STEP_TIME
 from stallscope.diagnosis.model import Confidence, Intervention, InterventionKind, Verdict
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
@@ -24,6 +23,7 @@ from stallscope.diagnosis.replay.relaxations import relaxations
 from stallscope.diagnosis.suspects import Suspect, largest_mechanism
 
 ENOUGH = 0.8  # share of the victims' excess that the return of all culprits to usual must restore
+NEARLY_ALL = 0.9  # share of the excess that must be a tenant's own for it to have harmed nobody else
 ACCUSES = 0.5  # below, nobody is accused
 MOST_SUSPECTS = 6
 MOST_CULPRITS = 4
@@ -32,6 +32,7 @@ FEWEST_ALIKE = 3  # newcomers of one shape that count as one
 ALIKE = 1.5  # their sizes differ by no larger factor
 WORTH_TRYING = 0.1  # share of the culprits' charges by the mechanisms of a relaxation, for that to be tried
 TIE = 0.1  # restored so nearly alike, relaxations are told apart by charges
+PINS = 0.05
 REPRODUCED = (0.5, 2.0)  # replayed over recorded excess, outside of which a replay says nothing
 
 
@@ -149,10 +150,11 @@ class _Trial:
         for suspect in self.case.own[:1]:
             tenants = [suspect.tenant]
             mine = self.replays.excess_of(tenants)
-            if not suspect.unusual or mine < ENOUGH * self.replays.replayed_excess:
+            if not suspect.unusual or mine < NEARLY_ALL * self.replays.replayed_excess:
                 continue
             effect = self.replays.usual(tenants)
-            if effect.own < ACCUSES or self._counts(effect, tenants):
+            harm = self.replays.own_harm(effect, tenants)
+            if effect.own < ACCUSES or harm is None or not harm.counts:
                 continue
             self._note(InterventionKind.USUAL, f"{self._name(suspect.tenant)} as usual", tenants, effect)
             return Finding(
@@ -249,16 +251,15 @@ class _Trial:
 
     def _overload(self) -> Finding | None:
         """Whether everyone's return to usual restores the victims; None where even that would not be noticed."""
-        window = self.case.window
-        loads = self.case.loads.of_all(STEP_TIME, window.start, window.end)
-        slots = self.case.loads.of_all(SLOTS, window.start, window.end)
-        grown = [tenant for tenant in range(len(loads)) if loads[tenant].growth > 1.0 or slots[tenant].growth > 1.0]
-        effect = self.replays.usual(grown, DRAWS[:1]) if grown else None
-        if effect is None or effect.mean < ACCUSES or not self._counts(effect):
+        everyone = list(range(len(self.case.replica.tenants)))
+        effect = self.replays.usual(everyone)
+        harm = self.replays.own_harm(effect, everyone)
+        if effect.own < ACCUSES or harm is None or not harm.counts:
             return None
+        effect = replace(effect, restored=(effect.own,))
         charged = self.case.excess[self.case.excess["holder"] >= 0]
         reason = "only everyone's return to usual would have spared the victims: together they were too much"
-        self._note(InterventionKind.USUAL, "everyone as usual", grown, effect)
+        self._note(InterventionKind.USUAL, "everyone as usual", everyone, effect)
         return Finding(Verdict.OVERLOAD, Confidence.MEDIUM, (), largest_mechanism(charged), (reason,), {}, {})
 
     # --- the mechanism ----------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ class _Trial:
             part = by_name.reindex([str(one) for one in relaxation.mechanisms]).fillna(0.0)
             if part.sum() / total >= WORTH_TRYING:
                 restored = self.replays.relaxed(relaxation, culprits).mean
-                tried[str(part.idxmax())] = restored + TIE * float(part.sum()) / total
+                tried[_named(part)] = restored + TIE * float(part.sum()) / total
         return max(tried, key=lambda name: tried[name]) if tried else largest_mechanism(theirs)
 
     # --- shares, and what is shown ----------------------------------------------------------------------------
@@ -304,3 +305,14 @@ class _Trial:
 
     def _note(self, kind: InterventionKind, what: str, tenants: Sequence[int], effect: Effect) -> None:
         self.interventions.append(self.replays.describe(kind, what, tenants, effect))
+
+
+def _named(charged: pd.Series[float]) -> str:
+    """Of the mechanisms that one relaxation takes away, the one that most is charged by.
+
+    Who stands before the others and does not fit lacks blocks: pinning is the cause where there is any of it.
+    """
+    pinning = str(Mechanism.KV_PINNING)
+    if charged.idxmax() == str(Mechanism.HEAD_OF_LINE) and charged.get(pinning, 0.0) >= PINS * charged.sum():
+        return pinning
+    return str(charged.idxmax())

@@ -32,6 +32,8 @@ _TIMES_USUAL = (3.0, 10.0)  # the bar lies between these multiples of the usual
 _MOST_BEYOND_NS = 500_000_000  # and where the usual is long, no further above it than this, or the lower multiple
 USUAL_WAITS = 300  # of a tenant, whose charges say what is usual
 FEWEST_STALLED = 3
+LEAST_OF_WORST = 0.05  # an episode that lost less of what the worst one did is part of the usual
+MOST_UNUSUAL = 0.6  # share of a trace that may be not usual
 TAIL_SHARE = 0.01  # p99: what fewer than one in a hundred meet does not move it
 TAIL_REQUESTS = 300  # requests that a p99 needs behind it
 
@@ -100,7 +102,9 @@ def _all_waits(replica: Replica) -> pd.DataFrame:
     request = np.concatenate([np.arange(len(requests), dtype=np.int32), gaps["request"].to_numpy()[chosen]])
     answered = np.where(first_token >= 0, first_token, requests["seen_until"])
     ended, delivered = requests["end"].to_numpy(), requests["delivered"].to_numpy()
-    late = np.flatnonzero((ended >= 0) & (delivered > ended))
+    # Of tenants some of whose answers were late, all: what is usual for them is mostly nothing.
+    slow = np.bincount(replica.tenant_of_request[delivered > ended], minlength=len(replica.tenants)) > 0
+    late = np.flatnonzero((ended >= 0) & (delivered >= ended) & slow[replica.tenant_of_request])
     request = np.concatenate([request, late.astype(np.int32)])
     counts = [len(requests), len(chosen), len(late)]
     return pd.DataFrame(
@@ -211,6 +215,25 @@ def find_episodes(waits: Waits) -> list[Window]:
         Window(int(group["begin"].min()), int(group["end"].max()), group.index.to_numpy(np.int64))
         for _, group in stalled.groupby(np.cumsum(fresh))
     ]
+
+
+def not_usual(waits: Waits, episodes: list[Window], span_ns: int) -> list[tuple[int, int]]:
+    """Begin and end (ns) of the episodes that can't count as usual, in a trace of this length.
+
+    Small stalls are part of a busy engine's usual. Of the others, the worst go first, until what is left would be too
+    little to know the usual by.
+    """
+    table = waits.table
+    lost = [float(table.loc[episode.waits, "delay"].sum()) for episode in episodes]
+    chosen: list[tuple[int, int]] = []
+    taken = 0
+    for index in np.argsort(lost)[::-1].tolist():
+        length = episodes[index].end - episodes[index].start
+        if chosen and (lost[index] < LEAST_OF_WORST * max(lost) or taken + length > MOST_UNUSUAL * span_ns):
+            break
+        chosen.append((episodes[index].start, episodes[index].end))
+        taken += length
+    return sorted(chosen)
 
 
 def find_windows(waits: Waits, episodes: list[Window], replica: Replica, slos: Sequence[Slo] = ()) -> list[Window]:

@@ -17,7 +17,8 @@ from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints
 
 STEP_TIME, KV, SLOTS = RESOURCES = "step time", "KV cache", "slots"
-LEAST_CALM = 0.1  # share of the trace that must be usual for usual to be known
+LEAST_WINDOW_NS = 15_000_000_000
+LEAST_CALM = 0.3  # share of the trace that must be usual for usual to be known
 RESOURCE_OF = {
     Mechanism.KV_PINNING: KV,
     Mechanism.HEAD_OF_LINE: KV,
@@ -88,7 +89,12 @@ class Loads:
         self._whole = {resource: self._amount(rows, resource, self._begin, self._end) for resource in RESOURCES}
 
     def of_all(self, resource: str, start: int, end: int) -> tuple[Load, ...]:
-        """Load of each tenant on ``resource`` between two times (ns), as a share of the engine's."""
+        """Load of each tenant on ``resource`` between two times (ns), as a share of the engine's.
+
+        Over at least ``LEAST_WINDOW_NS`` around them: in a moment, a single request is a load beyond all measure.
+        """
+        wider = max(LEAST_WINDOW_NS - (end - start), 0) // 2
+        start, end = max(start - wider, self._span[0]), min(end + wider, self._span[1])
         key = (resource, start, end)
         if key not in self._known:
             tenants = range(len(self._replica.tenants))

@@ -14,7 +14,7 @@ import pandas as pd
 from stallscope.diagnosis.blame import Judgement, judge_by_replay
 from stallscope.diagnosis.case import Case, Finding, load_reason, open_case
 from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, victims
-from stallscope.diagnosis.incidents import Waits, Window
+from stallscope.diagnosis.incidents import Waits, Window, not_usual
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
 from stallscope.diagnosis.partition import Mechanism, Party
@@ -50,7 +50,8 @@ def judge(
     ``episodes``: all stretches with stalled waits, of which the windows are some: none of them counts as usual.
     ``remedies``: those are tried too, on the incidents that could be replayed.
     """
-    loads = Loads(replica, [(episode.start, episode.end) for episode in episodes])
+    span = int(replica.timeline.end[-1] - replica.timeline.before[0])
+    loads = Loads(replica, not_usual(waits, episodes, span))
     healthy = healthy_waits(waits, windows)
     usual = usual_charges(waits, healthy)
     replays: list[IncidentReplays | None] = [None] * len(windows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from stallscope.diagnosis.incidents import Window, find_episodes, find_windows, measure_waits
+from stallscope.diagnosis.incidents import Window, find_episodes, find_windows, measure_waits, not_usual
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Intervention, InterventionKind, ReplayCheck
 from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
@@ -61,7 +61,8 @@ def what_if(trace: Trace, question: Question, progress: Callable[[float], None] 
 def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
     waits = measure_waits(replica)
     episodes = find_episodes(waits)
-    loads = Loads(replica, [(episode.start, episode.end) for episode in episodes])
+    span = int(replica.timeline.end[-1] - replica.timeline.before[0])
+    loads = Loads(replica, not_usual(waits, episodes, span))
     healthy = healthy_waits(waits, find_windows(waits, episodes, replica))
     replayer = prepare_replay(replica, known_share=1.0)
     if not replayer.trusted:

@@ -147,11 +147,27 @@ def worst_harm(
     return max(found, key=lambda harm: (harm.counts, harm.excess_s), default=None)
 
 
+def change_of_all(before: pd.DataFrame, after: pd.DataFrame, window: Window, tenants: Collection[int]) -> Harm | None:
+    """As ``worst_harm``, of tenants whose requests are others afterwards: over the window's arrivals as a whole."""
+    found = []
+    for tenant in tenants:
+        mine = [
+            one[(one["tenant"] == tenant) & one["arrived"].between(window.start, window.end)] for one in (before, after)
+        ]
+        if len(mine[0]) < FEWEST_REQUESTS:
+            continue
+        quantile = 0.99 if len(mine[0]) >= TAIL_REQUESTS else 0.9
+        for metric in (TTFT, ITL):
+            values = [_at(waits_of(one, metric), quantile) for one in mine]
+            found.append(Harm(tenant, metric, quantile, values[0], values[1]))
+    return max(found, key=lambda harm: (harm.counts, harm.excess_s), default=None)
+
+
 def _windows(arrived: Ints, window: Window) -> list[tuple[int, int]]:
     """Runs of arrivals (first, end) around an incident that are long enough for a percentile."""
     found = []
     for length in WINDOWS_NS:
-        starts = np.arange(window.start - length // 2, max(window.end, window.start + 1), length // 2)
+        starts = np.arange(window.start - length // 2, max(window.end, window.start + 1), length // 4)
         first, end = np.searchsorted(arrived, starts), np.searchsorted(arrived, starts + length)
         found += [(a, b) for a, b in zip(first.tolist(), end.tolist(), strict=True) if b - a >= FEWEST_REQUESTS]
     if not found:

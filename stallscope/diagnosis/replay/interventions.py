@@ -17,7 +17,15 @@ from stallscope.diagnosis.incidents import TAIL_REQUESTS, Window
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
 from stallscope.diagnosis.model import Intervention, InterventionKind, Prediction
-from stallscope.diagnosis.replay.harm import Harm, Norms, in_scope, recorded_outcomes, waits_of, worst_harm
+from stallscope.diagnosis.replay.harm import (
+    Harm,
+    Norms,
+    change_of_all,
+    in_scope,
+    recorded_outcomes,
+    waits_of,
+    worst_harm,
+)
 from stallscope.diagnosis.replay.history import History
 from stallscope.diagnosis.replay.machine import Machine
 from stallscope.diagnosis.replay.relaxations import Relaxation
@@ -179,6 +187,12 @@ class IncidentReplays:
     def harm(self, effect: Effect, apart: Sequence[int] = ()) -> Harm | None:
         """What that which the effect undoes had done to the worst hit percentile of tenants not ``apart``."""
         return worst_harm(self.stretch.unchanged(DRAWS[0]).requests, effect.outcomes[0].requests, self.window, apart)
+
+    def own_harm(self, effect: Effect, tenants: Sequence[int]) -> Harm | None:
+        """The same of the tenants that the effect changes themselves."""
+        return change_of_all(
+            self.stretch.unchanged(DRAWS[0]).requests, effect.outcomes[0].requests, self.window, tenants
+        )
 
     # --- measures ---------------------------------------------------------------------------------------------
 
