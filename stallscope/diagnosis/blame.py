@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from math import factorial
 
@@ -17,6 +18,7 @@ import pandas as pd
 
 from stallscope.diagnosis.case import Case, Finding, load_reason
 from stallscope.diagnosis.model import Confidence, Intervention, InterventionKind, Verdict
+from stallscope.diagnosis.outstanding import stands_out
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
 from stallscope.diagnosis.replay.relaxations import relaxations
@@ -33,6 +35,9 @@ ALIKE = 1.5  # their sizes differ by no larger factor
 WORTH_TRYING = 0.1  # share of the culprits' charges by the mechanisms of a relaxation, for that to be tried
 TIE = 0.1  # restored so nearly alike, relaxations are told apart by charges
 PINS = 0.05
+LEAST_RESTORABLE = 0.3
+CHRONIC = 0.5  # share of a trace from which on an incident is its usual state
+MOST_OF_IT, FAR_MORE = 0.5, 2.0
 REPRODUCED = (0.5, 2.0)  # replayed over recorded excess, outside of which a replay says nothing
 
 
@@ -118,12 +123,21 @@ class _Trial:
                 groups.append(_Candidate(tuple(group), text))
         return groups
 
-    def _restored(self, tenants: Sequence[int]) -> float:
-        return self.replays.usual(tenants).mean
-
     def _glance(self, tenants: Sequence[int]) -> float:
-        """The same by one draw: enough to choose whom to look at."""
-        return self.replays.usual(tenants, DRAWS[:1]).mean
+        """What these tenants' return to usual restores, by one draw: enough to choose whom to look at."""
+        return self._of_restorable(self.replays.usual(tenants, DRAWS[:1]).mean)
+
+    def _of_restorable(self, restored: float) -> float:
+        """A share of the excess as a share of what everyone's return restores: a busy engine has stalls too."""
+        return restored / max(self._restorable, LEAST_RESTORABLE)
+
+    @cached_property
+    def _restorable(self) -> float:
+        return self.replays.usual(self._everyone).own
+
+    @property
+    def _everyone(self) -> list[int]:
+        return list(range(len(self.case.replica.tenants)))
 
     def _counts(self, effect: Effect, apart: Sequence[int] = ()) -> bool:
         """Whether what the effect undoes had moved a percentile so that somebody would notice."""
@@ -175,7 +189,8 @@ class _Trial:
             return None
         tenants = [tenant for one in chosen for tenant in one.tenants]
         effect = self.replays.usual(tenants)
-        if effect.mean < ACCUSES or not self._counts(effect, tenants):
+        restored = min(self._of_restorable(effect.mean), 1.0)
+        if restored < ACCUSES or not self._counts(effect, tenants):
             return None
         names = [self._name(tenant) for tenant in tenants]
         self._note(InterventionKind.USUAL, f"{', '.join(names)} as usual", tenants, effect)
@@ -184,7 +199,7 @@ class _Trial:
         reasons += [one.group for one in chosen if one.group]
         it = "they" if len(tenants) > 1 else "it"
         reasons.append(f"as usual, {it} would have spared the victims {effect.mean:.0%}")
-        sure = effect.mean >= ENOUGH and "(unknown)" not in names
+        sure = restored >= ENOUGH and "(unknown)" not in names
         return Finding(
             Verdict.NOISY_NEIGHBOR,
             Confidence.HIGH if sure else Confidence.MEDIUM,
@@ -214,8 +229,9 @@ class _Trial:
 
     def _chronic(self) -> Finding | None:
         """Where nobody's usual is known: whether one tenant held to its fair share restores the others."""
-        tried = [s for s in self.case.suspects if not self.case.loads.usual_is_known(s.tenant)]
-        for suspect in tried[:2]:
+        lasts = self.case.window.end - self.case.window.start >= CHRONIC * self.replays.history.replica.timeline_ns
+        tried = [s for s in self.case.suspects if lasts or not self.case.loads.usual_is_known(s.tenant)]
+        for suspect in [s for s in tried if self._dominates(s)][:1]:
             tenant = suspect.tenant
             cap = self._fair_share(tenant)
             effect = self.replays.capped({tenant: cap})
@@ -238,6 +254,15 @@ class _Trial:
             )
         return None
 
+    def _dominates(self, suspect: Suspect) -> bool:
+        """Whether it takes most of what it is charged for, and far more than anybody else."""
+        window = self.case.window
+        loads = self.case.loads.of_all(suspect.resource, window.start, window.end)
+        levels = sorted((load.level for load in loads), reverse=True)
+        mine = loads[suspect.tenant].level
+        second = levels[1] if len(levels) > 1 else 0.0
+        return mine == levels[0] and mine >= MOST_OF_IT * sum(levels) and mine >= FAR_MORE * second
+
     def _fair_share(self, tenant: int) -> int:
         """Requests at once that give a tenant an equal part of slots and KV cache, among those who are active."""
         replica, config, window = self.case.replica, self.replays.history.config, self.case.window
@@ -251,10 +276,10 @@ class _Trial:
 
     def _overload(self) -> Finding | None:
         """Whether everyone's return to usual restores the victims; None where even that would not be noticed."""
-        everyone = list(range(len(self.case.replica.tenants)))
+        everyone = self._everyone
         effect = self.replays.usual(everyone)
         harm = self.replays.own_harm(effect, everyone)
-        if effect.own < ACCUSES or harm is None or not harm.counts:
+        if effect.own < ACCUSES or harm is None or not harm.counts or not stands_out(self.case):
             return None
         effect = replace(effect, restored=(effect.own,))
         charged = self.case.excess[self.case.excess["holder"] >= 0]

@@ -145,6 +145,11 @@ class Replica:
     def timeline(self) -> Timeline:
         return self.partition.ledger.timeline
 
+    @property
+    def timeline_ns(self) -> int:
+        """How long the trace is."""
+        return int(self.timeline.end[-1] - self.timeline.before[0])
+
     @cached_property
     def tenant_of_request(self) -> Ints:
         return self.requests["tenant"].to_numpy()

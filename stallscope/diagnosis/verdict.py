@@ -17,6 +17,7 @@ from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, v
 from stallscope.diagnosis.incidents import Waits, Window, not_usual
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
+from stallscope.diagnosis.outstanding import stands_out
 from stallscope.diagnosis.partition import Mechanism, Party
 from stallscope.diagnosis.remedies import try_remedies
 from stallscope.diagnosis.replay.interventions import IncidentReplays
@@ -50,8 +51,7 @@ def judge(
     ``episodes``: all stretches with stalled waits, of which the windows are some: none of them counts as usual.
     ``remedies``: those are tried too, on the incidents that could be replayed.
     """
-    span = int(replica.timeline.end[-1] - replica.timeline.before[0])
-    loads = Loads(replica, not_usual(waits, episodes, span))
+    loads = Loads(replica, not_usual(waits, episodes, replica.timeline_ns))
     healthy = healthy_waits(waits, windows)
     usual = usual_charges(waits, healthy)
     replays: list[IncidentReplays | None] = [None] * len(windows)
@@ -63,13 +63,18 @@ def judge(
         judgement = Judgement(judge_by_charges(case), ())
         if of_window is not None and judgement.finding is not None and not _beyond_replay(judgement.finding):
             judgement = judge_by_replay(case, of_window, judgement.finding)
-        if judgement.finding is not None:
+        if judgement.finding is not None and not _is_natural(case, judgement.finding):
             incident = _incident(case, judgement.finding, judgement.interventions)
             if remedies and of_window is not None and judgement.interventions:
                 culprits = [suspect.tenant for suspect in judgement.finding.culprits]
                 tried = try_remedies(of_window, culprits, judgement.finding.mechanism)
                 incident = dataclasses.replace(incident, remedies=tried)
         yield incident, number / len(windows)
+
+
+def _is_natural(case: Case, finding: Finding) -> bool:
+    """Whether nobody did it, and it is no more than what the trace is full of."""
+    return finding.verdict is Verdict.OVERLOAD and not stands_out(case)
 
 
 def _beyond_replay(finding: Finding) -> bool:

@@ -61,8 +61,7 @@ def what_if(trace: Trace, question: Question, progress: Callable[[float], None] 
 def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
     waits = measure_waits(replica)
     episodes = find_episodes(waits)
-    span = int(replica.timeline.end[-1] - replica.timeline.before[0])
-    loads = Loads(replica, not_usual(waits, episodes, span))
+    loads = Loads(replica, not_usual(waits, episodes, replica.timeline_ns))
     healthy = healthy_waits(waits, find_windows(waits, episodes, replica))
     replayer = prepare_replay(replica, known_share=1.0)
     if not replayer.trusted:
