@@ -16,7 +16,7 @@ from math import factorial
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.case import Case, Finding, load_reason
+from stallscope.diagnosis.case import Case, Finding, dominates, load_reason
 from stallscope.diagnosis.model import Confidence, Intervention, InterventionKind, Verdict
 from stallscope.diagnosis.outstanding import stands_out
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
@@ -36,9 +36,10 @@ WORTH_TRYING = 0.1  # share of the culprits' charges by the mechanisms of a rela
 TIE = 0.1  # restored so nearly alike, relaxations are told apart by charges
 PINS = 0.05
 LEAST_RESTORABLE = 0.3
-CHRONIC = 0.5  # share of a trace from which on an incident is its usual state
-MOST_OF_IT, FAR_MORE = 0.5, 2.0
 REPRODUCED = (0.5, 2.0)  # replayed over recorded excess, outside of which a replay says nothing
+
+
+HINTS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,15 @@ class Judgement:
 def judge_by_replay(case: Case, replays: IncidentReplays, by_charges: Finding) -> Judgement:
     """The finding that replays support; ``by_charges`` where they don't reproduce the incident."""
     reproduced = replays.replayed_excess / max(replays.recorded_excess, 1e-9)
-    if not REPRODUCED[0] <= reproduced <= REPRODUCED[1]:
-        return Judgement(by_charges, ())
     trial = _Trial(case, replays)
-    return Judgement(trial.decide(), tuple(trial.interventions))
+    if REPRODUCED[0] <= reproduced <= REPRODUCED[1]:
+        return Judgement(trial.decide(), tuple(trial.interventions))
+    if by_charges.verdict is Verdict.OVERLOAD and reproduced >= HINTS:
+        # Less than half of the incident is there, but the charges name nobody: better a hint than nothing.
+        found = trial.decide()
+        if found is not None and found.verdict is Verdict.NOISY_NEIGHBOR:
+            return Judgement(replace(found, confidence=Confidence.LOW), tuple(trial.interventions))
+    return Judgement(by_charges, ())
 
 
 class _Trial:
@@ -228,14 +234,12 @@ class _Trial:
         return chosen
 
     def _chronic(self) -> Finding | None:
-        """Where nobody's usual is known: whether one tenant held to its fair share restores the others."""
-        lasts = self.case.window.end - self.case.window.start >= CHRONIC * self.replays.history.replica.timeline_ns
-        tried = [s for s in self.case.suspects if lasts or not self.case.loads.usual_is_known(s.tenant)]
-        for suspect in [s for s in tried if self._dominates(s)][:1]:
+        """Where nobody is other than usual: whether one tenant that dominates, held to its fair share, restores all."""
+        for suspect in [s for s in self.case.suspects if dominates(self.case, s)][:1]:
             tenant = suspect.tenant
             cap = self._fair_share(tenant)
             effect = self.replays.capped({tenant: cap})
-            if effect.mean < ACCUSES or not self._counts(effect, [tenant]):
+            if effect.mean < ENOUGH or not self._counts(effect, [tenant]):
                 continue
             name = self._name(tenant)
             what = f"{name} held to its fair share, {cap} requests at once"
@@ -253,15 +257,6 @@ class _Trial:
                 {tenant: 1.0},
             )
         return None
-
-    def _dominates(self, suspect: Suspect) -> bool:
-        """Whether it takes most of what it is charged for, and far more than anybody else."""
-        window = self.case.window
-        loads = self.case.loads.of_all(suspect.resource, window.start, window.end)
-        levels = sorted((load.level for load in loads), reverse=True)
-        mine = loads[suspect.tenant].level
-        second = levels[1] if len(levels) > 1 else 0.0
-        return mine == levels[0] and mine >= MOST_OF_IT * sum(levels) and mine >= FAR_MORE * second
 
     def _fair_share(self, tenant: int) -> int:
         """Requests at once that give a tenant an equal part of slots and KV cache, among those who are active."""

@@ -23,6 +23,8 @@ from stallscope.diagnosis.suspects import (
     pass_on_refills,
 )
 
+MOST_OF_IT, FAR_MORE = 0.6, 3.0  # what a hog has of a resource, and in relation to the next one
+
 
 @dataclass(frozen=True, eq=False)
 class Case:
@@ -113,6 +115,14 @@ def open_case(
         for part in (excess[~own], excess[own])
     )
     return Case(replica, waits, window, loads, healthy, everything, excess, tuple(suspects), tuple(selves), unusual)
+
+
+def dominates(case: Case, suspect: Suspect) -> bool:
+    """Whether a tenant takes most of what it is charged for, and far more than anybody else."""
+    loads = case.loads.of_all(suspect.resource, case.window.start, case.window.end)
+    levels = sorted((load.level for load in loads), reverse=True)
+    mine, second = loads[suspect.tenant].level, levels[1] if len(levels) > 1 else 0.0
+    return mine == levels[0] and mine >= MOST_OF_IT * sum(levels) and mine >= FAR_MORE * second
 
 
 def load_reason(case: Case, suspect: Suspect) -> str:

@@ -57,7 +57,8 @@ def diagnose(
                 progress((number + done) / all_of_them)
         summaries.extend(_summaries(replica, waits.table))
         errors.append(replica.ledger.model.error)
-    incidents.sort(key=lambda incident: -incident.lost_s)
+    # A recording that begins with an empty cache says nothing about what went wrong in it.
+    incidents.sort(key=lambda incident: (incident.verdict is Verdict.COLD_CACHE, -incident.lost_s))
     coverage = _coverage(trace, max(errors, default=0.0))
     verdict, confidence = _overall(incidents, coverage)
     steps = trace.columns("steps", ["scheduled", "ready"])

@@ -234,7 +234,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was wrong in a trace, whom it hit, who did it, and how sure that is. Incidents are sorted by harm."""
+    """What was wrong in a trace, whom it hit, who did it, how sure that is. Incidents: by harm, cold starts last."""
 
     source: str
     start_ns: int

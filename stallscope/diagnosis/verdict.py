@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from stallscope.diagnosis.blame import Judgement, judge_by_replay
-from stallscope.diagnosis.case import Case, Finding, load_reason, open_case
+from stallscope.diagnosis.case import FAR_MORE, Case, Finding, dominates, load_reason, open_case
 from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, victims
 from stallscope.diagnosis.incidents import Waits, Window, not_usual
 from stallscope.diagnosis.load import Loads
@@ -27,6 +27,7 @@ from stallscope.diagnosis.suspects import STEP_FIXED, Suspect, healthy_waits, la
 
 CARRIES = 0.4  # share of the loss above which tenants, the engine or one's own tenant carry an incident
 LEAST_SHARE = 0.1  # share below which a tenant is not accused beside others
+HARMED = 0.3  # share of the loss that must be others' for theirs alone to be looked at
 ENOUGH_OF_SET = 0.8  # culprits are the smallest set that makes up this share of what the accused caused
 # After a stall those who are as usual queue for one another: that backlog is part of the loss, and no cause of it. Who
 # carries this much of the whole and that much of what is no backlog carries the incident too.
@@ -89,8 +90,11 @@ def judge_by_charges(case: Case) -> Finding:
     """What the charges alone say."""
     charged, backlog = case.charged_ns, case.backlog
     engine, unseen = case.share_of(Party.ENGINE), case.share_of(Party.UNSEEN)
-    accused = [s for s in case.suspects if s.unusual and share(s.caused_ns, charged) >= LEAST_SHARE]
-    carried = share(sum(s.caused_ns for s in accused), charged)
+    # What a culprit's own requests lost is no measure of what it did to others.
+    to_others = (1.0 - case.own_share) * charged
+    of = to_others if to_others >= HARMED * charged else charged
+    accused = [s for s in case.suspects if s.unusual and share(s.caused_ns, of) >= LEAST_SHARE]
+    carried = share(sum(s.caused_ns for s in accused), of)
     chosen: list[Suspect] = []
     if unseen >= 0.5:
         verdict = Verdict.INSUFFICIENT_DATA
@@ -109,6 +113,11 @@ def judge_by_charges(case: Case) -> Finding:
         chosen = _smallest_set(accused)
         mechanism = str(chosen[0].mechanism)
         reasons = [load_reason(case, suspect) for suspect in chosen]
+    elif (hog := _hog(case, of)) is not None:
+        verdict = Verdict.NOISY_NEIGHBOR
+        chosen = [hog]
+        mechanism = str(hog.mechanism)
+        reasons = [f"{load_reason(case, hog)}: it is as usual, and far more than anybody else's"]
     elif _carries(engine, backlog):
         verdict = Verdict.ENGINE_STALL
         mechanism = engine_mechanism(case)
@@ -131,6 +140,15 @@ def judge_by_charges(case: Case) -> Finding:
     }.get(verdict, False)
     confidence = Confidence.MEDIUM if sure else Confidence.LOW
     return Finding(verdict, confidence, tuple(chosen), mechanism, tuple(reasons), {}, {})
+
+
+def _hog(case: Case, of_ns: float) -> Suspect | None:
+    """Who costs others most by far, and holds most of what they lack, all the time."""
+    if not case.suspects or not dominates(case, case.suspects[0]):
+        return None
+    first, others = case.suspects[0], case.suspects[1:]
+    alone = not others or first.caused_ns >= FAR_MORE * others[0].caused_ns
+    return first if alone and share(first.caused_ns, of_ns) >= CARRIES_WITH_BACKLOG else None
 
 
 def engine_mechanism(case: Case) -> str | None:
