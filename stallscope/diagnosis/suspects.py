@@ -19,6 +19,7 @@ from stallscope.diagnosis.replica import Replica
 
 UNUSUAL_SIGMAS = 4.0
 UNUSUAL_GROWTH = 1.5
+HORIZON_NS = 60_000_000_000
 
 QUEUES = [MECHANISMS.index(m) for m in (Mechanism.KV_PINNING, Mechanism.PREFILL_QUEUE, Mechanism.SLOT_EXHAUSTION)]
 PREFILLS = [
@@ -44,12 +45,14 @@ class Suspect:
     resource: str
 
     @property
+    def sigmas(self) -> float:
+        """How far its load is beyond the growth of all, in standard deviations of what is usual."""
+        return self.load.sigmas_beyond(self.common_growth)
+
+    @property
     def unusual(self) -> bool:
         """Its load has grown beyond chance, and beyond what all have grown."""
-        return (
-            self.load.sigmas_beyond(self.common_growth) >= UNUSUAL_SIGMAS
-            and self.load.growth >= UNUSUAL_GROWTH * self.common_growth
-        )
+        return self.sigmas >= UNUSUAL_SIGMAS and self.load.growth >= UNUSUAL_GROWTH * self.common_growth
 
 
 def healthy_waits(waits: Waits, windows: list[Window]) -> pd.DataFrame:
@@ -126,16 +129,25 @@ def pass_on_refills(excess: pd.DataFrame, replica: Replica, waits: Waits, window
 
 
 def find_suspect(excess: pd.DataFrame, tenant: int, loads: Loads, window: Window) -> Suspect | None:
-    """A tenant that cost victims something: how much, mostly by what, and its load on that resource."""
+    """A tenant that cost victims something: how much, mostly by what, and its load on that resource.
+
+    The load over the window or, where that is more unusual, over the minute around it: a burst of large prompts shows
+    in the stalls one by one, and as a burst only over all of them.
+    """
     caused = excess[excess["holder"] == tenant]
     if caused.empty or caused["ns"].sum() <= 0:
         return None
     name = largest_mechanism(caused)
     mechanism = Mechanism(name) if name else Mechanism.UNEXPLAINED
     resource = RESOURCE_OF.get(mechanism, STEP_TIME)
-    load = loads.of_all(resource, window.start, window.end)[tenant]
-    common = loads.growth_of_others(tenant, resource, window.start, window.end)
-    return Suspect(tenant, float(caused["ns"].sum()), mechanism, load, common, resource)
+    found = []
+    for least_ns in (0, HORIZON_NS):
+        wider = max(least_ns - (window.end - window.start), 0) // 2
+        start, end = window.start - wider, window.end + wider
+        load = loads.of_all(resource, start, end)[tenant]
+        common = loads.growth_of_others(tenant, resource, start, end)
+        found.append(Suspect(tenant, float(caused["ns"].sum()), mechanism, load, common, resource))
+    return max(found, key=lambda suspect: suspect.unusual)
 
 
 def largest_mechanism(charges: pd.DataFrame) -> str | None:

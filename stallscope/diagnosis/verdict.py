@@ -34,6 +34,7 @@ ENOUGH_OF_SET = 0.8  # culprits are the smallest set that makes up this share of
 CARRIES_WITH_BACKLOG, CARRIES_BUT_BACKLOG = 0.25, 0.6
 BACKLOG_WORTH_SAYING = 0.1
 DOMINATES = 0.5
+CERTAIN_SIGMAS = 8.0
 
 
 def judge(
@@ -64,7 +65,7 @@ def judge(
         judgement = Judgement(judge_by_charges(case), ())
         if of_window is not None and judgement.finding is not None and not _beyond_replay(judgement.finding):
             judgement = judge_by_replay(case, of_window, judgement.finding)
-        if judgement.finding is not None and not _is_natural(case, judgement.finding):
+        if judgement.finding is not None and not _is_natural(case, judgement):
             incident = _incident(case, judgement.finding, judgement.interventions)
             if remedies and of_window is not None and judgement.interventions:
                 culprits = [suspect.tenant for suspect in judgement.finding.culprits]
@@ -73,9 +74,18 @@ def judge(
         yield incident, number / len(windows)
 
 
-def _is_natural(case: Case, finding: Finding) -> bool:
-    """Whether nobody did it, and it is no more than what the trace is full of."""
-    return finding.verdict is Verdict.OVERLOAD and not stands_out(case)
+def _is_natural(case: Case, judgement: Judgement) -> bool:
+    """Whether it is no more than what the trace is full of, and nobody is certain to have caused it.
+
+    Certain is a replay that restores the victims, with a culprit whose load is far beyond chance: loads have heavier
+    tails than their calm time shows.
+    """
+    finding = judgement.finding
+    if finding is None or _beyond_replay(finding) or finding.verdict is Verdict.ENGINE_STALL:
+        return False
+    beyond_chance = [suspect.sigmas >= CERTAIN_SIGMAS for suspect in finding.culprits]
+    certain = bool(judgement.interventions) and bool(beyond_chance) and all(beyond_chance)
+    return not certain and not stands_out(case)
 
 
 def _beyond_replay(finding: Finding) -> bool:
