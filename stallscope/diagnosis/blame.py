@@ -117,11 +117,8 @@ class _Trial:
                 groups.append(_Candidate(tuple(group), text))
         return groups
 
-    def _restored(self, tenants: Sequence[int]) -> float:
-        return self.replays.usual(tenants).mean
-
     def _glance(self, tenants: Sequence[int]) -> float:
-        """The same by one draw: enough to choose whom to look at."""
+        """What these tenants' return to usual restores, by one draw: enough to choose whom to look at."""
         return self.replays.usual(tenants, DRAWS[:1]).mean
 
     def _counts(self, effect: Effect, apart: Sequence[int] = ()) -> bool:

@@ -111,6 +111,8 @@ def _settings(replays: IncidentReplays, mechanism: str | None, culprits: Sequenc
             changed = replace(config, **settings)  # type: ignore[arg-type]
         except ValueError:
             continue  # two settings that don't go together
+        if replays.rejected_by(changed):
+            continue
         can_be_set = all(name in flags for name in settings)
         how = (
             " ".join(flags[name].format(value) for name, value in settings.items())

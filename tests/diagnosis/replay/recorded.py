@@ -92,7 +92,7 @@ def replays_of(trace: Trace) -> list[IncidentReplays]:
     episodes = find_episodes(waits)
     windows = find_windows(waits, episodes, replica)
     loads = Loads(replica, [(episode.start, episode.end) for episode in episodes])
-    replayer = prepare_replay(replica, known_share=1.0)
+    replayer = prepare_replay(replica)
     return replayer.incidents(windows, waits, healthy_waits(waits, windows), loads)
 
 
