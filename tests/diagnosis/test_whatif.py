@@ -70,7 +70,8 @@ def test_the_recorded_settings_change_nothing() -> None:
     [
         (Question(), "ask one thing"),
         (Question(usual=("bach",)), "no tenant 'bach' in the trace, but batch, chat, search"),
-        (Question(settings=(("kv_blocs", "9"),)), "no setting 'kv_blocs'; there are model, max_num_seqs"),
+        (Question(settings=(("kv_blocs", "9"),)), "no setting 'kv_blocs'; there are max_num_seqs"),
+        (Question(settings=(("model", "llama"),)), "no setting 'model'; there are max_num_seqs"),
         (Question(settings=(("max_num_seqs", "many"),)), "must be a number; it was 32 in the recording"),
         (Question(settings=(("chunked_prefill", "yes"),)), "must be true or false; it was True in the recording"),
         (Question(settings=(("max_num_seqs", "0"),)), "max_num_seqs must be at least 1, not 0"),
