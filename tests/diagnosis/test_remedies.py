@@ -101,6 +101,12 @@ def test_the_gateway_can_cap_the_culprit_and_send_its_prompts_elsewhere() -> Non
         assert "prompts above 1,024 tokens on a replica of their own" in hows(found)
 
 
+def test_a_cap_on_several_culprits_is_one_on_each() -> None:
+    replays = only_incident(CHAT + FLOOD)
+    found = try_remedies(replays, [replays.history.replica.tenants.index(name) for name in ("batch", "chat")], None)
+    assert "at most 1 of the requests of each of batch, chat at once" in hows(found)
+
+
 def test_without_a_culprit_nobody_is_capped() -> None:
     found = try_remedies(only_incident(CHAT + FLOOD), [], "prefill_queue")
     assert found
