@@ -53,7 +53,7 @@ for _command, _example in (
     (doctor, "stallscope doctor stall.otlp.jsonl.zst"),
     (analyze, "stallscope analyze stall.otlp.jsonl.zst --since -10m --format html -o stall.html"),
     (explain, "stallscope explain stall.otlp.jsonl.zst chat-000123"),
-    (whatif, "stallscope whatif stall.otlp.jsonl.zst --set long_prefill_token_threshold=512"),
+    (whatif, "stallscope whatif stall.otlp.jsonl.zst --usual reasoner"),
     (compare, "stallscope compare before.otlp.jsonl.zst after.otlp.jsonl.zst"),
     (serve, "stallscope serve --model tiny-llama -o served.otlp.jsonl.zst"),
 ):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from stallscope.diagnosis.evidence import quantiles
@@ -49,7 +48,7 @@ def diagnose(
         windows = find_windows(waits, episodes, replica, slos)
         replayer = None
         if replay and windows:
-            replayer = prepare_replay(replica, known_share=_known_share(trace, replica.name))
+            replayer = prepare_replay(replica)
             checks.append(replayer.check)
         for incident, done in judge(replica, waits, episodes, windows, replayer, remedies=remedies):
             incidents += [incident] if incident is not None else []
@@ -74,13 +73,6 @@ def diagnose(
         notes=tuple(f"{finding.text} ({finding.where}, {finding.count} times)" for finding in trace.findings),
         replays=tuple(checks),
     )
-
-
-def _known_share(trace: Trace, replica: str) -> float:
-    """Share of a replica's steps that were seen with their batches (fidelity 3)."""
-    coverage = trace.coverage.filter(pc.equal(trace.coverage["replica"].cast(pa.string()), replica)).to_pandas()
-    steps = coverage["steps_seen"] + coverage["steps_lost"]
-    return float(coverage.loc[coverage["fidelity"] == 3, "steps_seen"].sum() / max(steps.sum(), 1))
 
 
 def _overall(incidents: list[Incident], coverage: Coverage) -> tuple[Verdict, Confidence]:

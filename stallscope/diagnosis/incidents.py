@@ -239,21 +239,26 @@ def not_usual(waits: Waits, episodes: list[Window], span_ns: int) -> list[tuple[
 def find_windows(waits: Waits, episodes: list[Window], replica: Replica, slos: Sequence[Slo] = ()) -> list[Window]:
     """The episodes that a percentile would show.
 
-    One in which no tenant has at least ``FEWEST_STALLED`` stalled requests, and 1% of the ``TAIL_REQUESTS`` around it
-    (or what an SLO's percentile allows), is no incident.
+    One in which no tenant has at least ``FEWEST_STALLED`` stalled requests, and more than 1% of the ``TAIL_REQUESTS``
+    around it, is no incident. Metrics with an SLO count by themselves, and may be stalled as often as that allows.
     """
-    allowed = np.full(len(replica.tenants), TAIL_SHARE)
-    for (tenant, _), slo in limits_of(slos, replica.tenants).items():
-        allowed[tenant] = max(allowed[tenant], 1.0 - slo.quantile)
+    tenants = len(replica.tenants)
+    allowed = np.full((tenants, 1 + len(METRICS)), TAIL_SHARE)
+    counts_as = np.zeros((tenants, len(METRICS)), dtype=np.int64)  # column of ``allowed``, by tenant and metric
+    for (tenant, metric), slo in limits_of(slos, replica.tenants).items():
+        counts_as[tenant, metric] = 1 + metric
+        allowed[tenant, 1 + metric] = 1.0 - slo.quantile
     tenant_of, arrival = replica.tenant_of_request, replica.requests["arrival"].to_numpy(np.int64)
-    arrivals = [np.sort(arrival[tenant_of == code]) for code in range(len(replica.tenants))]
+    arrivals = [np.sort(arrival[tenant_of == code]) for code in range(tenants)]
     windows = []
     for episode in episodes:
-        stalled = waits.table.loc[episode.waits]
-        hit = np.bincount(stalled.drop_duplicates("request")["tenant"], minlength=len(arrivals))
-        around = [_requests_around(times, episode.start, episode.end) for times in arrivals]
-        shares = [count / all_of_them for count, all_of_them in zip(hit, around, strict=True)]
-        if ((hit >= FEWEST_STALLED) & (np.array(shares) > allowed)).any():
+        stalled = waits.table.loc[episode.waits, ["request", "tenant", "metric"]]
+        stalled = stalled.assign(column=counts_as[stalled["tenant"], stalled["metric"]])
+        each = stalled.drop_duplicates(["request", "column"])
+        hit = np.zeros(allowed.shape, dtype=np.int64)
+        np.add.at(hit, (each["tenant"].to_numpy(), each["column"].to_numpy()), 1)
+        around = np.array([_requests_around(times, episode.start, episode.end) for times in arrivals])
+        if ((hit >= FEWEST_STALLED) & (hit / around[:, None] > allowed)).any():
             windows.append(episode)
     return windows
 

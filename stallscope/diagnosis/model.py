@@ -87,8 +87,8 @@ class SuspectRequest:
 class InterventionKind(StrEnum):
     """What a replay changed: blame rests on ``USUAL``, ``FAIR_SHARE`` where no usual is known; the rest is what if."""
 
-    USUAL = "usual"  # tenants thinned to their own usual rate and sizes
-    FAIR_SHARE = "fair_share"  # a tenant held to its max-min fair share
+    USUAL = "usual"  # tenants as in a stretch of their own calm time; a newcomer is not there
+    FAIR_SHARE = "fair_share"  # a tenant held to so many requests at once as are its fair share
     WITHOUT_TENANT = "without_tenant"
     WITHOUT_REQUEST = "without_request"
     REMEDY = "remedy"
@@ -96,8 +96,8 @@ class InterventionKind(StrEnum):
 
 @dataclass(frozen=True)
 class Prediction:
-    """One tenant's percentile as recorded, replayed unchanged, and with the intervention; ``low_s`` to ``high_s``: 90%
-    of the draws of a replay."""
+    """One tenant's percentile as recorded, replayed unchanged, and with the intervention: the mean of its draws, and
+    from ``low_s`` to ``high_s`` all of them."""
 
     tenant: str
     metric: str
@@ -147,7 +147,7 @@ class ReplayCheck:
     forced_agreement: float
     forced_steps: int
     free_error: float
-    step_cost_error: float  # mean relative error of the step cost on steps it was not fitted on
+    step_cost_error: float  # median relative error of the step cost on steps it was not fitted on; -1: none
     draws: int
     trusted: bool
     reason: str

@@ -111,6 +111,8 @@ def _settings(replays: IncidentReplays, mechanism: str | None, culprits: Sequenc
             changed = replace(config, **settings)  # type: ignore[arg-type]
         except ValueError:
             continue  # two settings that don't go together
+        if replays.rejected_by(changed):
+            continue
         can_be_set = all(name in flags for name in settings)
         how = (
             " ".join(flags[name].format(value) for name, value in settings.items())
@@ -132,13 +134,14 @@ def _gateway(replays: IncidentReplays, culprits: Sequence[int]) -> list[_Remedy]
         return []
     replica, window = replays.history.replica, replays.window
     names = ", ".join(replica.tenants[tenant] for tenant in culprits)
+    whose = f"{names}'s requests" if len(culprits) == 1 else f"the requests of each of {names}"
     present = replica.requests[
         (replica.requests["arrival"] <= window.end) & (replica.requests["seen_until"] >= window.start)
     ]
     theirs = present["tenant"].isin(list(culprits)).to_numpy()
     remedies = [
         _Remedy(
-            f"at most {cap} of {names}'s requests at once",
+            f"at most {cap} of {whose} at once",
             "a concurrency limit by tenant at the gateway",
             True,
             _capped(replays, dict.fromkeys(culprits, cap)),

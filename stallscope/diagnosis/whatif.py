@@ -63,7 +63,7 @@ def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
     episodes = find_episodes(waits)
     loads = Loads(replica, not_usual(waits, episodes, replica.timeline_ns))
     healthy = healthy_waits(waits, find_windows(waits, episodes, replica))
-    replayer = prepare_replay(replica, known_share=1.0)
+    replayer = prepare_replay(replica)
     if not replayer.trusted:
         raise InconclusiveError(f"{replica.name} can't be replayed: {replayer.check.reason}")
     whole = Window(int(replica.timeline.before[0]), int(replica.timeline.end[-1]), np.zeros(0, dtype=np.int64))
@@ -72,6 +72,7 @@ def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
 
 def _ask(replays: IncidentReplays, question: Question, tenants: Sequence[int]) -> tuple[InterventionKind, str, Effect]:
     if question.usual:
+        _check_usual(replays, tenants)
         return InterventionKind.USUAL, f"{', '.join(question.usual)} as usual", replays.usual(tenants)
     if question.without:
         return (
@@ -83,7 +84,19 @@ def _ask(replays: IncidentReplays, question: Question, tenants: Sequence[int]) -
         raise UsageError("ask one thing: --usual TENANT, --without TENANT, or --set NAME=VALUE")
     config = _changed(replays.history.config, question.settings)
     what = ", ".join(f"{name}={value}" for name, value in question.settings)
+    if rejected := replays.rejected_by(config):
+        total = len(replays.stretch.plan.requests)
+        raise UsageError(f"--set {what}: {rejected} of {total} recorded requests would be rejected; give more room")
     return InterventionKind.REMEDY, what, replays.configured(config, draws=DRAWS)
+
+
+def _check_usual(replays: IncidentReplays, tenants: Sequence[int]) -> None:
+    for tenant in tenants:
+        if not replays.stretch.usual_is_known(tenant):
+            name = replays.history.replica.tenants[tenant]
+            raise InconclusiveError(
+                f"what is usual for {name} can't be told, as hardly any time of the trace is calm: ask --without {name}"
+            )
 
 
 def _tenant(replica: Replica, name: str) -> int:
@@ -95,6 +108,7 @@ def _tenant(replica: Replica, name: str) -> int:
 def _changed(config: EngineConfig, settings: Sequence[tuple[str, str]]) -> EngineConfig:
     """The configuration with settings given as text; UsageError where one is unknown or doesn't fit."""
     known = {field.name: getattr(config, field.name) for field in fields(config)}
+    del known["model"]  # what another one's steps would cost is not in the recording
     values: dict[str, object] = {}
     for name, text in settings:
         if name not in known:

@@ -28,14 +28,15 @@ def print_what_if(answer: WhatIf, console: Console) -> None:
         ("draws", "left"),
     )
     for row in one.predictions:
+        left = row.high_s > 0 or row.recorded_s <= 0  # answers of one token have no gaps
         table.add_row(
             Text(words.printable(row.tenant)),
             f"{words.METRIC_WORDS[row.metric]} p{row.quantile * 100:.0f}",
             f"{row.requests:,}",
             words.duration(row.recorded_s),
             words.duration(row.replayed_s),
-            words.duration(row.predicted_s),
-            f"{words.duration(row.low_s)} to {words.duration(row.high_s)}",
+            words.duration(row.predicted_s) if left else "none",
+            f"{words.duration(row.low_s)} to {words.duration(row.high_s)}" if left else "no request left",
         )
     console.print(table)
     console.print(Text(f"\noutput tokens in the same time: {one.throughput:.0%}", style="dim"))

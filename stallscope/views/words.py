@@ -211,7 +211,8 @@ def replay_line(check: ReplayCheck) -> str:
         parts.append(f"{check.forced_agreement:.1%} of {counted(check.forced_steps, 'step')} with the recorded batch")
     if check.free_error >= 0:
         parts.append(f"percentiles met within {check.free_error:.0%}")
-    parts.append(f"step cost within {check.step_cost_error:.1%} on steps not fitted")
+    if check.step_cost_error >= 0:
+        parts.append(f"step cost within {check.step_cost_error:.1%} on steps not fitted")
     if check.draws:
         parts.append(counted(check.draws, "draw"))
     if not check.trusted:
@@ -249,7 +250,7 @@ def predictions(intervention: Intervention) -> list[str]:
 def _prediction(value: Prediction) -> str:
     name = f"{value.tenant} {METRIC_WORDS.get(value.metric, value.metric)} {quantile_name(value.quantile)}"
     then = f"{name} {duration(value.recorded_s)}, then"
-    if value.high_s <= 0:
+    if value.high_s <= 0 < value.recorded_s:
         return f"{then} none: no request left"
     low, high = duration(value.low_s), duration(value.high_s)
     spread = "" if low == high else f" ({low} to {high})"

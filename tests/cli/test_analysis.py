@@ -70,6 +70,7 @@ def test_incidents_can_be_those_of_one_tenant(run: Run, zoo: Path) -> None:
         (["--since", "teatime"], "time 'teatime' can't be read; give"),
         (["--since", "-2s", "--until", "+2s"], "--since -2s is not before --until +2s"),
         (["--slo", "ttft=fast"], "'fast' is no limit at a percentile"),
+        (["--slo", "wombatt:ttft=1s@p99"], "SLO for 'wombatt': the trace has no such tenant, but"),
         (["-o", "/nowhere/at/all.txt"], "there is no folder /nowhere/at; make it first"),
     ],
 )

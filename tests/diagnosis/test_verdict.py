@@ -111,12 +111,16 @@ def test_the_injected_tenant_and_nobody_else_is_named_by_the_right_mechanism(nam
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_single_huge_prompt_is_named_as_the_request_that_did_it(seed: int) -> None:
+def test_huge_prompts_are_named_as_the_requests_that_did_it(seed: int) -> None:
     for incident in diagnosed(shipped("reasoning_prompt"), seed).incidents:
         (culprit,) = incident.culprits
-        request = next(one for one in culprit.requests if one.request == culprit.dominating_request)
-        assert request.prompt_tokens == 15_000
-        assert request.arrival_ns < incident.end_ns
+        for request in culprit.requests:
+            assert request.prompt_tokens == 15_000
+            assert request.arrival_ns < incident.end_ns
+        # Where one stall runs into the next, several prompts did it, and none of them alone.
+        alone = [request.request for request in culprit.requests if request.share >= 0.5]
+        assert [culprit.dominating_request] == (alone or [None])
+        assert alone or len(culprit.requests) > 1
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from stallscope.diagnosis.model import Prediction
+from stallscope.diagnosis.model import Prediction, ReplayCheck
 from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.views import words
 from tests.reports.examples import hostile_diagnosis, with_replay
@@ -63,3 +63,8 @@ def test_what_to_type_next_can_be_pasted_and_is_not_said_of_a_trace_that_is_not_
     assert words.explain_command(diagnosis) == f"stallscope explain 'my trace.otlp.jsonl' {worst}"
     assert words.explain_command(replace(diagnosis, source=REDACTED_SOURCE)) == ""
     assert words.explain_command(replace(diagnosis, incidents=())) == ""
+
+
+def test_of_what_could_not_be_replayed_no_accuracy_is_told() -> None:
+    check = ReplayCheck("engine-0", "lottery", 0.0, 0, -1.0, -1.0, 0, False, "its scheduler is none that is known")
+    assert words.replay_line(check) == "engine-0: not trusted: its scheduler is none that is known, lottery"

@@ -29,7 +29,7 @@ from stallscope.diagnosis.replay.harm import (
 from stallscope.diagnosis.replay.history import History
 from stallscope.diagnosis.replay.machine import Machine
 from stallscope.diagnosis.replay.relaxations import Relaxation
-from stallscope.diagnosis.replay.run import Outcome, Plan, replay
+from stallscope.diagnosis.replay.run import Outcome, Plan, rejected_by, replay
 from stallscope.diagnosis.replay.usual import as_recorded, as_usual, without
 from stallscope.diagnosis.timeline import Floats, Ints
 from stallscope_engine.config import EngineConfig
@@ -76,6 +76,10 @@ class StretchReplays:
         """Parts of the stretch in which what the tenant did is not part of its usual."""
         earliest, latest = self.start_ns - MOST_LEAD_NS, self.end_ns
         return [span for span in self._loads.calm(tenant).unusual if span[1] >= earliest and span[0] <= latest]
+
+    def usual_is_known(self, tenant: int) -> bool:
+        """Whether there is enough calm time to tell what is usual for a tenant."""
+        return self._loads.usual_is_known(tenant)
 
     def unchanged(self, draw: int) -> Outcome:
         return self._replay(("unchanged", draw), lambda: self.plan, draw)
@@ -174,6 +178,10 @@ class IncidentReplays:
     def configured(self, config: EngineConfig, apart: Sequence[int] = (), draws: Sequence[int] = DRAWS[:1]) -> Effect:
         """The effect of another configuration on tenants not ``apart``."""
         return self._effect([self.stretch.configured(config, draw) for draw in draws], draws, apart)
+
+    def rejected_by(self, config: EngineConfig) -> int:
+        """How many of the stretch's requests another configuration would not take: their absence is no cure."""
+        return rejected_by(self.history, config, self.stretch.plan)
 
     def relaxed(self, relaxation: Relaxation, apart: Sequence[int]) -> Effect:
         """The effect of one resource being endless or free, on tenants not ``apart``."""

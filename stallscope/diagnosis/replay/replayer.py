@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from stallscope.diagnosis.incidents import Waits, Window
 from stallscope.diagnosis.load import Loads
@@ -66,14 +68,12 @@ def _stretches(windows: Sequence[Window]) -> list[list[Window]]:
     return runs
 
 
-def prepare_replay(replica: Replica, *, known_share: float) -> Replayer:
-    """Reads history and machine of a replica and checks its scheduler against the recording.
-
-    ``known_share``: of its steps, those whose batches are known.
-    """
+def prepare_replay(replica: Replica) -> Replayer:
+    """Reads history and machine of a replica and checks its scheduler against the recording."""
     policy = str(replica.settings.get("policy") or "unknown")
-    if known_share < LEAST_KNOWN:
-        return _impossible(replica, policy, f"the batches of only {known_share:.0%} of its steps are known")
+    known = _known_share(replica)
+    if known < LEAST_KNOWN:
+        return _impossible(replica, policy, f"the batches of only {known:.0%} of its steps are known")
     try:
         history = read_history(replica)
         machine = learn_machine(history)
@@ -94,6 +94,14 @@ def prepare_replay(replica: Replica, *, known_share: float) -> Replayer:
         reason=reason,
     )
     return Replayer(check, history, machine)
+
+
+def _known_share(replica: Replica) -> float:
+    """Share of a replica's steps that were seen with their batches (fidelity 3)."""
+    coverage = replica.trace.coverage
+    mine = coverage.filter(pc.equal(coverage["replica"].cast(pa.string()), replica.name)).to_pandas()
+    steps = mine["steps_seen"] + mine["steps_lost"]
+    return float(mine.loc[mine["fidelity"] == 3, "steps_seen"].sum() / max(steps.sum(), 1))
 
 
 def _impossible(replica: Replica, policy: str, reason: str) -> Replayer:

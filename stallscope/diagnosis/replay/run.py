@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import insort
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from stallscope.diagnosis.timeline import Ints
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import Engine, StepResult, VirtualClock
 from stallscope_engine.request import Request
-from stallscope_engine.scheduler import Batch, RequestRejected
+from stallscope_engine.scheduler import Batch, RequestRejected, Scheduler
 from stallscope_telemetry.records import FinishReason, RequestInfo, RequestState
 
 _NOISE_SLICES = 4096
@@ -124,10 +125,15 @@ class ReplayExecutor:
 class _Clients:
     """Those behind the requests: some ask only when another answer is there, some give up."""
 
-    def __init__(self, plan: Plan, requests: list[Request], arrivals: deque[Request], engine: Engine) -> None:
+    def __init__(
+        self, plan: Plan, requests: list[Request], fits: list[bool], arrivals: deque[Request], engine: Engine
+    ) -> None:
         self._engine = engine
         self._arrivals = arrivals
         self._requests = requests
+        self._fits = fits
+        standing = {one.request for one in plan.standing}
+        self._stood = [code in standing for code in plan.requests["code"].to_list()]
         self._think = plan.requests["think"].to_list()
         self._retry = plan.requests["retry"].to_list()
         self._patience = plan.requests["patience"].to_list()
@@ -144,16 +150,24 @@ class _Clients:
             heappush(self._deadlines, (request.info.arrival_ns + self._patience[index], index))
 
     def give_up(self) -> list[Request]:
-        """Aborts those whose clients have waited long enough, and returns them."""
-        aborted = []
+        """Ends those whose clients have waited long enough, and returns those that the engine had."""
+        aborted: list[Request] = []
         now_ns = self._engine.clock.now_ns()
         while self._deadlines and self._deadlines[0][0] <= now_ns:
             _, index = heappop(self._deadlines)
             request = self._requests[index]
-            if request.finish_reason is None:
+            if request.finish_reason is not None:
+                continue
+            if request.queued_ns or self._stood[index]:
                 self._engine.abort(request, FinishReason.TIMEOUT)
-                self._follow(index, request.end_ns, failed=True)
-                aborted.append(request)
+                if request.finish_reason is FinishReason.TIMEOUT:  # else a step in flight had ended it
+                    aborted.append(request)
+            else:
+                # It came while the host stood still, or is held back by the gateway.
+                request.finish_reason, request.end_ns = FinishReason.TIMEOUT, now_ns
+                if request in self._arrivals:
+                    self._arrivals.remove(request)
+            self._follow(index, request.end_ns, failed=True)
         return aborted
 
     def finished(self, done: list[Request]) -> None:
@@ -165,6 +179,8 @@ class _Clients:
         for follower in self._followers.pop(index, ()):
             if self._retry[follower] and not failed:
                 self._follow(follower, end_ns, failed=False)  # nothing to ask again: who waited for that goes on
+                continue
+            if not self._fits[follower]:
                 continue
             request = self._requests[follower]
             request.info = _at(request.info, end_ns + self._think[follower])
@@ -178,7 +194,6 @@ class _Gateway:
     def __init__(
         self,
         plan: Plan,
-        requests: list[Request],
         arrivals: deque[Request],
         index_of: Mapping[Request, int],
         most_at_once: Mapping[int, int],
@@ -187,12 +202,9 @@ class _Gateway:
         self._tenant = plan.requests["tenant"].to_list()
         self._index_of = index_of
         self._arrivals = arrivals
-        there = [request for request in requests if request.state is not RequestState.WAITING or request.output_tokens]
-        self._inside = dict.fromkeys(most_at_once, 0)
-        for request in there:
-            tenant = self._tenant[index_of[request]]
-            if tenant in self._inside:
-                self._inside[tenant] += 1
+        standing = {one.request for one in plan.standing}
+        inside = [t for code, t in zip(plan.requests["code"].to_list(), self._tenant, strict=True) if code in standing]
+        self._inside = {tenant: inside.count(tenant) for tenant in most_at_once}
         self._outside: dict[int, deque[Request]] = {tenant: deque() for tenant in most_at_once}
 
     def hold_back(self, now_ns: int) -> None:
@@ -221,8 +233,11 @@ class _Gateway:
             if tenant not in self._most:
                 continue
             self._inside[tenant] -= 1
-            if self._outside[tenant]:
-                self._arrivals.appendleft(self._outside[tenant].popleft())
+            outside = self._outside[tenant]
+            while outside and outside[0].finish_reason is not None:
+                outside.popleft()  # its client has given up
+            if outside:
+                self._arrivals.appendleft(outside.popleft())
 
 
 def _at(info: RequestInfo, arrival_ns: int) -> RequestInfo:
@@ -261,20 +276,21 @@ def replay(
     requests = _build(history, plan.requests, _answers(history, plan.requests, generator))
     if config.prefix_caching:
         fill_cache(engine.scheduler, _earlier_prefixes(history, plan.start_ns))
-    there = {one.request: one for one in plan.standing}
+    fitting = [_fits(engine.scheduler, request) for request in requests]
     codes = plan.requests["code"].to_list()
     follows = plan.requests["follows"].to_list()
-    request_of = dict(zip(codes, requests, strict=True))
-    _resume(engine, [(one, request_of[one.request]) for one in plan.standing if one.request in request_of])
-    fitting = [_fits(engine, request) for request in requests]
+    request_of = {code: request for code, request, fits in zip(codes, requests, fitting, strict=True) if fits}
+    plan = dataclasses.replace(plan, standing=[one for one in plan.standing if one.request in request_of])
+    there = {one.request for one in plan.standing}
+    _resume(engine, [(one, request_of[one.request]) for one in plan.standing])
     arrivals = deque(
         request
         for code, request, before, fits in zip(codes, requests, follows, fitting, strict=True)
         if code not in there and before < 0 and fits
     )
-    clients = _Clients(plan, requests, arrivals, engine)
-    gate = _Gateway(plan, requests, arrivals, clients.index_of, most_at_once or {})
-    for request in [*arrivals, *(request_of[code] for code in there if code in request_of)]:
+    clients = _Clients(plan, requests, fitting, arrivals, engine)
+    gate = _Gateway(plan, arrivals, clients.index_of, most_at_once or {})
+    for request in [*arrivals, *(request_of[one.request] for one in plan.standing)]:
         clients.watch(request)
 
     def before_step() -> None:
@@ -289,6 +305,13 @@ def replay(
     engine.run(arrivals, plan.until_ns, before_step, after_step)
     end_ns = clock.now_ns()
     return Outcome(_outcomes(plan, requests, end_ns), engine.steps, executor.beyond / max(engine.steps, 1), end_ns)
+
+
+def rejected_by(history: History, config: EngineConfig, plan: Plan) -> int:
+    """How many of a plan's requests an engine with this configuration would not take."""
+    scheduler = Scheduler(config)
+    requests = _build(history, plan.requests, plan.requests["output_tokens"].to_numpy(np.int64))
+    return sum(not _fits(scheduler, request) for request in requests)
 
 
 def _build(history: History, planned: pd.DataFrame, outputs: Ints) -> list[Request]:
@@ -315,9 +338,9 @@ def _answers(history: History, planned: pd.DataFrame, generator: np.random.Gener
     return answers
 
 
-def _fits(engine: Engine, request: Request) -> bool:
+def _fits(scheduler: Scheduler, request: Request) -> bool:
     try:
-        engine.scheduler.check(request)
+        scheduler.check(request)
     except RequestRejected:
         return False
     return True

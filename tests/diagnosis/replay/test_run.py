@@ -10,7 +10,7 @@ import pytest
 
 from stallscope.diagnosis.replay.history import History, read_history
 from stallscope.diagnosis.replay.machine import learn_machine
-from stallscope.diagnosis.replay.run import Outcome, replay
+from stallscope.diagnosis.replay.run import Outcome, rejected_by, replay
 from stallscope.diagnosis.replay.usual import as_recorded, without
 from tests.diagnosis.replay.recorded import AGENTS, CHAT, FLOOD, PLAIN, history_of, only_replica, recorded
 
@@ -108,6 +108,48 @@ def test_a_gateways_cap_lets_in_only_so_many_at_once() -> None:
     outcome = replay(history, learn_machine(history), plan, 0, most_at_once={culprit: 1}).requests
     mine = outcome[(outcome["tenant"] == culprit) & (outcome["end"] >= 0)].sort_values("first_token")
     assert (mine["first_token"].to_numpy()[1:] > mine["end"].to_numpy()[:-1]).all()
+
+
+@pytest.mark.parametrize("cap", [1, 2])
+def test_a_cap_holds_where_clients_give_up_before_the_gateway(cap: int) -> None:
+    history = history_of(AGENTS)
+    timeline = history.replica.timeline
+    start, end = int(timeline.before[0]), int(timeline.end[-1])
+    agents = history.replica.tenants.index("agents")
+    plan = as_recorded(history, start, end, end)
+    impatient = np.where(plan.requests["tenant"] == agents, 300_000_000, 0)
+    plan = replace(plan, requests=plan.requests.assign(patience=impatient))
+    outcome = replay(history, learn_machine(history), plan, 0, most_at_once={agents: cap}).requests
+    mine = outcome[(outcome["tenant"] == agents) & (outcome["arrived"] >= 0)]
+    assert ((mine["first_token"] < 0) & (mine["end"] >= 0)).any()  # who gave up outside
+    inside = mine[mine["first_token"] >= 0]
+    until = inside["end"].where(inside["end"] >= 0, end)
+    at_once = [int(((inside["first_token"] <= t) & (until > t)).sum()) for t in inside["first_token"]]
+    assert max(at_once) == cap
+
+
+def test_clients_give_up_although_the_host_stands_still() -> None:
+    history = history_of(AGENTS.split("inject")[0] + "inject: [{engine: pause, at_s: 12, for_s: 5}]")
+    outcome = replayed(history).requests.set_index("code")
+    patience = history.requests["patience"]
+    waited = (outcome["end"] - outcome["arrived"])[(patience > 0) & (outcome["end"] >= 0)]
+    assert len(waited) >= 3
+    # Nobody can be told before the host goes on.
+    assert (waited < 5.5e9).all()
+
+
+def test_a_follower_that_would_be_rejected_never_arrives() -> None:
+    history = history_of(AGENTS)
+    timeline = history.replica.timeline
+    start, end = int(timeline.before[0]), int(timeline.end[-1])
+    plan = as_recorded(history, start, end, end)
+    small = replace(history.config, kv_blocks=80)  # 1,280 tokens
+    outcome = replay(history, learn_machine(history), plan, 0, small).requests.set_index("code")
+    requests = history.requests.reindex(outcome.index)
+    fits = requests["prompt_tokens"] + requests["limit"] <= 1280
+    assert rejected_by(history, small, plan) == (~fits).sum()
+    assert (outcome.loc[~fits, "arrived"] == -1).all()
+    assert (outcome.loc[fits & (requests["follows"] < 0), "arrived"] >= 0).all()
 
 
 def test_a_history_knows_who_stood_where() -> None:
