@@ -17,7 +17,7 @@ from stallscope.diagnosis.metrics import TTFT
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism
 from stallscope.diagnosis.replica import Replica
 
-UNUSUAL_SIGMAS = 4.0
+UNUSUAL_SIGMAS = 5.0
 UNUSUAL_GROWTH = 1.5
 HORIZON_NS = 60_000_000_000
 

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stallscope.diagnosis.cost_model import CostModel
-from stallscope.diagnosis.incidents import NOTICEABLE_NS, TAIL_REQUESTS, Waits, Window
+from stallscope.diagnosis.incidents import FEWEST_STALLED, NOTICEABLE_NS, TAIL_REQUESTS, Waits, Window
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
 from stallscope.diagnosis.replay.run import Outcome
 from stallscope.diagnosis.replica import Replica
@@ -154,7 +154,7 @@ def change_of_all(before: pd.DataFrame, after: pd.DataFrame, window: Window, ten
         mine = [
             one[(one["tenant"] == tenant) & one["arrived"].between(window.start, window.end)] for one in (before, after)
         ]
-        if len(mine[0]) < FEWEST_REQUESTS:
+        if len(mine[0]) < FEWEST_STALLED:
             continue
         quantile = 0.99 if len(mine[0]) >= TAIL_REQUESTS else 0.9
         for metric in (TTFT, ITL):
