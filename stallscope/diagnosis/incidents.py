@@ -33,6 +33,7 @@ _MOST_BEYOND_NS = 500_000_000  # and where the usual is long, no further above i
 USUAL_WAITS = 300  # of a tenant, whose charges say what is usual
 FEWEST_STALLED = 3
 LEAST_OF_WORST = 0.05  # an episode that lost less of what the worst one did is part of the usual
+LEADS_UP_NS = 10_000_000_000
 MOST_UNUSUAL = 0.6  # share of a trace that may be not usual
 TAIL_SHARE = 0.01  # p99: what fewer than one in a hundred meet does not move it
 TAIL_REQUESTS = 300  # requests that a p99 needs behind it
@@ -221,7 +222,7 @@ def not_usual(waits: Waits, episodes: list[Window], span_ns: int) -> list[tuple[
     """Begin and end (ns) of the episodes that can't count as usual, in a trace of this length.
 
     Small stalls are part of a busy engine's usual. Of the others, the worst go first, until what is left would be too
-    little to know the usual by.
+    little to know the usual by. What leads up to one is not usual either.
     """
     table = waits.table
     lost = [float(table.loc[episode.waits, "delay"].sum()) for episode in episodes]
@@ -231,7 +232,7 @@ def not_usual(waits: Waits, episodes: list[Window], span_ns: int) -> list[tuple[
         length = episodes[index].end - episodes[index].start
         if chosen and (lost[index] < LEAST_OF_WORST * max(lost) or taken + length > MOST_UNUSUAL * span_ns):
             break
-        chosen.append((episodes[index].start, episodes[index].end))
+        chosen.append((episodes[index].start - LEADS_UP_NS, episodes[index].end))
         taken += length
     return sorted(chosen)
 

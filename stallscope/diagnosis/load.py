@@ -77,7 +77,7 @@ class Loads:
 
     def __init__(self, replica: Replica, windows: list[tuple[int, int]]) -> None:
         self._replica = replica
-        self._windows = windows
+        self.windows = windows
         self._stretches = replica.ledger.stretches
         timeline = replica.timeline
         self._span = (int(timeline.before[0]), int(timeline.end[-1]))
@@ -151,7 +151,7 @@ class Loads:
         calm = requests["tenant"].to_numpy() == tenant
         first, last = self._span
         excluded = []
-        for start, end in self._windows:
+        for start, end in self.windows:
             there = (requests["tenant"].to_numpy() == tenant) & (arrival < end) & (until > start)
             since = min(start, int(arrival[there].min())) if there.any() else start
             excluded.append((max(since, first), min(end, last)))

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.case import Case
+from stallscope.diagnosis.incidents import LEADS_UP_NS
 from stallscope.diagnosis.metrics import ITL, TTFT
 from stallscope.diagnosis.timeline import Floats, Ints
 
@@ -22,7 +23,8 @@ TIMES_USUAL, TIMES_MOST = 2.0, 1.2  # over the median of other times, and over t
 def stands_out(case: Case) -> bool:
     """Whether a tenant's p90 is higher in the incident than at any other time, by far."""
     table, window = case.waits.table, case.window
-    unusual = [span for tenant in range(len(case.replica.tenants)) for span in case.loads.calm(tenant).unusual]
+    # What led up to a stall stalled nobody: it is a time to compare with.
+    stalls = [(start + LEADS_UP_NS, end) for start, end in case.loads.windows]
     for tenant in range(len(case.replica.tenants)):
         for metric in (TTFT, ITL):
             mine = table[(table["tenant"] == tenant) & (table["metric"] == metric)]
@@ -31,7 +33,7 @@ def stands_out(case: Case) -> bool:
                 start, height = _percentiles(begin, wait, length)
                 inside = (start + length > window.start) & (start < window.end)
                 outside = np.ones(len(start), dtype=np.bool_)
-                for since, until in [*unusual, (window.start, window.end)]:
+                for since, until in [*stalls, (window.start, window.end)]:
                     outside &= (start + length <= since) | (start >= until)
                 if inside.any() and outside.any() and _is_far_above(height[inside], height[outside]):
                     return True

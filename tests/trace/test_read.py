@@ -309,6 +309,6 @@ def test_parquet_is_neither_written_over_nor_guessed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not readable as the table steps"):
         read_trace(tmp_path / "tables")
     metadata = tmp_path / "tables" / "trace.json"
-    metadata.write_bytes(metadata.read_bytes().replace(b'"format": 1', b'"format": 9'))
+    metadata.write_bytes(metadata.read_bytes().replace(b'"format": 2', b'"format": 9'))
     with pytest.raises(UsageError, match="format 9"):
         read_trace(tmp_path / "tables")
