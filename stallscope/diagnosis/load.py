@@ -18,7 +18,7 @@ from stallscope.diagnosis.timeline import Floats, Ints
 
 STEP_TIME, KV, SLOTS = RESOURCES = "step time", "KV cache", "slots"
 LEAST_WINDOW_NS = 15_000_000_000
-LEAST_CALM = 0.3  # share of the trace that must be usual for usual to be known
+LEAST_CALM = 0.1  # share of the trace that must be usual for usual to be known
 RESOURCE_OF = {
     Mechanism.KV_PINNING: KV,
     Mechanism.HEAD_OF_LINE: KV,
