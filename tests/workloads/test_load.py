@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from stallscope import cli
+from stallscope.cli import traffic
 from stallscope.errors import UsageError
 from stallscope.trace.clients import ClientSpan
 from stallscope.trace.decode import collect
@@ -354,7 +355,7 @@ def test_a_late_driver_is_exit_code_4(command: Command, monkeypatch: pytest.Monk
     def slow(_: str) -> Iterator[Callable[[float], None]]:
         yield lambda share: time.sleep(0.4)
 
-    monkeypatch.setattr(cli, "_progress", slow)
+    monkeypatch.setattr(traffic, "progress", slow)
     with serving(Endpoint()) as endpoint:
         code, _, err = command("--url", endpoint.url)
     assert code == 4
