@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from stallscope.diagnosis import Diagnosis, diagnose
+from stallscope.diagnosis.slo import parse_slo
 from stallscope.trace import Trace, read_trace
+from stallscope.trace.select import select, span
 
 FOLDER = Path(__file__).parent.parent / "sample_traces"
 STALLS = [
@@ -29,6 +31,22 @@ def test_a_recorded_stall_names_its_culprit_and_mechanism(name: str, culprit: st
     assert diagnosis.verdict == "noisy_neighbor"
     assert named(diagnosis) == {culprit}
     assert diagnosis.incidents[0].mechanism in mechanisms
+
+
+@pytest.mark.parametrize(("name", "culprit", "mechanisms"), STALLS)
+def test_charges_alone_name_it_too(name: str, culprit: str, mechanisms: set[str]) -> None:
+    diagnosis = diagnose(sample(name), replay=False)
+    assert diagnosis.verdict == "noisy_neighbor"
+    assert named(diagnosis) == {culprit}
+
+
+def test_a_promise_broken_all_the_time_is_an_incident() -> None:
+    trace = sample("pinned")
+    start_ns, end_ns = span(trace)
+    # From here on there is nothing but the stall: no other time to compare it with, and no usual.
+    stalled = select(trace, since=f"+{(end_ns - start_ns) // 2_000_000_000}s")
+    diagnosis = diagnose(stalled, slos=[parse_slo("chat:ttft=200ms@p90")])
+    assert diagnosis.incidents
 
 
 def test_the_recorded_stall_is_laid_to_one_of_the_huge_prompts() -> None:

@@ -34,12 +34,10 @@ FEWEST_ALIKE = 3  # newcomers of one shape that count as one
 ALIKE = 1.5  # their sizes differ by no larger factor
 WORTH_TRYING = 0.1  # share of the culprits' charges by the mechanisms of a relaxation, for that to be tried
 TIE = 0.1  # restored so nearly alike, relaxations are told apart by charges
-PINS = 0.05
-LEAST_RESTORABLE = 0.3
+PINS = 0.05  # share of the charges by one shortage from which on a head that does not fit counts as pinning
+LEAST_RESTORABLE = 0.3  # of the excess, that everyone's return is taken to restore at least
 REPRODUCED = (0.5, 2.0)  # replayed over recorded excess, outside of which a replay says nothing
-
-
-HINTS = 0.1
+HINTS = 0.1  # the same, above which it may hint at somebody where the charges name nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,28 +233,25 @@ class _Trial:
 
     def _chronic(self) -> Finding | None:
         """Where nobody is other than usual: whether one tenant that dominates, held to its fair share, restores all."""
-        for suspect in [s for s in self.case.suspects if dominates(self.case, s)][:1]:
-            tenant = suspect.tenant
-            cap = self._fair_share(tenant)
-            effect = self.replays.capped({tenant: cap})
-            if effect.mean < ENOUGH or not self._counts(effect, [tenant]):
-                continue
-            name = self._name(tenant)
-            what = f"{name} held to its fair share, {cap} requests at once"
-            self._note(InterventionKind.FAIR_SHARE, what, [tenant], effect)
-            reason = (
-                f"{what}, would have spared the victims {effect.mean:.0%} (no time is calm enough to know its usual)"
-            )
-            return Finding(
-                Verdict.NOISY_NEIGHBOR,
-                Confidence.MEDIUM,
-                (suspect,),
-                self._mechanism([tenant]),
-                (reason,),
-                {tenant: effect.mean},
-                {tenant: 1.0},
-            )
-        return None
+        suspect = next((one for one in self.case.suspects if dominates(self.case, one)), None)
+        if suspect is None:
+            return None
+        tenant = suspect.tenant
+        cap = self._fair_share(tenant)
+        effect = self.replays.capped({tenant: cap})
+        if effect.mean < ENOUGH or not self._counts(effect, [tenant]):
+            return None
+        what = f"{self._name(tenant)} held to its fair share, {cap} requests at once"
+        self._note(InterventionKind.FAIR_SHARE, what, [tenant], effect)
+        return Finding(
+            Verdict.NOISY_NEIGHBOR,
+            Confidence.MEDIUM,
+            (suspect,),
+            self._mechanism([tenant]),
+            (f"{what}, would have spared the victims {effect.mean:.0%}: its load is as usual, and too much",),
+            {tenant: effect.mean},
+            {tenant: 1.0},
+        )
 
     def _fair_share(self, tenant: int) -> int:
         """Requests at once that give a tenant an equal part of slots and KV cache, among those who are active."""

@@ -55,6 +55,11 @@ class Case:
         return float(self.everything["ns"].sum())
 
     @property
+    def breaks_slo(self) -> bool:
+        """Whether a wait was longer than an SLO allows."""
+        return bool(self.waits.table.loc[self.window.waits, "promised"].any())
+
+    @property
     def own_share(self) -> float:
         """Share of what is charged that victims' own tenants are charged."""
         own = self.excess["holder"] == self.excess["victim"]

@@ -80,10 +80,12 @@ def measure_waits(replica: Replica, slos: Sequence[Slo] = ()) -> Waits:
     bin_ns = max(BIN_NS, int(span) // _MOST_BINS)
     table["bar"] = _bars(table, bin_ns)
     table["stalled"] = (table["delay"] > table["bar"]) & (table["delay"] > NOTICEABLE_NS)
+    table["promised"] = False
     for (tenant, metric), slo in limits_of(slos, replica.tenants).items():
         mine = (table["tenant"] == tenant) & (table["metric"] == metric)
         table.loc[mine, "bar"] = float(slo.limit_ns)
         table.loc[mine, "stalled"] = (table["end"] - table["begin"])[mine] > slo.limit_ns
+        table.loc[mine, "promised"] = True
     table["charged"] = _worth_charging(table)
     charged = table[table["charged"]]
     queries = charged.loc[charged["metric"] != DELIVERY, ["request", "begin", "end"]]

@@ -11,39 +11,44 @@ import pandas as pd
 from stallscope.diagnosis.case import Case
 from stallscope.diagnosis.incidents import LEADS_UP_NS
 from stallscope.diagnosis.metrics import ITL, TTFT
+from stallscope.diagnosis.replay.harm import FEWEST_REQUESTS, LEAST_CHANGE_S, WINDOWS_NS
 from stallscope.diagnosis.timeline import Floats, Ints
 
-LENGTHS_NS = (15_000_000_000, 60_000_000_000)
-FEWEST_REQUESTS = 20  # that a p90 needs behind it
 QUANTILE = 0.9
-LEAST_NS = 50_000_000
 TIMES_USUAL, TIMES_MOST = 2.0, 1.2  # over the median of other times, and over the worst of them
 
 
 def stands_out(case: Case) -> bool:
-    """Whether a tenant's p90 is higher in the incident than at any other time, by far."""
+    """Whether a tenant's p90 is higher in the incident than at any other time, by far.
+
+    True, too, where there is no other time to compare it with: it can't be said to be what the trace is full of.
+    """
     table, window = case.waits.table, case.window
     # What led up to a stall stalled nobody: it is a time to compare with.
     stalls = [(start + LEADS_UP_NS, end) for start, end in case.loads.windows]
+    compared = False
     for tenant in range(len(case.replica.tenants)):
         for metric in (TTFT, ITL):
             mine = table[(table["tenant"] == tenant) & (table["metric"] == metric)]
             begin, wait = _by_request(mine)
-            for length in LENGTHS_NS:
+            for length in WINDOWS_NS:
                 start, height = _percentiles(begin, wait, length)
                 inside = (start + length > window.start) & (start < window.end)
                 outside = np.ones(len(start), dtype=np.bool_)
                 for since, until in [*stalls, (window.start, window.end)]:
                     outside &= (start + length <= since) | (start >= until)
-                if inside.any() and outside.any() and _is_far_above(height[inside], height[outside]):
+                if not inside.any() or not outside.any():
+                    continue
+                compared = True
+                if _is_far_above(height[inside], height[outside]):
                     return True
-    return False
+    return not compared
 
 
 def _is_far_above(inside: Floats, outside: Floats) -> bool:
     usual, most = float(np.median(outside)), float(outside.max())
     worst = float(inside.max())
-    return worst >= TIMES_USUAL * usual and worst >= usual + LEAST_NS and worst >= TIMES_MOST * most
+    return worst >= TIMES_USUAL * usual and worst >= usual + LEAST_CHANGE_S * 1e9 and worst >= TIMES_MOST * most
 
 
 def _by_request(waits: pd.DataFrame) -> tuple[Ints, Floats]:

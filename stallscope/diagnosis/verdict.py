@@ -48,7 +48,7 @@ def judge(
 ) -> Iterator[tuple[Incident | None, float]]:
     """Each window as an incident (None: it was none), with the share of them that is done.
 
-    Without a ``replayer``, by charges alone: then all windows are incidents.
+    Without a ``replayer``, by charges alone.
 
     ``episodes``: all stretches with stalled waits, of which the windows are some: none of them counts as usual.
     ``remedies``: those are tried too, on the incidents that could be replayed.
@@ -62,10 +62,14 @@ def judge(
     for number, (window, of_window) in enumerate(zip(windows, replays, strict=True), start=1):
         incident = None
         case = open_case(replica, waits, window, loads, healthy, usual)
-        judgement = Judgement(judge_by_charges(case), ())
-        if of_window is not None and judgement.finding is not None and not _beyond_replay(judgement.finding):
-            judgement = judge_by_replay(case, of_window, judgement.finding)
-        if judgement.finding is not None and not _is_natural(case, judgement):
+        by_charges = judge_by_charges(case)
+        judgement = Judgement(by_charges, ())
+        if of_window is not None and not _beyond_replay(by_charges):
+            judgement = judge_by_replay(case, of_window, by_charges)
+        if case.breaks_slo:
+            # A promise that was broken is an incident, however usual that is, and whatever a replay can say of it.
+            judgement = judgement if judgement.finding is not None else Judgement(by_charges, ())
+        if judgement.finding is not None and (case.breaks_slo or not _is_natural(case, judgement.finding)):
             incident = _incident(case, judgement.finding, judgement.interventions)
             if remedies and of_window is not None and judgement.interventions:
                 culprits = [suspect.tenant for suspect in judgement.finding.culprits]
@@ -74,17 +78,14 @@ def judge(
         yield incident, number / len(windows)
 
 
-def _is_natural(case: Case, judgement: Judgement) -> bool:
-    """Whether it is no more than what the trace is full of, and nobody is certain to have caused it.
+def _is_natural(case: Case, finding: Finding) -> bool:
+    """Whether it is no more than what the trace is full of, and nobody's load was far beyond chance.
 
-    Certain is a replay that restores the victims, with a culprit whose load is far beyond chance: loads have heavier
-    tails than their calm time shows.
+    Loads have heavier tails than their calm time shows: a little beyond is not enough.
     """
-    finding = judgement.finding
-    if finding is None or _beyond_replay(finding) or finding.verdict is Verdict.ENGINE_STALL:
+    if _beyond_replay(finding) or finding.verdict is Verdict.ENGINE_STALL:
         return False
-    beyond_chance = [suspect.sigmas >= CERTAIN_SIGMAS for suspect in finding.culprits]
-    certain = bool(judgement.interventions) and bool(beyond_chance) and all(beyond_chance)
+    certain = bool(finding.culprits) and all(suspect.sigmas >= CERTAIN_SIGMAS for suspect in finding.culprits)
     return not certain and not stands_out(case)
 
 
