@@ -5,6 +5,8 @@ Where nobody did anything, that is all there is to tell an overload from a busy 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -21,28 +23,34 @@ TIMES_USUAL, TIMES_MOST = 2.0, 1.2  # over the median of other times, and over t
 def stands_out(case: Case) -> bool:
     """Whether a tenant's p90 is higher in the incident than at any other time, by far.
 
-    True, too, where there is no other time to compare it with: it can't be said to be what the trace is full of.
+    Other times are those without stalls; where none is long enough, those of the other stalls too. True where nothing
+    is left to compare with: then it can't be said to be what the trace is full of.
     """
-    table, window = case.waits.table, case.window
+    mine = (case.window.start, case.window.end)
     # What led up to a stall stalled nobody: it is a time to compare with.
     stalls = [(start + LEADS_UP_NS, end) for start, end in case.loads.windows]
-    compared = False
+    for apart in ([*stalls, mine], [mine]):
+        found = list(_compared(case, apart))
+        if found:
+            return any(found)
+    return True
+
+
+def _compared(case: Case, apart: Sequence[tuple[int, int]]) -> Iterator[bool]:
+    """For each tenant, metric and length of window that can be compared with the time outside of ``apart`` (ns):
+    whether the incident's is far above it."""
+    table, window = case.waits.table, case.window
     for tenant in range(len(case.replica.tenants)):
         for metric in (TTFT, ITL):
-            mine = table[(table["tenant"] == tenant) & (table["metric"] == metric)]
-            begin, wait = _by_request(mine)
+            begin, wait = _by_request(table[(table["tenant"] == tenant) & (table["metric"] == metric)])
             for length in WINDOWS_NS:
                 start, height = _percentiles(begin, wait, length)
                 inside = (start + length > window.start) & (start < window.end)
                 outside = np.ones(len(start), dtype=np.bool_)
-                for since, until in [*stalls, (window.start, window.end)]:
+                for since, until in apart:
                     outside &= (start + length <= since) | (start >= until)
-                if not inside.any() or not outside.any():
-                    continue
-                compared = True
-                if _is_far_above(height[inside], height[outside]):
-                    return True
-    return not compared
+                if inside.any() and outside.any():
+                    yield _is_far_above(height[inside], height[outside])
 
 
 def _is_far_above(inside: Floats, outside: Floats) -> bool:
