@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.evidence import share
@@ -31,8 +32,8 @@ class Case:
     """A window and its charges above usual (``excess``: wait, victim, holder, mechanism, ns).
 
     ``everything`` has in addition what a step costs whatever is in it: part of the loss, but no tenant's doing and no
-    fault. ``suspects`` cost others something, the most first; ``own`` cost their own tenant. ``unusual``: whose load
-    was beyond chance.
+    fault. ``suspects`` cost others something, the most first; ``own`` cost their own tenant. ``unusual``: who had
+    changed.
     """
 
     replica: Replica
@@ -107,14 +108,12 @@ def open_case(
     """``healthy``: the waits that are usual; ``usual``: what holders are charged for those (``suspects``)."""
     everything = pass_on_refills(excess_charges(waits, window, usual), replica, waits, window)
     excess = everything[everything["mechanism"] != STEP_FIXED]
-    tenants = range(len(replica.tenants))
-    first_look = {tenant: find_suspect(excess, tenant, loads, window) for tenant in tenants}
-    unusual = frozenset(tenant for tenant, suspect in first_look.items() if suspect and suspect.unusual)
+    unusual = frozenset(loads.changes.during(window.start, window.end))
     excess = pass_on_head_of_line(excess, waits, window, set(unusual))
     own = excess["holder"] == excess["victim"]
     suspects, selves = (
         sorted(
-            (s for tenant in tenants if (s := find_suspect(part, tenant, loads, window)) is not None),
+            (find_suspect(part, tenant, loads, window) for tenant in np.unique(part["holder"]).tolist() if tenant >= 0),
             key=lambda suspect: -suspect.caused_ns,
         )
         for part in (excess[~own], excess[own])
@@ -130,9 +129,12 @@ def dominates(case: Case, suspect: Suspect) -> bool:
     return mine == levels[0] and mine >= MOST_OF_IT * sum(levels) and mine >= FAR_MORE * second
 
 
-def load_reason(case: Case, suspect: Suspect) -> str:
-    """How a tenant's load was unusual, as a sentence."""
-    load, tenant = suspect.load, case.replica.tenants[suspect.tenant]
-    if load.usual <= 0:
-        return f"{tenant} took {load.level:.0%} of the {suspect.resource}; outside incidents it takes none"
-    return f"{tenant} took {load.level:.0%} of the {suspect.resource}, usually {load.usual:.1%}"
+def reason_for(case: Case, suspect: Suspect) -> str:
+    """What a tenant did that it usually does not, as a sentence; its load, where that is nothing in particular."""
+    load, change, tenant = suspect.load, suspect.change, case.replica.tenants[suspect.tenant]
+    if change is None:
+        return f"{tenant} took {load.level:.0%} of the {suspect.resource}, usually {load.usual:.1%}"
+    many = f"{change.count:,} request{'s' if change.count != 1 else ''}"
+    what = many if change.above <= 0 else f"{many} with {change.above:,.0f} {change.of} or more"
+    usually = "it sends none at other times" if change.expected < 0.5 else f"usually it is {change.expected:,.0f}"
+    return f"{tenant} sent {what} in {(change.end - change.start) / 1e9:,.0f} s; {usually}"

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 
+from stallscope.diagnosis.changes import find_changes
 from stallscope.diagnosis.evidence import quantiles
 from stallscope.diagnosis.incidents import find_episodes, find_windows, measure_waits
 from stallscope.diagnosis.load import KV, STEP_TIME, Loads
@@ -43,14 +44,15 @@ def diagnose(
     checks: list[ReplayCheck] = []
     all_of_them = max(len(pc.unique(trace.columns("steps", ["replica"])["replica"])), 1)
     for number, replica in enumerate(replicas(trace)):
-        waits = measure_waits(replica, slos)
+        changes = find_changes(replica)
+        waits = measure_waits(replica, slos, changes)
         episodes = find_episodes(waits)
         windows = find_windows(waits, episodes, replica, slos)
         replayer = None
-        if replay and windows:
+        if replay and (windows or changes.found):
             replayer = prepare_replay(replica)
             checks.append(replayer.check)
-        for incident, done in judge(replica, waits, episodes, windows, replayer, remedies=remedies):
+        for incident, done in judge(replica, waits, changes, episodes, windows, replayer, remedies=remedies):
             incidents += [incident] if incident is not None else []
             if progress is not None:
                 progress((number + done) / all_of_them)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from stallscope.diagnosis.changes import NO_CHANGES, Changes
 from stallscope.diagnosis.metrics import DELIVERY, ITL, METRICS, TTFT
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.refills import Refills, read_refills
@@ -63,8 +64,11 @@ class Window:
     waits: Ints
 
 
-def measure_waits(replica: Replica, slos: Sequence[Slo] = ()) -> Waits:
-    """The waits of a replica's requests, partitioned and compared with their tenant's usual, or with ``slos``."""
+def measure_waits(replica: Replica, slos: Sequence[Slo] = (), changes: Changes = NO_CHANGES) -> Waits:
+    """The waits of a replica's requests, partitioned and compared with their tenant's usual, or with ``slos``.
+
+    Those that began during ``changes`` are charged in any case.
+    """
     table = _all_waits(replica)
     inside = np.flatnonzero(table["metric"] != DELIVERY)
     table["delay"] = table["end"] - table["begin"]
@@ -86,7 +90,7 @@ def measure_waits(replica: Replica, slos: Sequence[Slo] = ()) -> Waits:
         table.loc[mine, "bar"] = float(slo.limit_ns)
         table.loc[mine, "stalled"] = (table["end"] - table["begin"])[mine] > slo.limit_ns
         table.loc[mine, "promised"] = True
-    table["charged"] = _worth_charging(table)
+    table["charged"] = _worth_charging(table) | _during(changes, table)
     charged = table[table["charged"]]
     queries = charged.loc[charged["metric"] != DELIVERY, ["request", "begin", "end"]]
     charges = replica.partition.charge(queries.assign(query=queries.index), replica.tenant_of_request)
@@ -163,6 +167,15 @@ def _worth_charging(table: pd.DataFrame) -> NDArray[np.bool_]:
     return charged
 
 
+def _during(changes: Changes, table: pd.DataFrame) -> NDArray[np.bool_]:
+    """The waits in the engine that began while somebody's changed requests were there."""
+    begin = table["begin"].to_numpy()
+    found = np.zeros(len(table), dtype=np.bool_)
+    for start, end in changes.spans:
+        found |= (begin >= start) & (begin <= end)
+    return found & (table["metric"] != DELIVERY).to_numpy()
+
+
 def _delivery_charges(table: pd.DataFrame) -> pd.DataFrame:
     """What comes after a request's last token is the frontend's, all of it."""
     late = table[table["metric"] == DELIVERY]
@@ -218,6 +231,29 @@ def find_episodes(waits: Waits) -> list[Window]:
         Window(int(group["begin"].min()), int(group["end"].max()), group.index.to_numpy(np.int64))
         for _, group in stalled.groupby(np.cumsum(fresh))
     ]
+
+
+def windows_of_changes(waits: Waits, changes: Changes) -> list[tuple[Window, Window]]:
+    """Each stretch in which changed requests were there, and within it the time of those who waited noticeably longer
+    then than they mostly do.
+
+    A change may hurt others without a stall that would open an incident by itself.
+    """
+    table = waits.table
+    inside = table[(table["metric"] != DELIVERY) & table["charged"]]
+    usual = table["delay"].groupby([table["tenant"], table["metric"]]).median()
+    longer = inside["delay"] - usual.reindex(pd.MultiIndex.from_frame(inside[["tenant", "metric"]])).to_numpy()
+    delayed = inside[(longer >= NOTICEABLE_NS) | inside["stalled"]]
+    windows = []
+    for start, end in changes.spans:
+        there = delayed[(delayed["begin"] >= start) & (delayed["begin"] <= end)]
+        stalled = there[there["stalled"]]
+        chosen = stalled if len(stalled) else there
+        if len(chosen):
+            delayed_ones = chosen.index.to_numpy(np.int64)
+            within = Window(int(chosen["begin"].min()), int(chosen["end"].max()), delayed_ones)
+            windows.append((Window(start, max(end, within.end), delayed_ones), within))
+    return windows
 
 
 def not_usual(waits: Waits, episodes: list[Window], span_ns: int) -> list[tuple[int, int]]:

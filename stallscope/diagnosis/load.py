@@ -1,8 +1,4 @@
-"""How much of a resource each tenant took in a stretch of time, and how unusual that is for it.
-
-Usual is a distribution: requests arrive at random, so a stretch's load varies even when nothing has changed. A tenant's
-requests outside all incidents give its mean load and, as a compound Poisson process, the variance of a stretch's load.
-"""
+"""How much of a resource each tenant took in a stretch of time, and how much it usually takes."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from stallscope.diagnosis.changes import NO_CHANGES, Changes
 from stallscope.diagnosis.partition import Mechanism
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints
@@ -30,30 +27,10 @@ RESOURCE_OF = {
 
 @dataclass(frozen=True)
 class Load:
-    """Mean level of one tenant's load in a window, and what is usual for it.
-
-    ``deviation`` is the standard deviation of the usual level in a window as long, ``usual_error`` that of the estimate
-    of ``usual``. All three are NaN where usual is unknown.
-    """
+    """Mean level of one tenant's load in a window, and what is usual for it (NaN where that is unknown)."""
 
     level: float
     usual: float
-    deviation: float
-    usual_error: float
-
-    @property
-    def growth(self) -> float:
-        """Level over usual; infinite for a newcomer."""
-        return self.level / self.usual if self.usual > 0 else float("inf")
-
-    def sigmas_beyond(self, growth: float) -> float:
-        """How far the level is beyond ``growth`` times the usual, in standard deviations of such a load.
-
-        The variance of a Poisson process grows with its rate.
-        """
-        difference = self.level - growth * self.usual
-        deviation = (growth * self.deviation**2 + (growth * self.usual_error) ** 2) ** 0.5
-        return difference / deviation if deviation > 0 else (float("inf") if difference > 0 else 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +50,16 @@ class Calm:
 
 
 class Loads:
-    """Loads of the tenants of a replica, given the windows (begin and end, ns) that are not usual."""
+    """Loads of the tenants of a replica.
 
-    def __init__(self, replica: Replica, windows: list[tuple[int, int]]) -> None:
+    Usual is what a tenant does at other times than its ``changes``; where it has none, outside of ``windows`` (begin and
+    end, ns), in which somebody was stalled.
+    """
+
+    def __init__(self, replica: Replica, windows: list[tuple[int, int]], changes: Changes = NO_CHANGES) -> None:
         self._replica = replica
         self.windows = windows
+        self.changes = changes
         self._stretches = replica.ledger.stretches
         timeline = replica.timeline
         self._span = (int(timeline.before[0]), int(timeline.end[-1]))
@@ -105,20 +87,10 @@ class Loads:
         """Whether there is enough calm time to tell what is usual for a tenant."""
         return self.calm(tenant).length >= LEAST_CALM * (self._span[1] - self._span[0])
 
-    def growth_of_others(self, tenant: int, resource: str, start: int, end: int) -> float:
-        """The growth that is common: the lower median among the other tenants, at least 1.
-
-        Where all have grown, none is unusual.
-        """
-        loads = self.of_all(resource, start, end)
-        growth = sorted(load.growth for code, load in enumerate(loads) if code != tenant and load.usual > 0)
-        return max(1.0, growth[(len(growth) - 1) // 2]) if growth else 1.0
-
     def _of(self, tenant: int, resource: str, start: int, end: int) -> Load:
         """Load of one tenant.
 
-        Usual are the requests that arrived outside all windows, and before any request that was there in one: what
-        pins the cache in a window came earlier. NaN where hardly any such time is left.
+        Usual are the requests of its calm time; NaN where there is hardly any.
         """
         length = max(end - start, 1)
         rows = np.flatnonzero(self._replica.tenant_of_request[self._stretches.request] == tenant)
@@ -126,21 +98,15 @@ class Loads:
         level = float(self._amount(rows, resource, begin, finish).sum()) / length
         calm_requests, calm_ns = self.calm(tenant).requests, self.calm(tenant).length
         if not self.usual_is_known(tenant):
-            return Load(level, float("nan"), float("nan"), float("nan"))
-        rows = rows[calm_requests[self._stretches.request[rows]]]
-        request = self._stretches.request[rows]
-        spent = np.bincount(request, self._whole[resource][rows], len(calm_requests))
-        stay = np.bincount(request, (self._end - self._begin)[rows].astype(np.float64), len(calm_requests))
-        usual = float(spent.sum()) / calm_ns
-        # A request of mean level l that stays t is met by a stretch w at rate (t + w) a time unit, and then weighs
-        # l * min(t, w): the variance of a sum over a Poisson number of such.
-        met = stay > 0
-        weight = spent[met] / stay[met] * np.minimum(stay[met], length)
-        deviation = float(np.sqrt(((stay[met] + length) * weight**2).sum() / calm_ns)) / length
-        return Load(level, usual, deviation, float(np.sqrt((spent**2).sum())) / calm_ns)
+            return Load(level, float("nan"))
+        usual = self._whole[resource][rows[calm_requests[self._stretches.request[rows]]]]
+        return Load(level, float(usual.sum()) / calm_ns)
 
     def calm(self, tenant: int) -> Calm:
-        """Which requests are the tenant's usual ones, and when they arrived."""
+        """Which requests are the tenant's usual ones, and when they arrived.
+
+        Outside of all windows means too: before any request that was there in one. What pins the cache came earlier.
+        """
         if tenant not in self._calm_of:
             self._calm_of[tenant] = self._find_calm(tenant)
         return self._calm_of[tenant]
@@ -151,9 +117,10 @@ class Loads:
         calm = requests["tenant"].to_numpy() == tenant
         first, last = self._span
         excluded = []
-        for start, end in self.windows:
+        changes = self.changes.of(tenant)
+        for start, end in [(change.start, change.end) for change in changes] or self.windows:
             there = (requests["tenant"].to_numpy() == tenant) & (arrival < end) & (until > start)
-            since = min(start, int(arrival[there].min())) if there.any() else start
+            since = min(start, int(arrival[there].min())) if there.any() and not changes else start
             excluded.append((max(since, first), min(end, last)))
             calm &= (arrival < since) | (arrival > end)
         stretches, reach = [], first

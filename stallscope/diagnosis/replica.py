@@ -154,6 +154,15 @@ class Replica:
     def tenant_of_request(self) -> Ints:
         return self.requests["tenant"].to_numpy()
 
+    @cached_property
+    def first_tries(self) -> Mask:
+        """Which of ``requests`` were not sent because one before them had failed."""
+        mine = _rows_of(self.trace, "requests", self.name)
+        rows = _columns(self.trace, "requests", ("arrival", "retry_of"), mine)
+        rows = rows.take(np.argsort(_ints(rows["arrival"]), kind="stable"))
+        first: Mask = pc.equal(rows["retry_of"].cast(pa.string()).fill_null(""), "").to_numpy()
+        return first
+
     def facts(self, request: int) -> RequestFacts:
         """The request with this code."""
         columns = (self.requests[field.name] for field in fields(RequestFacts))

@@ -1,4 +1,4 @@
-"""Who cost an incident's victims more than it usually does, by which mechanism, and whether its load was unusual.
+"""Who cost an incident's victims more than it usually does, by which mechanism, and whether it had changed.
 
 Charges count above what the same holder usually costs the same kind of victim: who always costs something is no news.
 They pick the suspects and explain the mechanism; whether one is to blame is decided in ``verdict`` and ``blame``.
@@ -11,15 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from stallscope.diagnosis.changes import Change
 from stallscope.diagnosis.incidents import Waits, Window
 from stallscope.diagnosis.load import RESOURCE_OF, STEP_TIME, Load, Loads
 from stallscope.diagnosis.metrics import TTFT
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism
 from stallscope.diagnosis.replica import Replica
-
-UNUSUAL_SIGMAS = 5.0
-UNUSUAL_GROWTH = 1.5
-HORIZON_NS = 60_000_000_000
 
 QUEUES = [MECHANISMS.index(m) for m in (Mechanism.KV_PINNING, Mechanism.PREFILL_QUEUE, Mechanism.SLOT_EXHAUSTION)]
 PREFILLS = [
@@ -37,22 +34,14 @@ OWN_WORK, STEP_FIXED = MECHANISMS.index(Mechanism.OWN_WORK), MECHANISMS.index(Me
 
 @dataclass(frozen=True)
 class Suspect:
+    """A tenant that cost victims something; ``change``: what it did then that it usually does not."""
+
     tenant: int
     caused_ns: float
     mechanism: Mechanism
     load: Load
-    common_growth: float
     resource: str
-
-    @property
-    def sigmas(self) -> float:
-        """How far its load is beyond the growth of all, in standard deviations of what is usual."""
-        return self.load.sigmas_beyond(self.common_growth)
-
-    @property
-    def unusual(self) -> bool:
-        """Its load has grown beyond chance, and beyond what all have grown."""
-        return self.sigmas >= UNUSUAL_SIGMAS and self.load.growth >= UNUSUAL_GROWTH * self.common_growth
+    change: Change | None
 
 
 def healthy_waits(waits: Waits, windows: list[Window]) -> pd.DataFrame:
@@ -128,26 +117,15 @@ def pass_on_refills(excess: pd.DataFrame, replica: Replica, waits: Waits, window
     return total[total["ns"] > 0]
 
 
-def find_suspect(excess: pd.DataFrame, tenant: int, loads: Loads, window: Window) -> Suspect | None:
-    """A tenant that cost victims something: how much, mostly by what, and its load on that resource.
-
-    The load over the window or, where that is more unusual, over the minute around it: a burst of large prompts shows
-    in the stalls one by one, and as a burst only over all of them.
-    """
+def find_suspect(excess: pd.DataFrame, tenant: int, loads: Loads, window: Window) -> Suspect:
+    """How much a tenant cost the victims, mostly by what, and its load on that resource."""
     caused = excess[excess["holder"] == tenant]
-    if caused.empty or caused["ns"].sum() <= 0:
-        return None
     name = largest_mechanism(caused)
     mechanism = Mechanism(name) if name else Mechanism.UNEXPLAINED
     resource = RESOURCE_OF.get(mechanism, STEP_TIME)
-    found = []
-    for least_ns in (0, HORIZON_NS):
-        wider = max(least_ns - (window.end - window.start), 0) // 2
-        start, end = window.start - wider, window.end + wider
-        load = loads.of_all(resource, start, end)[tenant]
-        common = loads.growth_of_others(tenant, resource, start, end)
-        found.append(Suspect(tenant, float(caused["ns"].sum()), mechanism, load, common, resource))
-    return max(found, key=lambda suspect: suspect.unusual)
+    load = loads.of_all(resource, window.start, window.end)[tenant]
+    change = loads.changes.during(window.start, window.end).get(tenant)
+    return Suspect(tenant, float(caused["ns"].sum()), mechanism, load, resource, change)
 
 
 def largest_mechanism(charges: pd.DataFrame) -> str | None:

@@ -1,26 +1,27 @@
 """From an incident's charges to a verdict: who, by which mechanism, through which request, and how sure.
 
-A tenant is accused only if its charges carry the incident and its load was beyond what chance makes of its usual load.
+A tenant is accused only if its charges carry the incident and it sent more than chance makes of its usual (``changes``).
 Where the recording could be replayed, that decides (``blame``); without a replay, no confidence is higher than medium.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from stallscope.diagnosis.blame import Judgement, judge_by_replay
-from stallscope.diagnosis.case import FAR_MORE, Case, Finding, dominates, load_reason, open_case
+from stallscope.diagnosis.blame import ACCUSES, Judgement, judge_by_replay
+from stallscope.diagnosis.case import FAR_MORE, Case, Finding, dominates, reason_for, open_case
+from stallscope.diagnosis.changes import Changes
 from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, victims
-from stallscope.diagnosis.incidents import Waits, Window, not_usual
+from stallscope.diagnosis.incidents import Waits, Window, not_usual, windows_of_changes
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
+from stallscope.diagnosis.neighbors import judge_changes
 from stallscope.diagnosis.outstanding import stands_out
 from stallscope.diagnosis.partition import Mechanism, Party
 from stallscope.diagnosis.remedies import try_remedies
-from stallscope.diagnosis.replay.interventions import IncidentReplays
+from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays
 from stallscope.diagnosis.replay.replayer import Replayer
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.suspects import STEP_FIXED, Suspect, healthy_waits, largest_mechanism, usual_charges
@@ -34,59 +35,86 @@ ENOUGH_OF_SET = 0.8  # culprits are the smallest set that makes up this share of
 CARRIES_WITH_BACKLOG, CARRIES_BUT_BACKLOG = 0.25, 0.6
 BACKLOG_WORTH_SAYING = 0.1
 DOMINATES = 0.5
-CERTAIN_SIGMAS = 8.0
 
 
 def judge(
     replica: Replica,
     waits: Waits,
+    changes: Changes,
     episodes: list[Window],
     windows: list[Window],
     replayer: Replayer | None = None,
     *,
     remedies: bool = False,
 ) -> Iterator[tuple[Incident | None, float]]:
-    """Each window as an incident (None: it was none), with the share of them that is done.
+    """What changed and hurt others, then each window of stalls that this does not explain, as an incident (None: it was
+    none), with the share of all that is done.
 
-    Without a ``replayer``, by charges alone.
+    Without a ``replayer``, by charges alone, and of the windows only.
 
     ``episodes``: all stretches with stalled waits, of which the windows are some: none of them counts as usual.
     ``remedies``: those are tried too, on the incidents that could be replayed.
     """
-    loads = Loads(replica, not_usual(waits, episodes, replica.timeline_ns))
+    loads = Loads(replica, not_usual(waits, episodes, replica.timeline_ns), changes)
     healthy = healthy_waits(waits, windows)
     usual = usual_charges(waits, healthy)
-    replays: list[IncidentReplays | None] = [None] * len(windows)
+    changed: list[tuple[Window, Window]] = []
+    of_changed: list[IncidentReplays] = []
+    of_windows: list[IncidentReplays | None] = [None] * len(windows)
     if replayer is not None and replayer.trusted:
-        replays = list(replayer.incidents(windows, waits, healthy, loads))
-    for number, (window, of_window) in enumerate(zip(windows, replays, strict=True), start=1):
+        changed = windows_of_changes(waits, changes)
+        of_changed = replayer.incidents([stretch for stretch, _ in changed], waits, healthy, loads)
+        of_windows = list(replayer.incidents(windows, waits, healthy, loads))
+    total = len(changed) + len(windows)
+    blamed: list[tuple[Window, Finding]] = []
+    for number, ((_, window), replays) in enumerate(zip(changed, of_changed, strict=True), start=1):
+        incident = None
+        case = open_case(replica, waits, window, loads, healthy, usual)
+        judgement = judge_changes(case, replays)
+        if judgement.finding is not None:
+            blamed.append((window, judgement.finding))
+            incident = _incident(case, judgement, replays if remedies else None)
+        yield incident, number / total
+    for number, (window, of_window) in enumerate(zip(windows, of_windows, strict=True), start=len(changed) + 1):
         incident = None
         case = open_case(replica, waits, window, loads, healthy, usual)
         by_charges = judge_by_charges(case)
         judgement = Judgement(by_charges, ())
         if of_window is not None and not _beyond_replay(by_charges):
+            if _explained(window, of_window, blamed, by_charges):
+                yield None, number / total
+                continue
             judgement = judge_by_replay(case, of_window, by_charges)
         if case.breaks_slo:
             # A promise that was broken is an incident, however usual that is, and whatever a replay can say of it.
             judgement = judgement if judgement.finding is not None else Judgement(by_charges, ())
         if judgement.finding is not None and (case.breaks_slo or not _is_natural(case, judgement.finding)):
-            incident = _incident(case, judgement.finding, judgement.interventions)
-            if remedies and of_window is not None and judgement.interventions:
-                culprits = [suspect.tenant for suspect in judgement.finding.culprits]
-                tried = try_remedies(of_window, culprits, judgement.finding.mechanism)
-                incident = dataclasses.replace(incident, remedies=tried)
-        yield incident, number / len(windows)
+            incident = _incident(case, judgement, of_window if remedies else None)
+        yield incident, number / total
+
+
+def _explained(
+    window: Window, replays: IncidentReplays, blamed: Sequence[tuple[Window, Finding]], by_charges: Finding
+) -> bool:
+    """Whether a stall is what somebody is blamed for already: their return to usual restores it, or charges say so."""
+    for other, finding in blamed:
+        if window.start > other.end or window.end < other.start:
+            continue
+        culprits = {suspect.tenant for suspect in finding.culprits}
+        if by_charges.culprits and {suspect.tenant for suspect in by_charges.culprits} <= culprits:
+            return True
+        effect = replays.usual(sorted(culprits), DRAWS[:1])
+        if max(effect.mean, effect.own if finding.verdict is Verdict.SELF_INFLICTED else 0.0) >= ACCUSES:
+            return True
+    return False
 
 
 def _is_natural(case: Case, finding: Finding) -> bool:
-    """Whether it is no more than what the trace is full of, and nobody's load was far beyond chance.
-
-    Loads have heavier tails than their calm time shows: a little beyond is not enough.
-    """
+    """Whether it is no more than what the trace is full of, and nobody had changed."""
     if _beyond_replay(finding) or finding.verdict is Verdict.ENGINE_STALL:
         return False
-    certain = bool(finding.culprits) and all(suspect.sigmas >= CERTAIN_SIGMAS for suspect in finding.culprits)
-    return not certain and not stands_out(case)
+    changed = any(suspect.change is not None for suspect in finding.culprits)
+    return not changed and not stands_out(case)
 
 
 def _beyond_replay(finding: Finding) -> bool:
@@ -104,7 +132,7 @@ def judge_by_charges(case: Case) -> Finding:
     # What a culprit's own requests lost is no measure of what it did to others.
     to_others = (1.0 - case.own_share) * charged
     of = to_others if to_others >= HARMED * charged else charged
-    accused = [s for s in case.suspects if s.unusual and share(s.caused_ns, of) >= LEAST_SHARE]
+    accused = [s for s in case.suspects if s.change is not None and share(s.caused_ns, of) >= LEAST_SHARE]
     carried = share(sum(s.caused_ns for s in accused), of)
     chosen: list[Suspect] = []
     if unseen >= 0.5:
@@ -123,25 +151,25 @@ def judge_by_charges(case: Case) -> Finding:
         verdict = Verdict.NOISY_NEIGHBOR
         chosen = _smallest_set(accused)
         mechanism = str(chosen[0].mechanism)
-        reasons = [load_reason(case, suspect) for suspect in chosen]
+        reasons = [reason_for(case, suspect) for suspect in chosen]
     elif (hog := _hog(case, of)) is not None:
         verdict = Verdict.NOISY_NEIGHBOR
         chosen = [hog]
         mechanism = str(hog.mechanism)
-        reasons = [f"{load_reason(case, hog)}: it is as usual, and far more than anybody else's"]
+        reasons = [f"{reason_for(case, hog)}: it is as usual, and far more than anybody else's"]
     elif _carries(engine, backlog):
         verdict = Verdict.ENGINE_STALL
         mechanism = engine_mechanism(case)
         reasons = [f"{engine:.0%} of the loss is time that no request's work explains"]
-    elif case.own_share >= CARRIES and case.own and case.own[0].unusual:
+    elif case.own_share >= CARRIES and case.own and case.own[0].change is not None:
         verdict = Verdict.SELF_INFLICTED
         chosen = [case.own[0]]
         mechanism = str(chosen[0].mechanism)
-        reasons = [load_reason(case, chosen[0])]
+        reasons = [reason_for(case, chosen[0])]
     else:
         verdict = Verdict.OVERLOAD
         mechanism = largest_mechanism(case.excess[case.excess["holder"] >= 0])
-        reasons = ["no tenant's load is beyond what chance makes of its usual: together they were too much"]
+        reasons = ["no tenant sent more than chance makes of its usual: together they were too much"]
     named = all(case.replica.tenants[suspect.tenant] != "(unknown)" for suspect in chosen)
     # The shares that count for confidence are those of what is no backlog.
     sure = {
@@ -186,7 +214,13 @@ def _carries(part: float, backlog: float) -> bool:
 # --- as it is reported --------------------------------------------------------------------------------------------
 
 
-def _incident(case: Case, finding: Finding, interventions: tuple[Intervention, ...]) -> Incident:
+def _incident(case: Case, judgement: Judgement, replays: IncidentReplays | None) -> Incident:
+    """``replays``: remedies are tried in those, if it could be replayed."""
+    finding, interventions = judgement.finding, judgement.interventions
+    assert finding is not None
+    tried: tuple[Intervention, ...] = ()
+    if replays is not None and interventions:
+        tried = try_remedies(replays, [suspect.tenant for suspect in finding.culprits], finding.mechanism)
     replica, window, charged = case.replica, case.window, case.charged_ns
     accused = {suspect.tenant for suspect in finding.culprits}
     others = [suspect for suspect in case.suspects if suspect.tenant not in accused]
@@ -208,6 +242,7 @@ def _incident(case: Case, finding: Finding, interventions: tuple[Intervention, .
         reasons=(*finding.reasons, *_backlog(case, finding.verdict)),
         group=finding.group,
         interventions=interventions,
+        remedies=tried,
     )
 
 

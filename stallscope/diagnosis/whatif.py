@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from stallscope.diagnosis.changes import find_changes
 from stallscope.diagnosis.incidents import Window, find_episodes, find_windows, measure_waits, not_usual
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Intervention, InterventionKind, ReplayCheck
@@ -59,9 +60,10 @@ def what_if(trace: Trace, question: Question, progress: Callable[[float], None] 
 
 
 def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
-    waits = measure_waits(replica)
+    changes = find_changes(replica)
+    waits = measure_waits(replica, changes=changes)
     episodes = find_episodes(waits)
-    loads = Loads(replica, not_usual(waits, episodes, replica.timeline_ns))
+    loads = Loads(replica, not_usual(waits, episodes, replica.timeline_ns), changes)
     healthy = healthy_waits(waits, find_windows(waits, episodes, replica))
     replayer = prepare_replay(replica)
     if not replayer.trusted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,15 +100,19 @@ def waits_of(outcome: Outcome | pd.DataFrame, metric: int) -> Floats:
     return _ttft(table) if metric == TTFT else table["longest_gap"].to_numpy(np.float64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Harm:
-    """What something did to a tenant's percentile in the worst of the windows around an incident, in seconds."""
+    """What something did to a tenant's percentile in the worst of the windows around an incident, in seconds.
+
+    ``requests``: the codes of those that arrived in that window.
+    """
 
     tenant: int
     metric: int
     quantile: float
     with_s: float
     without_s: float
+    requests: Ints
 
     @property
     def excess_s(self) -> float:
@@ -120,31 +124,58 @@ class Harm:
         return self.excess_s >= max(LEAST_CHANGE_S, LEAST_CHANGE_SHARE * self.without_s)
 
 
-def worst_harm(
-    with_it: pd.DataFrame, without: pd.DataFrame, window: Window, apart: Collection[int] = ()
-) -> Harm | None:
-    """The largest change of a percentile of any tenant not ``apart``, of those that count or else of all.
+Pairs = Sequence[tuple[pd.DataFrame, pd.DataFrame]]  # by draw: with it, and without it, as ``Outcome.requests``
 
-    Both are tables as ``Outcome.requests``; only requests (codes) that both have are compared. Percentiles are p99
-    where 300 requests are in a window, else p90 of at least ``FEWEST_REQUESTS``: windows of two lengths by arrival, so
-    that neither a short stall is diluted nor a slow tenant has none.
+
+def worst_harm(pairs: Pairs, window: Window, tenants: Collection[int]) -> Harm | None:
+    """The largest change of a percentile of any of ``tenants``, of those that count or else of all: means over draws.
+
+    Only requests (codes) that are in all tables are compared. Percentiles are p99 where 300 requests are in a window,
+    else p90 of at least ``FEWEST_REQUESTS``: windows of two lengths by arrival, so that neither a short stall is diluted
+    nor a slow tenant has none. Tenants with fewer requests only count where there are no others.
     """
-    columns = ["code", "tenant", "arrived", "first_token", "longest_gap", "output_tokens", "waited_until"]
-    both = with_it[columns].merge(without[columns], on="code", suffixes=("", "_without"))
-    both = both[(both["code"] >= 0) & (both["arrived"] >= 0) & (both["arrived_without"] >= 0)]
-    both = both[~both["tenant"].isin(list(apart))].sort_values("arrived", kind="stable")
-    other = both[[f"{name}_without" for name in columns[1:]]].set_axis(columns[1:], axis=1)
-    pairs = [(waits_of(both, metric), waits_of(other, metric)) for metric in (TTFT, ITL)]
-    tenant_of, arrived = both["tenant"].to_numpy(np.int64), both["arrived"].to_numpy(np.int64)
+    code, tenant_of, arrived, waits = _in_all(pairs)
     found: list[Harm] = []
-    for tenant in np.unique(tenant_of).tolist():
+    for tenant in sorted(tenants):
         mine = np.flatnonzero(tenant_of == tenant)
         for first, end in _windows(arrived[mine], window):
             quantile = 0.99 if end - first >= TAIL_REQUESTS else 0.9
-            for metric, (before, after) in enumerate(pairs):
-                rows = mine[first:end]
-                found.append(Harm(tenant, metric, quantile, _at(before[rows], quantile), _at(after[rows], quantile)))
-    return max(found, key=lambda harm: (harm.counts, harm.excess_s), default=None)
+            rows = mine[first:end]
+            for metric in (TTFT, ITL):
+                found.append(_harm(tenant, metric, quantile, code[rows], waits[:, :, metric, rows]))
+    enough = [harm for harm in found if len(harm.requests) >= FEWEST_REQUESTS]
+    return max(enough or found, key=lambda harm: (harm.counts, harm.excess_s), default=None)
+
+
+def same_harm(harm: Harm, pairs: Pairs) -> Harm:
+    """The change of the same percentile of the same requests, between other tables."""
+    code, _, _, waits = _in_all(pairs)
+    return _harm(harm.tenant, harm.metric, harm.quantile, harm.requests, waits[:, :, harm.metric, np.isin(code, harm.requests)])
+
+
+def _harm(tenant: int, metric: int, quantile: float, requests: Ints, waits: Floats) -> Harm:
+    """``waits`` (ns): by draw, with and without it, and request."""
+    if not waits.shape[-1]:
+        return Harm(tenant, metric, quantile, 0.0, 0.0, requests)
+    with_s, without_s = np.quantile(waits, quantile, axis=-1, method="higher").mean(axis=0) / 1e9
+    return Harm(tenant, metric, quantile, float(with_s), float(without_s), requests)
+
+
+def _in_all(pairs: Pairs) -> tuple[Ints, Ints, Ints, Floats]:
+    """Of the requests that arrived in all tables, by arrival in the first: code, tenant, arrival (ns), and waits (ns) by
+    draw, with and without it, metric and request."""
+    tables = [table[(table["code"] >= 0) & (table["arrived"] >= 0)].set_index("code") for pair in pairs for table in pair]
+    code = tables[0].index
+    for table in tables[1:]:
+        code = code.intersection(table.index)
+    first = tables[0].loc[code].sort_values("arrived", kind="stable")
+    waits = np.array([[waits_of(table.loc[first.index], metric) for metric in (TTFT, ITL)] for table in tables])
+    return (
+        first.index.to_numpy(np.int64),
+        first["tenant"].to_numpy(np.int64),
+        first["arrived"].to_numpy(np.int64),
+        waits.reshape(len(pairs), 2, 2, len(first)),
+    )
 
 
 def change_of_all(before: pd.DataFrame, after: pd.DataFrame, window: Window, tenants: Collection[int]) -> Harm | None:
@@ -159,7 +190,7 @@ def change_of_all(before: pd.DataFrame, after: pd.DataFrame, window: Window, ten
         quantile = 0.99 if len(mine[0]) >= TAIL_REQUESTS else 0.9
         for metric in (TTFT, ITL):
             values = [_at(waits_of(one, metric), quantile) for one in mine]
-            found.append(Harm(tenant, metric, quantile, values[0], values[1]))
+            found.append(Harm(tenant, metric, quantile, values[0], values[1], np.zeros(0, dtype=np.int64)))
     return max(found, key=lambda harm: (harm.counts, harm.excess_s), default=None)
 
 

@@ -6,13 +6,14 @@ them is what was changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
+from stallscope.diagnosis.changes import Change
 from stallscope.diagnosis.incidents import TAIL_REQUESTS, Window
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
@@ -23,6 +24,7 @@ from stallscope.diagnosis.replay.harm import (
     change_of_all,
     in_scope,
     recorded_outcomes,
+    same_harm,
     waits_of,
     worst_harm,
 )
@@ -67,15 +69,24 @@ class StretchReplays:
     @cached_property
     def plan(self) -> Plan:
         """The recorded arrivals of the stretch, from before anything unusual in it on."""
-        tenants = range(len(self.history.replica.tenants))
-        since = min((span[0] for tenant in tenants for span in self.spans(tenant)), default=self.start_ns)
+        spans = [span[0] for tenant in range(len(self.history.replica.tenants)) for span in self.spans(tenant)]
+        since = min([*spans, *(change.start for change in self._changes)], default=self.start_ns)
         begin = max(min(self.start_ns - LEAD_NS, since - 1), self.start_ns - MOST_LEAD_NS)
         return as_recorded(self.history, begin, self.end_ns + TAIL_NS, self.end_ns + TAIL_NS)
 
+    @cached_property
+    def _changes(self) -> list[Change]:
+        """Those that began in the stretch, or not long before."""
+        earliest = self.start_ns - MOST_LEAD_NS
+        return [one for one in self._loads.changes.found if one.end >= earliest and one.start <= self.end_ns]
+
     def spans(self, tenant: int) -> list[tuple[int, int]]:
-        """Parts of the stretch in which what the tenant did is not part of its usual."""
-        earliest, latest = self.start_ns - MOST_LEAD_NS, self.end_ns
-        return [span for span in self._loads.calm(tenant).unusual if span[1] >= earliest and span[0] <= latest]
+        """Where a tenant did nothing unusual: the parts of the stretch in which somebody was stalled all the same."""
+        if any(change.tenant == tenant for change in self._changes):
+            return []
+        unusual = self._loads.windows if self._loads.changes.of(tenant) else self._loads.calm(tenant).unusual
+        earliest = self.start_ns - MOST_LEAD_NS
+        return [span for span in unusual if span[1] >= earliest and span[0] <= self.end_ns]
 
     def usual_is_known(self, tenant: int) -> bool:
         """Whether there is enough calm time to tell what is usual for a tenant."""
@@ -90,7 +101,8 @@ class StretchReplays:
         def plan() -> Plan:
             spans = {tenant: self.spans(tenant) for tenant in tenants}
             calm = {tenant: self._loads.calm(tenant) for tenant in tenants}
-            return as_usual(self.history, self.plan, spans, calm, draw)
+            changes = {tenant: [one for one in self._changes if one.tenant == tenant] for tenant in tenants}
+            return as_usual(self.history, self.plan, spans, changes, calm, draw)
 
         return self._replay(("usual", frozenset(tenants), draw), plan, draw)
 
@@ -194,10 +206,23 @@ class IncidentReplays:
 
     def harm(self, effect: Effect, apart: Sequence[int] = ()) -> Harm | None:
         """What that which the effect undoes had done to the worst hit percentile of tenants not ``apart``."""
-        return worst_harm(self.stretch.unchanged(DRAWS[0]).requests, effect.outcomes[0].requests, self.window, apart)
+        others = set(range(len(self.history.replica.tenants))) - set(apart)
+        return self.harm_to(others, effect)
 
-    def own_harm(self, effect: Effect, tenants: Sequence[int]) -> Harm | None:
-        """The same of the tenants that the effect changes themselves."""
+    def harm_to(self, tenants: Collection[int], effect: Effect) -> Harm | None:
+        """The same of these tenants; of those of their requests that the effect leaves there."""
+        return worst_harm(self._pairs(effect.outcomes), self.window, tenants)
+
+    def same_harm(self, harm: Harm, outcomes: Sequence[Outcome]) -> Harm:
+        """What other outcomes (of the first draws) do to the same percentile."""
+        return same_harm(harm, self._pairs(outcomes))
+
+    def _pairs(self, outcomes: Sequence[Outcome]) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+        unchanged = self._unchanged(outcomes)
+        return [(before.requests, after.requests) for before, after in zip(unchanged, outcomes, strict=True)]
+
+    def change_of_all(self, effect: Effect, tenants: Sequence[int]) -> Harm | None:
+        """The worst change of a percentile of all that tenants sent in the window, though they sent other requests."""
         return change_of_all(
             self.stretch.unchanged(DRAWS[0]).requests, effect.outcomes[0].requests, self.window, tenants
         )

@@ -1,6 +1,6 @@
 """What the engine was short of: the incident again with one resource made endless or free.
 
-The relaxation that restores most names the mechanism; which of those that it takes away, the charges say.
+The most particular one that explains the harm names the mechanism; which of those that it takes away, the charges say.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ def _decodes_go_on(config: EngineConfig, machine: Machine) -> tuple[EngineConfig
 
 
 M = Mechanism
+# The most particular first: nearly any stall is gone where prompts cost nothing.
 _ALWAYS = (
-    Relaxation("prompts cost nothing", (M.PREFILL_INTERFERENCE, M.STEP_BOUNDARY, M.PREFILL_PRIORITY), _free_prefill),
-    Relaxation("no token budget", (M.PREFILL_QUEUE,), _endless_budget),
     Relaxation(
         "endless KV cache",
         (M.KV_PINNING, M.PREEMPTION, M.RECOMPUTE, M.CACHE_EVICTION, M.HEAD_OF_LINE),
@@ -64,10 +63,12 @@ _ALWAYS = (
     ),
     Relaxation("endless slots", (M.SLOT_EXHAUSTION,), _endless_slots),
     Relaxation("contexts cost nothing", (M.DECODE_DRAG,), _free_context),
+    Relaxation("no token budget", (M.PREFILL_QUEUE,), _endless_budget),
+    Relaxation("prompts cost nothing", (M.PREFILL_INTERFERENCE, M.STEP_BOUNDARY, M.PREFILL_PRIORITY), _free_prefill),
 )
 _WHERE_DECODES_WAIT = Relaxation("decodes run in every step", (M.PREFILL_PRIORITY,), _decodes_go_on)
 
 
 def relaxations(config: EngineConfig) -> tuple[Relaxation, ...]:
-    """Those that could change how an engine with this configuration runs."""
-    return (*_ALWAYS, _WHERE_DECODES_WAIT) if config.policy in _DECODES_WAIT else _ALWAYS
+    """Those that could change how an engine with this configuration runs, the most particular first."""
+    return (_WHERE_DECODES_WAIT, *_ALWAYS) if config.policy in _DECODES_WAIT else _ALWAYS

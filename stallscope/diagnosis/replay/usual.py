@@ -1,8 +1,9 @@
 """Plans for a replay: the recorded requests of a stretch, and the same with tenants as usual, or without them.
 
-A tenant as usual is not its average: a stretch of its own calm time, chosen by draw, is put in the place of what it
-did. So its rate, its sizes and its bursts are those that it has, a newcomer's are nothing, and what chance makes of
-them shows in the draws.
+A tenant that changed is thinned to what is usual for it: what stays is what was recorded, so that nothing else differs.
+Where nobody is known to have changed, usual is not an average either: a stretch of the tenant's own calm time, chosen by
+draw, is put in the place of what it did. So its rate, its sizes and its bursts are those that it has, a newcomer's are
+nothing, and what chance makes of them shows in the draws.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from stallscope.diagnosis.changes import Change
 from stallscope.diagnosis.load import Calm
 from stallscope.diagnosis.replay.history import History
 from stallscope.diagnosis.replay.run import Plan
+from stallscope.diagnosis.timeline import Floats, Ints, Mask
+
+_SIZES = ("prompt_tokens", "output_tokens")
+_EDGES = (0.33, 0.67, 1.0)  # of what is usual, beyond the last of which nothing is
+_BY_CHANCE = 2.0  # deviations of a count
 
 
 def as_recorded(history: History, start_ns: int, end_ns: int, until_ns: int) -> Plan:
@@ -39,17 +46,31 @@ def without(plan: Plan, *, tenants: Collection[int] = (), requests: Collection[i
 
 
 def as_usual(
-    history: History, plan: Plan, spans: Mapping[int, Sequence[tuple[int, int]]], calm: Mapping[int, Calm], draw: int
+    history: History,
+    plan: Plan,
+    spans: Mapping[int, Sequence[tuple[int, int]]],
+    changes: Mapping[int, Sequence[Change]],
+    calm: Mapping[int, Calm],
+    draw: int,
 ) -> Plan:
-    """The plan with each tenant of ``spans`` as usual in those stretches (ns); ``calm``: what is usual for it."""
+    """The plan with some tenants as usual: those of ``changes`` without what is more than usual in them, and those of
+    ``spans`` by calm time in the place of those stretches (ns); ``calm``: what is usual for each."""
     arrival, tenant = plan.requests["arrival"].to_numpy(np.int64), plan.requests["tenant"].to_numpy()
-    gone = np.zeros(len(arrival), dtype=bool)
+    gone = np.zeros(len(arrival), dtype=np.bool_)
     drawn = []
     for code, stretches in spans.items():
         generator = np.random.default_rng([draw, code])
         for start, end in stretches:
             gone |= (tenant == code) & (arrival >= start) & (arrival <= end)
             drawn.append(_calm_stretch(history, calm[code], start, end, generator))
+    for code, of_tenant in changes.items():
+        generator = np.random.default_rng([draw, code])
+        for change in of_tenant:
+            inside = np.flatnonzero((tenant == code) & (arrival >= change.start) & (arrival <= change.end))
+            left, others = _thinned(history, plan.requests.iloc[inside], calm[code], change, generator)
+            gone[inside[~left]] = True
+            drawn.append(others)
+    gone = _with_retries(plan, gone)
     kept = _keep(plan, ~gone)
     requests = pd.concat([kept.requests, *(one for one in drawn if len(one))], ignore_index=True)
     requests = requests[(requests["arrival"] >= plan.start_ns) | (requests["code"] >= 0)]
@@ -60,6 +81,57 @@ def as_usual(
     follows = ordered["follows"].to_numpy(np.int64)
     ordered["follows"] = np.where(follows >= 0, place[follows], -1)
     return replace(kept, requests=ordered)
+
+
+def _thinned(
+    history: History, mine: pd.DataFrame, calm: Calm, change: Change, generator: np.random.Generator
+) -> tuple[Mask, pd.DataFrame]:
+    """Which of a tenant's requests in a change stay, and others that take the place of some that don't.
+
+    Of each kind of size as many stay as are usual in so long a time, if there are more than chance makes; so what was
+    usual stays as it was recorded. Where too few are left, some come at their time with a usual size.
+    """
+    usual = history.requests[calm.requests]
+    share = (change.end - change.start) / max(calm.length, 1)
+    stay = np.ones(len(mine), dtype=np.bool_)
+    none = mine.iloc[:0].assign(code=-1)
+    if usual.empty or change.newcomer:
+        return ~stay, none
+    edges = [np.quantile(usual[of].to_numpy(), _EDGES) for of in _SIZES]
+    kinds, kind_of = (_kinds(requests, edges) for requests in (usual, mine))
+    for kind in np.unique(kind_of).tolist():
+        there = np.flatnonzero(kind_of == kind)
+        expected = float((kinds == kind).sum()) * share
+        if len(there) > expected + _BY_CHANCE * (expected**0.5) + 1:
+            leave = len(there) - int(round(expected))
+            stay[generator.permutation(there)[:leave]] = False
+    expected = len(usual) * share
+    missing = int(round(expected)) - int(stay.sum())
+    if missing <= _BY_CHANCE * expected**0.5:
+        return stay, none
+    replaced = generator.permutation(np.flatnonzero(~stay))[:missing]
+    drawn = usual.iloc[generator.integers(len(usual), size=len(replaced))]
+    drawn = drawn.assign(arrival=mine["arrival"].to_numpy()[replaced], code=-1, follows=-1, think=0, retry=False)
+    return stay, drawn
+
+
+def _kinds(requests: pd.DataFrame, edges: Sequence[Floats]) -> Ints:
+    """A number by the sizes of each request: between which of the edges they lie."""
+    kind = np.zeros(len(requests), dtype=np.int64)
+    for of, at in zip(_SIZES, edges, strict=True):
+        kind = kind * (len(at) + 1) + np.searchsorted(at, requests[of].to_numpy(), side="left")
+    return kind
+
+
+def _with_retries(plan: Plan, gone: Mask) -> Mask:
+    """Who is not there is not tried again either."""
+    follows, retry = plan.requests["follows"].to_numpy(np.int64), plan.requests["retry"].to_numpy(np.bool_)
+    again = retry & (follows >= 0)
+    while True:
+        more = gone | (again & gone[follows])
+        if (more == gone).all():
+            return gone
+        gone = more
 
 
 def _calm_stretch(history: History, calm: Calm, start: int, end: int, generator: np.random.Generator) -> pd.DataFrame:
@@ -86,7 +158,7 @@ def _calm_stretch(history: History, calm: Calm, start: int, end: int, generator:
     return moved_here.assign(code=-1, follows=-1, think=0, retry=False)
 
 
-def _keep(plan: Plan, kept: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Plan:
+def _keep(plan: Plan, kept: Mask) -> Plan:
     requests = plan.requests[kept]
     left = set(requests["code"].to_list())
     standing = [one for one in plan.standing if one.request in left]

@@ -29,6 +29,7 @@ tenants:
   search: {arrivals: {poisson_per_s: 2}, prompt_tokens: {uniform: [400, 900]}, output_tokens: {uniform: [5, 15]}}
 """
 FLOOD = "inject: [{tenant: batch, at_s: [12, 18], count: 6, prompt_tokens: 6000, output_tokens: 20}]"
+GROWTH = "inject: [{tenant: chat, from_s: 11, to_s: 21, grow: 3}]"
 AGENTS = """
 name: agents
 duration_s: 30

@@ -9,10 +9,11 @@ import pytest
 from stallscope.diagnosis.cost_model import CostModel
 from stallscope.diagnosis.incidents import NOTICEABLE_NS, Window
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
-from stallscope.diagnosis.replay.harm import Harm, Norms, recorded_outcomes, waits_of, worst_harm
+from stallscope.diagnosis.replay.harm import Harm, Norms, recorded_outcomes, same_harm, waits_of, worst_harm
 from tests.diagnosis.replay.recorded import CHAT, FLOOD, only_incident
 
 MS, S = 1_000_000, 1_000_000_000
+NONE = np.zeros(0, dtype=np.int64)
 WINDOW = Window(100 * S, 110 * S, np.zeros(0, dtype=np.int64))
 
 
@@ -37,7 +38,7 @@ def outcomes(arrived_s: np.ndarray, ttft_s: float | np.ndarray, tenant: int = 0,
 
 
 def harm(with_it: pd.DataFrame, without: pd.DataFrame, apart: tuple[int, ...] = ()) -> Harm:
-    found = worst_harm(with_it, without, WINDOW, apart)
+    found = worst_harm([(with_it, without)], WINDOW, set(with_it["tenant"]) - set(apart))
     assert found is not None
     return found
 
@@ -69,6 +70,23 @@ def test_the_tenants_that_are_set_apart_are_not_the_harmed() -> None:
     assert harm(late, calm, (1,)).excess_s == 0
 
 
+def test_a_harm_is_the_mean_of_all_draws() -> None:
+    times = np.linspace(95, 115, 200)
+    calm = outcomes(times, 0.25)
+    pairs = [(outcomes(times, 1.0), calm), (outcomes(times, 2.0), calm)]
+    found = worst_harm(pairs, WINDOW, {0})
+    assert found is not None and (found.with_s, found.without_s) == pytest.approx((1.5, 0.25))
+    assert same_harm(found, pairs[:1]).excess_s == pytest.approx(0.75)
+
+
+def test_who_sent_too_few_for_a_percentile_only_counts_where_nobody_sent_more() -> None:
+    many, few = np.linspace(95, 115, 100), np.linspace(95, 115, 10)
+    calm = pd.concat([outcomes(many, 0.2), outcomes(few, 0.2, 1, 1000)], ignore_index=True)
+    late = pd.concat([outcomes(many, 0.3), outcomes(few, 9.0, 1, 1000)], ignore_index=True)
+    assert harm(late, calm).tenant == 0
+    assert harm(late, calm, (0,)).tenant == 1
+
+
 def test_a_p99_is_asked_only_where_there_are_requests_for_one() -> None:
     # Five in a hundred are late: no p90 shows them.
     for requests, seen in ((200, False), (2000, True)):
@@ -86,10 +104,10 @@ def test_of_a_slow_tenant_the_requests_nearest_to_the_incident_are_taken() -> No
 
 
 def test_what_nobody_would_notice_does_not_count() -> None:
-    assert Harm(0, TTFT, 0.9, 0.10, 0.05).counts
-    assert not Harm(0, TTFT, 0.9, 0.09, 0.05).counts  # 40 ms
-    assert not Harm(0, TTFT, 0.9, 1.15, 1.0).counts  # 15%
-    assert not Harm(0, TTFT, 0.9, 0.2, 1.0).counts  # better with it
+    assert Harm(0, TTFT, 0.9, 0.10, 0.05, NONE).counts
+    assert not Harm(0, TTFT, 0.9, 0.09, 0.05, NONE).counts  # 40 ms
+    assert not Harm(0, TTFT, 0.9, 1.15, 1.0, NONE).counts  # 15%
+    assert not Harm(0, TTFT, 0.9, 0.2, 1.0, NONE).counts  # better with it
 
 
 def test_a_wait_that_never_ended_counts_as_long_as_it_was_waited() -> None:

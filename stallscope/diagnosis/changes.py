@@ -1,0 +1,323 @@
+"""When a tenant did what it usually does not: a scan of each one's arrivals for stretches that chance does not make.
+
+What hurts others may be small beside what an engine's usual ups and downs do, and a burst that chance made is nobody's
+doing. So who changed is asked of the arrivals alone, without a look at the stalls; what it did to others is for charges
+and replays to say.
+
+The method is a scan statistic (Kulldorff, "A spatial scan statistic", 1997) over stretches of several lengths: in each,
+the requests of a tenant whose prompt or answer is above a level are counted, and so are all of them. Two questions are
+asked of a count. Was it as high for its rate at other times? Given both counts that is a binomial probability, made
+milder where the tenant's arrivals are burstier than a Poisson process. And where it sent nothing above that level at
+other times: how likely is that of a log-logistic distribution of the tenant's sizes, whose tail is as heavy as that of
+real prompts? What all tenants have grown by is expected of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import betainc
+
+from stallscope.diagnosis.replica import Replica
+from stallscope.diagnosis.timeline import Floats, Ints
+
+CHANCE = -6.0  # log10 of the probability below which a stretch is no work of chance: some thousand are looked at
+LENGTHS_NS = np.array([5, 7, 10, 14, 20, 28, 40, 56, 80, 112, 160, 226, 320], dtype=np.int64) * 1_000_000_000
+MOST_OF_TRACE = 0.6  # beyond, what is usual and what is not can't be told apart
+LARGEST = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233)  # so many of a tenant's requests are above a level
+LEAST_DEVIATION = 0.25
+LEAST_GROWTH = 1.5
+LOGISTIC = 1.702  # scales a logistic distribution to a normal one's deviation
+FEWEST_TO_COMPARE = 20  # requests of a tenant whose growth says something of everybody's
+_BIN_NS = 5_000_000_000  # of the counts that tell how bursty arrivals are
+_MOST_STARTS = 4_000
+_LIKELIEST = 20  # stretches of one level and length that are looked at closely
+_MOST_CHANGES = 8  # of a tenant
+_MOST_LOOKED_AT = 200
+_CLOSER_LOOK = 1.0  # what is this near to a change at first sight is compared with other times only
+_SETTLES_NS = 5_000_000_000  # who was there before has been seen by then
+_ADJACENT_NS = 5_000_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Arrivals:
+    """One tenant's requests by time (ns): when they came, until when they were there, and their ``sizes`` by name."""
+
+    at: Ints
+    until: Ints
+    sizes: dict[str, Floats]
+
+    def without(self, start: int, end: int) -> Arrivals:
+        """Those that did not come between two times."""
+        left = (self.at < start) | (self.at > end)
+        return Arrivals(self.at[left], self.until[left], {of: size[left] for of, size in self.sizes.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A stretch (ns, by arrival) in which a tenant sent more than usual: ``count`` requests where ``expected`` were.
+
+    ``of``: "requests", "prompt tokens" or "output tokens"; ``above``: those with more of that counted. ``chance``: log10
+    of the probability that it is one. ``until``: when the last of its requests was seen last.
+    """
+
+    tenant: int
+    start: int
+    end: int
+    until: int
+    of: str
+    above: float
+    count: int
+    expected: float
+    chance: float
+    newcomer: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """All changes of a replica's tenants, ordered by time."""
+
+    found: tuple[Change, ...]
+
+    def of(self, tenant: int) -> list[Change]:
+        return [change for change in self.found if change.tenant == tenant]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """From when to when (ns) changed requests were there; changes that overlap are one."""
+        joined: list[tuple[int, int]] = []
+        for change in self.found:
+            if joined and change.start <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(joined[-1][1], change.until))
+            else:
+                joined.append((change.start, change.until))
+        return joined
+
+    def during(self, start: int, end: int) -> dict[int, Change]:
+        """By tenant, the least likely of its changes whose requests were there between two times."""
+        there: dict[int, Change] = {}
+        for change in self.found:
+            if change.start <= end and change.until >= start:
+                known = there.get(change.tenant)
+                there[change.tenant] = change if known is None or change.chance < known.chance else known
+        return there
+
+
+NO_CHANGES = Changes(())
+
+
+def find_changes(replica: Replica) -> Changes:
+    """The changes of a replica's tenants. What its clients tried again does not count: stalls make them do so."""
+    requests, timeline = replica.requests, replica.timeline
+    if not len(timeline):
+        return Changes(())
+    first, last = int(timeline.before[0]), int(timeline.end[-1])
+    counted = replica.first_tries & (requests["arrival"].to_numpy(np.int64) >= first)
+    arrival = requests["arrival"].to_numpy(np.int64)[counted]
+    sizes = {
+        f"{of} tokens": requests[f"{of}_tokens"].to_numpy(np.float64)[counted] for of in ("prompt", "output")
+    }
+    tenant_of = replica.tenant_of_request[counted]
+    until = requests["seen_until"].to_numpy(np.int64)[counted]
+    tenants = []
+    for tenant in range(len(replica.tenants)):
+        mine = np.flatnonzero(tenant_of == tenant)
+        mine = mine[np.argsort(arrival[mine], kind="stable")]
+        tenants.append(Arrivals(arrival[mine], until[mine], {of: size[mine] for of, size in sizes.items()}))
+    return scan(tenants, first, last)
+
+
+def scan(tenants: Sequence[Arrivals], first: int, last: int) -> Changes:
+    """The changes of tenants (codes: their places) whose arrivals were seen between two times."""
+    one = _Scan(tenants, first, last)
+    found = [change for tenant in range(len(tenants)) for change in one.changes_of(tenant)]
+    return Changes(tuple(sorted(found, key=lambda change: (change.start, change.tenant))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """A count: ``count`` of ``all`` requests between two times are above the level, and ``others`` at other times."""
+
+    of: str
+    above: float
+    start: int
+    end: int
+    length: int
+    count: int
+    all: int
+    others: int
+    chance: float
+
+
+class _Scan:
+    def __init__(self, tenants: Sequence[Arrivals], first: int, last: int) -> None:
+        self._tenants = tenants
+        self._first, self._last = first, last
+        self._span = max(last - first, 1)
+
+    def changes_of(self, tenant: int) -> list[Change]:
+        """The least likely stretch of a tenant, then that of what is left without it, and so on; those that touch are
+        one."""
+        mine = self._tenants[tenant]
+        if not len(mine.at):
+            return []
+        if (newcomer := self._newcomer(tenant)) is not None:
+            return [newcomer]
+        found: list[Change] = []
+        span = self._span
+        while len(found) < _MOST_CHANGES and (change := self._least_likely(tenant, mine, span)) is not None:
+            found.append(change)
+            mine = mine.without(change.start, change.end)
+            span -= change.end - change.start
+        return _joined(sorted(found, key=lambda change: change.start))
+
+    def _least_likely(self, tenant: int, mine: Arrivals, span: int) -> Change | None:
+        stretches = sorted(self._stretches(mine, span), key=lambda one: one.chance)[:_MOST_LOOKED_AT]
+        for stretch in stretches:
+            if (change := self._confirmed(tenant, mine, span, stretch)) is not None:
+                return change
+        return None
+
+    def _newcomer(self, tenant: int) -> Change | None:
+        """One that was not there before, and for a good part of the trace not at all."""
+        mine = self._tenants[tenant]
+        start, end = int(mine.at[0]), int(mine.at[-1])
+        if end - start > MOST_OF_TRACE * self._span or start < self._first + min(_SETTLES_NS, self._span // 20):
+            return None
+        count = len(mine.at)
+        return Change(tenant, start, end, int(mine.until.max()), "requests", 0.0, count, 0.0, -np.inf, newcomer=True)
+
+    def _stretches(self, mine: Arrivals, span: int) -> Iterator[_Stretch]:
+        """Those that look like no chance at first sight, by level and length."""
+        for of, above in _levels(mine):
+            at = mine.at if above <= 0 else mine.at[mine.sizes[of] >= above]
+            begin = np.arange(0, len(at), max(1, len(at) // _MOST_STARTS))
+            tail = None if above <= 0 else _tail(above, mine.sizes[of])
+            for length in LENGTHS_NS[LENGTHS_NS <= MOST_OF_TRACE * span].tolist():
+                end = np.searchsorted(at, at[begin] + length, side="right")
+                count = end - begin
+                others = len(at) - count
+                share = length / span
+                likely = _likelihood(count, others, share)
+                for place in np.argsort(likely)[::-1][:_LIKELIEST].tolist():
+                    if count[place] < LEAST_GROWTH * others[place] * share / (1 - share):
+                        continue
+                    start = int(at[begin[place]])
+                    around = np.searchsorted(mine.at, [start, start + length], side="left")
+                    every = int(around[1] - around[0])
+                    chance = _chance(int(count[place]), int(others[place]), share, every, tail)
+                    if chance <= CHANCE + _CLOSER_LOOK:
+                        last = int(at[end[place] - 1])
+                        yield _Stretch(
+                            of, above, start, last, length, int(count[place]), every, int(others[place]), chance
+                        )
+
+    def _confirmed(self, tenant: int, mine: Arrivals, span: int, one: _Stretch) -> Change | None:
+        """The stretch as a change, if it is one beside what is usual at other times, and beside everybody's growth."""
+        inside = (mine.at >= one.start) & (mine.at <= one.end)
+        counted = mine.at if one.above <= 0 else mine.at[mine.sizes[one.of] >= one.above]
+        tail = None
+        if one.above > 0 and (~inside).sum() >= FEWEST_TO_COMPARE // 2:
+            tail = _tail(one.above, mine.sizes[one.of][~inside])
+        common = self._growth_of_others(tenant, one)
+        share = one.length / span
+        bursts = self._burstiness(counted, one)
+        chance = _chance(one.count, one.others, share, one.all, tail, bursts, common)
+        expected = one.others * share / (1 - share)
+        if chance > CHANCE or one.count < LEAST_GROWTH * common * expected:
+            return None
+        until = int(mine.until[inside].max())
+        return Change(tenant, one.start, one.end, until, one.of, one.above, one.count, expected, chance)
+
+    def _growth_of_others(self, tenant: int, one: _Stretch) -> float:
+        """What is common: the lower median of the other tenants' growth in number, at least 1."""
+        rest = self._span - one.length
+        growth = []
+        for other, arrivals in enumerate(self._tenants):
+            if other == tenant or len(arrivals.at) < FEWEST_TO_COMPARE:
+                continue
+            first, end = np.searchsorted(arrivals.at, [one.start, one.start + one.length])
+            outside = len(arrivals.at) - int(end - first)
+            if outside:
+                growth.append(float(end - first) / one.length / (outside / rest))
+        growth.sort()
+        return max(1.0, growth[(len(growth) - 1) // 2]) if growth else 1.0
+
+    def _burstiness(self, at: Ints, one: _Stretch) -> float:
+        """Variance over mean of the counts of bins outside of the stretch; at least 1, which a Poisson process has."""
+        edges = np.arange(self._first, self._last, _BIN_NS)
+        if len(edges) < 6:
+            return 1.0
+        counts = np.histogram(at, edges)[0]
+        outside = counts[(edges[1:] < one.start) | (edges[:-1] > one.end)]
+        if len(outside) < 5 or not outside.any():
+            return 1.0
+        return max(1.0, float(outside.var(ddof=1) / outside.mean()))
+
+
+def _levels(mine: Arrivals) -> Iterator[tuple[str, float]]:
+    """What is counted: all requests, and those whose prompt or answer is as long as one of the longest ones."""
+    yield "requests", 0.0
+    for of, sizes in mine.sizes.items():
+        descending = np.sort(sizes)[::-1]
+        above = {float(descending[count - 1]) for count in LARGEST if count <= len(sizes) // 2}
+        yield from ((of, level) for level in sorted(above) if level > 0)
+
+
+def _shape(sizes: Floats) -> tuple[float, float]:
+    """Median and deviation of the logarithm of sizes, by their quartiles: a few that are other don't bend them."""
+    low, middle, high = np.quantile(np.log(np.maximum(sizes, 1.0)), [0.25, 0.5, 0.75])
+    return float(middle), max(float(high - low) / 1.349, LEAST_DEVIATION)
+
+
+def _tail(above: float, sizes: Floats) -> float:
+    """Probability that a request of a tenant with these sizes is above a level."""
+    middle, deviation = _shape(sizes)
+    return float(1.0 / (1.0 + np.exp(min(LOGISTIC * (np.log(max(above, 1.0)) - middle) / deviation, 700.0))))
+
+
+def _likelihood(count: Ints, others: Ints, share: float) -> Floats:
+    """Log likelihood ratio of a higher rate inside (Kulldorff), to choose the stretches that are worth a closer look."""
+    inside, outside = np.maximum(count, 1).astype(np.float64), np.maximum(others, 1).astype(np.float64)
+    total = count + others
+    ratio = count * np.log(inside / (total * share)) + others * np.log(outside / (total * (1 - share)))
+    found: Floats = np.where(count > total * share, ratio, 0.0)
+    return found
+
+
+def _chance(
+    count: int, others: int, share: float, every: int, tail: float | None, bursts: float = 1.0, common: float = 1.0
+) -> float:
+    """Log10 of the probability of so high a count in a stretch that is this ``share`` of the trace.
+
+    ``tail``: probability that one of the tenant's requests is above the level, for where none was at other times.
+    """
+    inside = share * common / (share * common + 1 - share)
+    probability = float(betainc(count / bursts, others / bursts + 1.0, inside))
+    if tail is not None and not others:
+        probability = min(probability, float(betainc(count, max(every - count, 0) + 1.0, tail)))
+    return float(np.log10(max(probability, 1e-300)))
+
+
+def _joined(changes: list[Change]) -> list[Change]:
+    """Changes that follow one another at once are one, as its least likely part shows it."""
+    joined: list[Change] = []
+    for change in changes:
+        if joined and change.start <= joined[-1].end + _ADJACENT_NS:
+            last = joined.pop()
+            most = min(last, change, key=lambda one: one.chance)
+            change = Change(
+                most.tenant,
+                last.start,
+                max(last.end, change.end),
+                max(last.until, change.until),
+                most.of,
+                most.above,
+                most.count,
+                most.expected,
+                most.chance,
+            )
+        joined.append(change)
+    return joined
