@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from stallscope.diagnosis.case import Case, Finding, dominates, reason_for
 from stallscope.diagnosis.model import Confidence, Intervention, InterventionKind, Verdict
-from stallscope.diagnosis.outstanding import stands_out
 from stallscope.diagnosis.partition import Mechanism, Party
 from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
 from stallscope.diagnosis.shortage import mechanism_of
@@ -139,7 +138,7 @@ class _Trial:
         everyone = self._everyone
         effect = self.replays.usual(everyone)
         harm = self.replays.change_of_all(effect, everyone)
-        if effect.own < ACCUSES or harm is None or not harm.counts or not stands_out(self.case):
+        if effect.own < ACCUSES or harm is None or not harm.counts:
             return None
         effect = replace(effect, restored=(effect.own,))
         charged = self.case.excess[self.case.excess["holder"] >= 0]

@@ -29,6 +29,7 @@ MOST_OF_TRACE = 0.6  # beyond, what is usual and what is not can't be told apart
 LARGEST = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233)  # so many of a tenant's requests are above a level
 LEAST_DEVIATION = 0.25
 LEAST_GROWTH = 1.5
+COMMON_CHANCE, LEAST_COMMON_GROWTH = -3.0, 1.1  # of all together: asked of the time of a stall only, and accuses nobody
 LOGISTIC = 1.702  # scales a logistic distribution to a normal one's deviation
 FEWEST_TO_COMPARE = 20  # requests of a tenant whose growth says something of everybody's
 _BIN_NS = 5_000_000_000  # of the counts that tell how bursty arrivals are
@@ -77,9 +78,11 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """All changes of a replica's tenants, ordered by time."""
+    """All changes of a replica's tenants, ordered by time; ``common``: stretches (ns) in which there was more of all
+    together, whoever sent it."""
 
     found: tuple[Change, ...]
+    common: tuple[tuple[int, int], ...] = ()
 
     def of(self, tenant: int) -> list[Change]:
         return [change for change in self.found if change.tenant == tenant]
@@ -94,6 +97,10 @@ class Changes:
             else:
                 joined.append((change.start, change.until))
         return joined
+
+    def all_grew(self, start: int, end: int) -> bool:
+        """Whether there was more of all together between two times."""
+        return any(since <= end and until >= start for since, until in self.common)
 
     def during(self, start: int, end: int) -> dict[int, Change]:
         """By tenant, the least likely of its changes whose requests were there between two times."""
@@ -131,9 +138,21 @@ def find_changes(replica: Replica) -> Changes:
 
 def scan(tenants: Sequence[Arrivals], first: int, last: int) -> Changes:
     """The changes of tenants (codes: their places) whose arrivals were seen between two times."""
-    one = _Scan(tenants, first, last)
-    found = [change for tenant in range(len(tenants)) for change in one.changes_of(tenant)]
-    return Changes(tuple(sorted(found, key=lambda change: (change.start, change.tenant))))
+    each = _Scan(tenants, first, last, CHANCE, LEAST_GROWTH)
+    found = [change for tenant in range(len(tenants)) for change in each.changes_of(tenant)]
+    together = _Scan([_together(tenants)], first, last, COMMON_CHANCE, LEAST_COMMON_GROWTH)
+    common = [(change.start, change.until) for change in together.changes_of(0)]
+    return Changes(tuple(sorted(found, key=lambda change: (change.start, change.tenant))), tuple(common))
+
+
+def _together(tenants: Sequence[Arrivals]) -> Arrivals:
+    """All tenants as one, without sizes: a few large requests of one tenant are no growth of all."""
+    if not tenants:
+        return Arrivals(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), {})
+    at = np.concatenate([one.at for one in tenants])
+    order = np.argsort(at, kind="stable")
+    until = np.concatenate([one.until for one in tenants])
+    return Arrivals(at[order], until[order], {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +171,9 @@ class _Stretch:
 
 
 class _Scan:
-    def __init__(self, tenants: Sequence[Arrivals], first: int, last: int) -> None:
+    def __init__(self, tenants: Sequence[Arrivals], first: int, last: int, chance: float, growth: float) -> None:
         self._tenants = tenants
+        self._most_chance, self._least_growth = chance, growth
         self._first, self._last = first, last
         self._span = max(last - first, 1)
 
@@ -202,13 +222,13 @@ class _Scan:
                 share = length / span
                 likely = _likelihood(count, others, share)
                 for place in np.argsort(likely)[::-1][:_LIKELIEST].tolist():
-                    if count[place] < LEAST_GROWTH * others[place] * share / (1 - share):
+                    if count[place] < self._least_growth * others[place] * share / (1 - share):
                         continue
                     start = int(at[begin[place]])
                     around = np.searchsorted(mine.at, [start, start + length], side="left")
                     every = int(around[1] - around[0])
                     chance = _chance(int(count[place]), int(others[place]), share, every, tail)
-                    if chance <= CHANCE + _CLOSER_LOOK:
+                    if chance <= self._most_chance + _CLOSER_LOOK:
                         last = int(at[end[place] - 1])
                         yield _Stretch(
                             of, above, start, last, length, int(count[place]), every, int(others[place]), chance
@@ -226,7 +246,7 @@ class _Scan:
         bursts = self._burstiness(counted, one)
         chance = _chance(one.count, one.others, share, one.all, tail, bursts, common)
         expected = one.others * share / (1 - share)
-        if chance > CHANCE or one.count < LEAST_GROWTH * common * expected:
+        if chance > self._most_chance or one.count < self._least_growth * common * expected:
             return None
         until = int(mine.until[inside].max())
         return Change(tenant, one.start, one.end, until, one.of, one.above, one.count, expected, chance)

@@ -14,6 +14,7 @@ from stallscope.diagnosis.replay.relaxations import Relaxation, relaxations
 from stallscope.diagnosis.suspects import largest_mechanism
 
 EXPLAINS = 0.6  # share of the harm that is gone: a shortage of this was necessary for it
+LACKS, EVICTS = 0.5, 0.1  # so little of the excess is in the replay, and so much of it charged to evictions
 PINS = 0.05  # share of the charges by one shortage from which on a head that does not fit counts as pinning
 
 
@@ -29,6 +30,11 @@ def mechanism_of(
     theirs = excess[excess["holder"].isin(list(culprits))]
     charged = np.bincount(theirs["mechanism"], theirs["ns"], len(MECHANISMS))
     by_name = pd.Series(charged, index=[str(mechanism) for mechanism in MECHANISMS])
+    eviction = str(Mechanism.CACHE_EVICTION)
+    lacking = replays.replayed_excess < LACKS * replays.recorded_excess
+    if lacking and by_name[eviction] >= EVICTS * by_name.sum():
+        # What a prefix cache lost shows in a replay only as far as the telemetry says which prompts begin alike.
+        return eviction
     tried = {}
     for relaxation in relaxations(replays.history.config):
         part = by_name.reindex([str(one) for one in relaxation.mechanisms])

@@ -15,7 +15,7 @@ from stallscope.diagnosis.case import FAR_MORE, Case, Finding, dominates, reason
 from stallscope.diagnosis.changes import Changes
 from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, victims
 from stallscope.diagnosis.incidents import Waits, Window, not_usual, windows_of_changes
-from stallscope.diagnosis.load import Loads
+from stallscope.diagnosis.load import STEP_TIME, Loads
 from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
 from stallscope.diagnosis.neighbors import judge_changes
 from stallscope.diagnosis.outstanding import stands_out
@@ -24,7 +24,7 @@ from stallscope.diagnosis.remedies import try_remedies
 from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays
 from stallscope.diagnosis.replay.replayer import Replayer
 from stallscope.diagnosis.replica import Replica
-from stallscope.diagnosis.suspects import STEP_FIXED, Suspect, healthy_waits, largest_mechanism, usual_charges
+from stallscope.diagnosis.suspects import STEP_FIXED, Suspect, find_suspect, healthy_waits, largest_mechanism, usual_charges
 
 CARRIES = 0.4  # share of the loss above which tenants, the engine or one's own tenant carry an incident
 LEAST_SHARE = 0.1  # share below which a tenant is not accused beside others
@@ -58,43 +58,53 @@ def judge(
     loads = Loads(replica, not_usual(waits, episodes, replica.timeline_ns), changes)
     healthy = healthy_waits(waits, windows)
     usual = usual_charges(waits, healthy)
-    changed: list[tuple[Window, Window]] = []
-    of_changed: list[IncidentReplays] = []
+    changed = windows_of_changes(waits, changes)
+    of_changed: list[IncidentReplays | None] = [None] * len(changed)
     of_windows: list[IncidentReplays | None] = [None] * len(windows)
     if replayer is not None and replayer.trusted:
-        changed = windows_of_changes(waits, changes)
-        of_changed = replayer.incidents([stretch for stretch, _ in changed], waits, healthy, loads)
+        of_changed = list(replayer.incidents([stretch for stretch, _ in changed], waits, healthy, loads))
         of_windows = list(replayer.incidents(windows, waits, healthy, loads))
     total = len(changed) + len(windows)
     blamed: list[tuple[Window, Finding]] = []
     for number, ((_, window), replays) in enumerate(zip(changed, of_changed, strict=True), start=1):
         incident = None
         case = open_case(replica, waits, window, loads, healthy, usual)
-        judgement = judge_changes(case, replays)
+        judgement = judge_changes(case, replays) if replays is not None else _changed_by_charges(case, windows)
         if judgement.finding is not None:
             blamed.append((window, judgement.finding))
             incident = _incident(case, judgement, replays if remedies else None)
         yield incident, number / total
-    for number, (window, of_window) in enumerate(zip(windows, of_windows, strict=True), start=len(changed) + 1):
+    for number, (window, replays) in enumerate(zip(windows, of_windows, strict=True), start=len(changed) + 1):
         incident = None
         case = open_case(replica, waits, window, loads, healthy, usual)
         by_charges = judge_by_charges(case)
         judgement = Judgement(by_charges, ())
-        if of_window is not None and not _beyond_replay(by_charges):
-            if _explained(window, of_window, blamed, by_charges):
+        if not _beyond_replay(by_charges):
+            if _explained(window, replays, blamed, by_charges):
                 yield None, number / total
                 continue
-            judgement = judge_by_replay(case, of_window, by_charges)
+            if replays is not None:
+                judgement = judge_by_replay(case, replays, by_charges)
         if case.breaks_slo:
             # A promise that was broken is an incident, however usual that is, and whatever a replay can say of it.
             judgement = judgement if judgement.finding is not None else Judgement(by_charges, ())
         if judgement.finding is not None and (case.breaks_slo or not _is_natural(case, judgement.finding)):
-            incident = _incident(case, judgement, of_window if remedies else None)
+            incident = _incident(case, judgement, replays if remedies else None)
         yield incident, number / total
 
 
+def _changed_by_charges(case: Case, windows: Sequence[Window]) -> Judgement:
+    """Where there is no replay: those who changed and are charged most of what others lost, if that is out of the way."""
+    finding = judge_by_charges(case)
+    changed = finding.culprits and all(suspect.change is not None for suspect in finding.culprits)
+    stalled = any(one.start <= case.window.end and one.end >= case.window.start for one in windows)
+    if changed and (stalled or stands_out(case)):
+        return Judgement(finding, ())
+    return Judgement(None, ())
+
+
 def _explained(
-    window: Window, replays: IncidentReplays, blamed: Sequence[tuple[Window, Finding]], by_charges: Finding
+    window: Window, replays: IncidentReplays | None, blamed: Sequence[tuple[Window, Finding]], by_charges: Finding
 ) -> bool:
     """Whether a stall is what somebody is blamed for already: their return to usual restores it, or charges say so."""
     for other, finding in blamed:
@@ -103,6 +113,10 @@ def _explained(
         culprits = {suspect.tenant for suspect in finding.culprits}
         if by_charges.culprits and {suspect.tenant for suspect in by_charges.culprits} <= culprits:
             return True
+        if replays is None:
+            if by_charges.verdict is Verdict.OVERLOAD:
+                return True
+            continue
         effect = replays.usual(sorted(culprits), DRAWS[:1])
         if max(effect.mean, effect.own if finding.verdict is Verdict.SELF_INFLICTED else 0.0) >= ACCUSES:
             return True
@@ -110,9 +124,11 @@ def _explained(
 
 
 def _is_natural(case: Case, finding: Finding) -> bool:
-    """Whether it is no more than what the trace is full of, and nobody had changed."""
+    """Whether it is no more than what the trace is full of, and nobody had changed; an overload: nor all together."""
     if _beyond_replay(finding) or finding.verdict is Verdict.ENGINE_STALL:
         return False
+    if finding.verdict is Verdict.OVERLOAD and not case.loads.changes.all_grew(case.window.start, case.window.end):
+        return True
     changed = any(suspect.change is not None for suspect in finding.culprits)
     return not changed and not stands_out(case)
 
@@ -135,7 +151,15 @@ def judge_by_charges(case: Case) -> Finding:
     accused = [s for s in case.suspects if s.change is not None and share(s.caused_ns, of) >= LEAST_SHARE]
     carried = share(sum(s.caused_ns for s in accused), of)
     chosen: list[Suspect] = []
-    if unseen >= 0.5:
+    if unseen >= 0.5 and (only := _only_one_that_changed(case)) is not None:
+        verdict = Verdict.NOISY_NEIGHBOR
+        chosen = [only]
+        mechanism = str(only.mechanism) if only.caused_ns > 0 else None
+        reasons = [
+            reason_for(case, only),
+            f"nobody else had changed; but {unseen:.0%} of the victims' loss lies in stretches without telemetry",
+        ]
+    elif unseen >= 0.5:
         verdict = Verdict.INSUFFICIENT_DATA
         mechanism = None
         reasons = [f"{unseen:.0%} of the victims' loss lies in stretches without telemetry"]
@@ -181,9 +205,25 @@ def judge_by_charges(case: Case) -> Finding:
     return Finding(verdict, confidence, tuple(chosen), mechanism, tuple(reasons), {}, {})
 
 
+def _only_one_that_changed(case: Case) -> Suspect | None:
+    """Who, where charges say little: one tenant that had changed, while others waited."""
+    if len(case.unusual) != 1:
+        return None
+    (tenant,) = case.unusual
+    waited = case.waits.table.loc[case.window.waits, "tenant"].to_numpy()
+    if (waited != tenant).mean() < HARMED:
+        return None
+    return find_suspect(case.excess, tenant, case.loads, case.window)
+
+
 def _hog(case: Case, of_ns: float) -> Suspect | None:
-    """Who costs others most by far, and holds most of what they lack, all the time."""
-    if not case.suspects or not dominates(case, case.suspects[0]):
+    """Who costs others most by far, and holds most of the slots or blocks that they lack, all the time.
+
+    A tenant that always takes most of the time of steps is what the engine is for.
+    """
+    if case.unusual or not case.suspects or case.suspects[0].resource == STEP_TIME:
+        return None
+    if not dominates(case, case.suspects[0]):
         return None
     first, others = case.suspects[0], case.suspects[1:]
     alone = not others or first.caused_ns >= FAR_MORE * others[0].caused_ns
