@@ -243,16 +243,16 @@ def windows_of_changes(waits: Waits, changes: Changes) -> list[tuple[Window, Win
     inside = table[(table["metric"] != DELIVERY) & table["charged"]]
     usual = table["delay"].groupby([table["tenant"], table["metric"]]).median()
     longer = inside["delay"] - usual.reindex(pd.MultiIndex.from_frame(inside[["tenant", "metric"]])).to_numpy()
-    delayed = inside[(longer >= NOTICEABLE_NS) | inside["stalled"]]
+    # What keeps a promise is no harm, however much longer it takes.
+    delayed = inside[((longer >= NOTICEABLE_NS) & ~inside["promised"]) | inside["stalled"]]
     windows = []
     for start, end in changes.spans:
         there = delayed[(delayed["begin"] >= start) & (delayed["begin"] <= end)]
         stalled = there[there["stalled"]]
         chosen = stalled if len(stalled) else there
         if len(chosen):
-            delayed_ones = chosen.index.to_numpy(np.int64)
-            within = Window(int(chosen["begin"].min()), int(chosen["end"].max()), delayed_ones)
-            windows.append((Window(start, max(end, within.end), delayed_ones), within))
+            within = Window(int(chosen["begin"].min()), int(chosen["end"].max()), chosen.index.to_numpy(np.int64))
+            windows.append((Window(start, max(end, within.end), there.index.to_numpy(np.int64)), within))
     return windows
 
 

@@ -127,8 +127,9 @@ class Harm:
 Pairs = Sequence[tuple[pd.DataFrame, pd.DataFrame]]  # by draw: with it, and without it, as ``Outcome.requests``
 
 
-def worst_harm(pairs: Pairs, window: Window, tenants: Collection[int]) -> Harm | None:
-    """The largest change of a percentile of any of ``tenants``, of those that count or else of all: means over draws.
+def worst_harm(pairs: Pairs, window: Window, kinds: Collection[tuple[int, int]]) -> Harm | None:
+    """The largest change of a percentile of any of ``kinds`` (tenant and metric: TTFT or ITL), of those that count or
+    else of all: means over draws.
 
     Only requests (codes) that are in all tables are compared. Percentiles are p99 where 300 requests are in a window,
     else p90 of at least ``FEWEST_REQUESTS``: windows of two lengths by arrival, so that neither a short stall is diluted
@@ -136,12 +137,13 @@ def worst_harm(pairs: Pairs, window: Window, tenants: Collection[int]) -> Harm |
     """
     code, tenant_of, arrived, waits = _in_all(pairs)
     found: list[Harm] = []
-    for tenant in sorted(tenants):
+    for tenant in sorted({tenant for tenant, _ in kinds}):
         mine = np.flatnonzero(tenant_of == tenant)
+        metrics = [metric for metric in (TTFT, ITL) if (tenant, metric) in kinds]
         for first, end in _windows(arrived[mine], window):
             quantile = 0.99 if end - first >= TAIL_REQUESTS else 0.9
             rows = mine[first:end]
-            for metric in (TTFT, ITL):
+            for metric in metrics:
                 found.append(_harm(tenant, metric, quantile, code[rows], waits[:, :, metric, rows]))
     enough = [harm for harm in found if len(harm.requests) >= FEWEST_REQUESTS]
     return max(enough or found, key=lambda harm: (harm.counts, harm.excess_s), default=None)

@@ -147,7 +147,12 @@ class StretchReplays:
 class IncidentReplays:
     """The replays of a stretch as one of its incidents sees them (``window``)."""
 
-    def __init__(self, stretch: StretchReplays, norms: Norms, window: Window) -> None:
+    def __init__(
+        self, stretch: StretchReplays, norms: Norms, window: Window, kinds: Collection[tuple[int, int]]
+    ) -> None:
+        """``kinds``: tenants and metrics to which harm is looked for; of nobody in particular, to all."""
+        everybody = range(len(stretch.history.replica.tenants))
+        self._kinds = kinds or {(tenant, metric) for tenant in everybody for metric in (TTFT, ITL)}
         self.stretch = stretch
         self.history = stretch.history
         self.window = window
@@ -211,7 +216,8 @@ class IncidentReplays:
 
     def harm_to(self, tenants: Collection[int], effect: Effect) -> Harm | None:
         """The same of these tenants; of those of their requests that the effect leaves there."""
-        return worst_harm(self._pairs(effect.outcomes), self.window, tenants)
+        kinds = [kind for kind in self._kinds if kind[0] in tenants]
+        return worst_harm(self._pairs(effect.outcomes), self.window, kinds)
 
     def same_harm(self, harm: Harm, outcomes: Sequence[Outcome]) -> Harm:
         """What other outcomes (of the first draws) do to the same percentile."""

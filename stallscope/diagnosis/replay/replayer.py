@@ -41,6 +41,8 @@ class Replayer:
     ) -> list[IncidentReplays]:
         """The replays of each window; those of windows that are near one another are the same.
 
+        Harm is looked for among the tenants and metrics of the window's waits.
+
         Raises ValueError where the recording can't be replayed.
         """
         if self.history is None or self.machine is None:
@@ -49,8 +51,14 @@ class Replayer:
         found = []
         for stretch in _stretches(windows):
             replays = StretchReplays(self.history, self.machine, loads, stretch[0].start, stretch[-1].end)
-            found += [IncidentReplays(replays, norms, window) for window in stretch]
+            found += [IncidentReplays(replays, norms, window, _kinds(waits, window)) for window in stretch]
         return found
+
+
+def _kinds(waits: Waits, window: Window) -> frozenset[tuple[int, int]]:
+    """Tenant and metric of the window's waits; empty where it has none."""
+    kinds = waits.table.loc[window.waits, ["tenant", "metric"]].drop_duplicates()
+    return frozenset(zip(kinds["tenant"].to_list(), kinds["metric"].to_list(), strict=True))
 
 
 def _stretches(windows: Sequence[Window]) -> list[list[Window]]:

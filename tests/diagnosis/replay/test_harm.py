@@ -37,8 +37,12 @@ def outcomes(arrived_s: np.ndarray, ttft_s: float | np.ndarray, tenant: int = 0,
     )
 
 
+def kinds(tenants: set[int]) -> set[tuple[int, int]]:
+    return {(tenant, metric) for tenant in tenants for metric in (TTFT, ITL)}
+
+
 def harm(with_it: pd.DataFrame, without: pd.DataFrame, apart: tuple[int, ...] = ()) -> Harm:
-    found = worst_harm([(with_it, without)], WINDOW, set(with_it["tenant"]) - set(apart))
+    found = worst_harm([(with_it, without)], WINDOW, kinds(set(with_it["tenant"]) - set(apart)))
     assert found is not None
     return found
 
@@ -74,7 +78,7 @@ def test_a_harm_is_the_mean_of_all_draws() -> None:
     times = np.linspace(95, 115, 200)
     calm = outcomes(times, 0.25)
     pairs = [(outcomes(times, 1.0), calm), (outcomes(times, 2.0), calm)]
-    found = worst_harm(pairs, WINDOW, {0})
+    found = worst_harm(pairs, WINDOW, kinds({0}))
     assert found is not None and (found.with_s, found.without_s) == pytest.approx((1.5, 0.25))
     assert same_harm(found, pairs[:1]).excess_s == pytest.approx(0.75)
 
