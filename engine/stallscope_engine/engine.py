@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from stallscope_engine.config import EngineConfig
+from stallscope_engine.prefixes import PrefixGroups
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Batch, Scheduler
 from stallscope_telemetry.records import FinishReason, RequestRecord, RequestSnapshot, StepRecord
@@ -108,6 +109,7 @@ class Engine:
         self.executor = executor
         self.clock = clock
         self.recorder = recorder
+        self._prefixes = PrefixGroups()
         self.before_dispatch = before_dispatch
         self.steps = 0
         self._in_flight: deque[StepInFlight] = deque()
@@ -135,7 +137,7 @@ class Engine:
         now_ns = self.clock.now_ns()
         self.scheduler.abort(request, reason, now_ns)
         if self.recorder is not None:
-            self.recorder.request(_request_record(request, now_ns))
+            self.recorder.request(self._request_record(request, now_ns))
 
     def drain(self) -> None:
         """Completes the steps in flight, without scheduling another; the next step returns who finished."""
@@ -232,7 +234,7 @@ class Engine:
             )
         )
         for request in finished:
-            recorder.request(_request_record(request, ready_ns))
+            recorder.request(self._request_record(request, ready_ns))
 
     def run(
         self,
@@ -267,18 +269,18 @@ class Engine:
                 self.clock.wait_until(pending[0].info.arrival_ns)
                 self.note_idle(self.clock.now_ns() - now_ns)
 
-
-def _request_record(request: Request, delivered_ns: int) -> RequestRecord:
-    return RequestRecord(
-        request.info,
-        request.queued_ns,
-        request.scheduled_ns,
-        request.token_times_ns[0] if request.token_times_ns else 0,
-        request.end_ns,
-        delivered_ns,
-        request.cached_tokens,
-        request.preemptions,
-        FinishReason.ERROR if request.finish_reason is None else request.finish_reason,
-        request.token_times_ns,
-        request.events,
-    )
+    def _request_record(self, request: Request, delivered_ns: int) -> RequestRecord:
+        return RequestRecord(
+            request.info,
+            request.queued_ns,
+            request.scheduled_ns,
+            request.token_times_ns[0] if request.token_times_ns else 0,
+            request.end_ns,
+            delivered_ns,
+            request.cached_tokens,
+            request.preemptions,
+            FinishReason.ERROR if request.finish_reason is None else request.finish_reason,
+            request.token_times_ns,
+            request.events,
+            self._prefixes.number(request.block_hashes),
+        )

@@ -123,9 +123,7 @@ def find_changes(replica: Replica) -> Changes:
     first, last = int(timeline.before[0]), int(timeline.end[-1])
     counted = replica.first_tries & (requests["arrival"].to_numpy(np.int64) >= first)
     arrival = requests["arrival"].to_numpy(np.int64)[counted]
-    sizes = {
-        f"{of} tokens": requests[f"{of}_tokens"].to_numpy(np.float64)[counted] for of in ("prompt", "output")
-    }
+    sizes = {f"{of} tokens": requests[f"{of}_tokens"].to_numpy(np.float64)[counted] for of in ("prompt", "output")}
     tenant_of = replica.tenant_of_request[counted]
     until = requests["seen_until"].to_numpy(np.int64)[counted]
     tenants = []

@@ -32,7 +32,7 @@ _REQUEST_COLUMNS = (
     "request", "tenant", "tenant_source", "arrival", "first_token", "end", "delivered", "prompt_tokens",
     "output_tokens", "state",
 )  # fmt: skip
-_CLIENT_NUMBERS = ("max_tokens", "cached_tokens", "priority")
+_CLIENT_NUMBERS = ("max_tokens", "cached_tokens", "prefix", "priority")
 _CLIENT_NAMES = ("finish_reason", "session", "predecessor", "retry_of")
 _GAP_COLUMNS = ("start", "length_ns", "count")
 
@@ -101,7 +101,7 @@ class Replica:
 
     @cached_property
     def clients(self) -> pd.DataFrame:
-        """Of each of ``requests``: max_tokens, cached_tokens, priority (0 where unknown), and finish_reason, session,
+        """Of each of ``requests``: max_tokens, cached_tokens, prefix, priority (0 where unknown), and finish_reason, session,
         predecessor, retry_of ("" where there is none)."""
         mine = _rows_of(self.trace, "requests", self.name)
         rows = _columns(self.trace, "requests", ("arrival", *_CLIENT_NUMBERS, *_CLIENT_NAMES), mine)

@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 
 from stallscope.diagnosis.case import Case
+from stallscope.diagnosis.evidence import share
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism
 from stallscope.diagnosis.replay.interventions import IncidentReplays
 from stallscope.diagnosis.replay.relaxations import Relaxation, relaxations
 from stallscope.diagnosis.suspects import largest_mechanism
 
 EXPLAINS = 0.6  # share of the harm that is gone: a shortage of this was necessary for it
+TIE = 0.1  # at most, for the share of the charges
 LACKS, EVICTS = 0.5, 0.1  # so little of the excess is in the replay, and so much of it charged to evictions
 PINS = 0.05  # share of the charges by one shortage from which on a head that does not fit counts as pinning
 
@@ -23,8 +25,8 @@ def mechanism_of(
 ) -> str | None:
     """Of the mechanisms of what the engine was short of, the one by which the culprits cost most.
 
-    ``restored``: share of the harm that is gone under a relaxation. Where several explain it, the most particular one
-    does; where none does, the one that helps most.
+    ``restored``: share of the harm that is gone under a relaxation. A particular one that explains it is the answer, else
+    the one that helps most.
     """
     excess = case.excess
     theirs = excess[excess["holder"].isin(list(culprits))]
@@ -35,13 +37,14 @@ def mechanism_of(
     if lacking and by_name[eviction] >= EVICTS * by_name.sum():
         # What a prefix cache lost shows in a replay only as far as the telemetry says which prompts begin alike.
         return eviction
-    tried = {}
+    tried: dict[str, float] = {}
     for relaxation in relaxations(replays.history.config):
         part = by_name.reindex([str(one) for one in relaxation.mechanisms])
-        share = restored(relaxation)
-        if share >= EXPLAINS:
+        gone = restored(relaxation)
+        if gone >= EXPLAINS and relaxation.particular:
             return _named(part)
-        tried[_named(part)] = share
+        # Whether prompts cost too much or took too much of the budget is a matter of degree: charges tell.
+        tried[_named(part)] = min(gone, EXPLAINS) + TIE * share(float(part.sum()), float(by_name.sum()))
     best = max(tried, key=lambda name: tried[name])
     return best if tried[best] > 0 else largest_mechanism(theirs)
 

@@ -24,7 +24,14 @@ from stallscope.diagnosis.remedies import try_remedies
 from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays
 from stallscope.diagnosis.replay.replayer import Replayer
 from stallscope.diagnosis.replica import Replica
-from stallscope.diagnosis.suspects import STEP_FIXED, Suspect, find_suspect, healthy_waits, largest_mechanism, usual_charges
+from stallscope.diagnosis.suspects import (
+    STEP_FIXED,
+    Suspect,
+    find_suspect,
+    healthy_waits,
+    largest_mechanism,
+    usual_charges,
+)
 
 CARRIES = 0.4  # share of the loss above which tenants, the engine or one's own tenant carry an incident
 LEAST_SHARE = 0.1  # share below which a tenant is not accused beside others
@@ -33,6 +40,7 @@ ENOUGH_OF_SET = 0.8  # culprits are the smallest set that makes up this share of
 # After a stall those who are as usual queue for one another: that backlog is part of the loss, and no cause of it. Who
 # carries this much of the whole and that much of what is no backlog carries the incident too.
 CARRIES_WITH_BACKLOG, CARRIES_BUT_BACKLOG = 0.25, 0.6
+MOST_OF_THEIRS = 0.5  # of what tenants are charged, for those who changed to be accused where no replay can tell
 BACKLOG_WORTH_SAYING = 0.1
 DOMINATES = 0.5
 
@@ -95,12 +103,21 @@ def judge(
 
 def _changed_by_charges(case: Case, windows: Sequence[Window]) -> Judgement:
     """Where there is no replay: those who changed and are charged most of what others lost, if that is out of the way."""
-    finding = judge_by_charges(case)
-    changed = finding.culprits and all(suspect.change is not None for suspect in finding.culprits)
     stalled = any(one.start <= case.window.end and one.end >= case.window.start for one in windows)
-    if changed and (stalled or stands_out(case)):
+    if not stalled and not stands_out(case):
+        return Judgement(None, ())
+    finding = judge_by_charges(case)
+    if finding.culprits and all(suspect.change is not None for suspect in finding.culprits):
         return Judgement(finding, ())
-    return Judgement(None, ())
+    # Much of a stall may be nobody's: what all queue for one another, and what a step costs in any case.
+    changed = [suspect for suspect in case.suspects if suspect.change is not None]
+    caused, by_all = (sum(suspect.caused_ns for suspect in those) for those in (changed, case.suspects))
+    if caused < MOST_OF_THEIRS * by_all or caused < case.share_of(Party.ENGINE) * case.charged_ns or not caused:
+        return Judgement(None, ())
+    chosen = _smallest_set(changed)
+    reasons = tuple(reason_for(case, suspect) for suspect in chosen)
+    mechanism = str(chosen[0].mechanism)
+    return Judgement(Finding(Verdict.NOISY_NEIGHBOR, Confidence.LOW, tuple(chosen), mechanism, reasons, {}, {}), ())
 
 
 def _explained(

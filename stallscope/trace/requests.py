@@ -190,6 +190,7 @@ def _span_part(span: RequestSpan) -> dict[str, object]:
         "delivered": span.end + (delivered or 0),
         "prompt_tokens": span.integer(names.USAGE_PROMPT),
         "cached_tokens": _or(span.integer(names.CACHED_TOKENS), absent),
+        "prefix": span.integer(names.PREFIX),
         "max_tokens": span.integer(names.REQUEST_MAX_TOKENS),
         "output_tokens": span.integer(names.USAGE_COMPLETION),
         "preemptions": _or(span.integer(names.PREEMPTIONS), absent),

@@ -106,6 +106,7 @@ REQUESTS = pa.schema(
         ("delivered", INT),
         ("prompt_tokens", INT),
         ("cached_tokens", INT),
+        ("prefix", INT),  # the same for prompts that begin with the same block; null where unknown
         ("max_tokens", INT),
         ("output_tokens", INT),  # as far as seen
         ("preemptions", INT),

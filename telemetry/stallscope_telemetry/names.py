@@ -179,6 +179,13 @@ TENANT = _declare("request", "stallscope.tenant", "str", "", "tenant, absent whe
 TENANT_SOURCE = _declare("request", "stallscope.tenant.source", "str", "", "who said so")
 PRIORITY = _declare("request", "stallscope.priority", "int", "", "priority; absent when 0")
 CACHED_TOKENS = _declare("request", "stallscope.cached_tokens", "int", "tokens", "prompt tokens from the cache")
+PREFIX = _declare(
+    "request",
+    "stallscope.prefix",
+    "int",
+    "",
+    "number of the group of the replica's prompts that begin with the same block; absent where unknown",
+)
 PREEMPTIONS = _declare("request", "stallscope.preemptions", "int", "", "times it lost its blocks")
 FINISH_REASON = _declare("request", "stallscope.finish_reason", "str", "", "stop, length, abort, timeout or error")
 SESSION = _declare("request", "stallscope.session", "str", "", "session, where known")

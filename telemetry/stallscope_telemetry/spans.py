@@ -206,6 +206,7 @@ def request_attributes(record: RequestRecord) -> Attributes:
     optional: tuple[tuple[str, int | str], ...] = (
         (names.PRIORITY, info.priority),
         (names.CACHED_TOKENS, record.cached_tokens),
+        (names.PREFIX, record.prefix),
         (names.PREEMPTIONS, record.preemptions),
         (names.SESSION, _text(info.session)),
         (names.PREDECESSOR, _text(info.predecessor)),

@@ -49,7 +49,9 @@ def test_chance_is_no_change() -> None:
     changed = 0
     for seed in range(75):
         rng = np.random.default_rng(seed)
-        changed += len(found([usual(rng, rate, sigma=sigma) for rate, sigma in ((3, 0.75), (1, 0.9), (0.5, 0.6), (0.15, 0.5))]))
+        changed += len(
+            found([usual(rng, rate, sigma=sigma) for rate, sigma in ((3, 0.75), (1, 0.9), (0.5, 0.6), (0.15, 0.5))])
+        )
     assert changed <= 3
 
 

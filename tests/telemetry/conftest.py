@@ -186,4 +186,5 @@ def make_request(info: RequestInfo, tokens: int = 3) -> RequestRecord:
         FinishReason.STOP,
         times_ns,
         events,
+        prefix=7,
     )

@@ -152,7 +152,9 @@ def worst_harm(pairs: Pairs, window: Window, kinds: Collection[tuple[int, int]])
 def same_harm(harm: Harm, pairs: Pairs) -> Harm:
     """The change of the same percentile of the same requests, between other tables."""
     code, _, _, waits = _in_all(pairs)
-    return _harm(harm.tenant, harm.metric, harm.quantile, harm.requests, waits[:, :, harm.metric, np.isin(code, harm.requests)])
+    return _harm(
+        harm.tenant, harm.metric, harm.quantile, harm.requests, waits[:, :, harm.metric, np.isin(code, harm.requests)]
+    )
 
 
 def _harm(tenant: int, metric: int, quantile: float, requests: Ints, waits: Floats) -> Harm:
@@ -166,7 +168,9 @@ def _harm(tenant: int, metric: int, quantile: float, requests: Ints, waits: Floa
 def _in_all(pairs: Pairs) -> tuple[Ints, Ints, Ints, Floats]:
     """Of the requests that arrived in all tables, by arrival in the first: code, tenant, arrival (ns), and waits (ns) by
     draw, with and without it, metric and request."""
-    tables = [table[(table["code"] >= 0) & (table["arrived"] >= 0)].set_index("code") for pair in pairs for table in pair]
+    tables = [
+        table[(table["code"] >= 0) & (table["arrived"] >= 0)].set_index("code") for pair in pairs for table in pair
+    ]
     code = tables[0].index
     for table in tables[1:]:
         code = code.intersection(table.index)

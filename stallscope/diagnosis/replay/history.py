@@ -215,20 +215,21 @@ def _last_attempt(retry_of: Ints) -> Ints:
 
 
 def _prefixes(raw: pd.DataFrame) -> tuple[Ints, Ints]:
-    """Which requests begin alike, and for how many tokens: a session's all along, a tenant's as far as they hit most.
+    """Which requests begin alike, and for how many tokens.
 
-    Content is never recorded. Turns of a session extend one another; of a tenant's other requests it is known only that
-    those that were found in the cache had as many tokens in common with some other: the commonest number stands for
-    its shared beginning.
+    Content is never recorded. Turns of a session extend one another. Other prompts begin alike if the telemetry says so
+    (``prefix``) or, where it does not, if they are of one tenant. How far is known only of those that were found in the
+    cache: the commonest number of tokens stands for what a group shares.
     """
     session = raw["session"].to_numpy().astype(str)
     prompt, cached = raw["prompt_tokens"].to_numpy(np.int64), raw["cached_tokens"].to_numpy(np.int64)
-    tenant = raw["tenant"].to_numpy(np.int64)
-    names = np.where(session != "", np.char.add("session ", session), np.char.add("tenant ", tenant.astype(str)))
-    hit = pd.Series(cached[(cached > 0) & (session == "")])
-    usual = hit.groupby(tenant[(cached > 0) & (session == "")]).agg(lambda tokens: tokens.value_counts().index[0])
-    of_tenant = usual.reindex(tenant).fillna(0).to_numpy(np.int64)
-    return pd.factorize(names)[0].astype(np.int64), np.where(session != "", prompt, np.minimum(of_tenant, prompt))
+    group, tenant = raw["prefix"].to_numpy().astype(str), raw["tenant"].to_numpy().astype(str)
+    of_group = np.where(group != "0", np.char.add("group ", group), np.char.add("tenant ", tenant))
+    name = pd.factorize(np.where(session != "", np.char.add("session ", session), of_group))[0].astype(np.int64)
+    hit = (cached > 0) & (session == "")
+    usual = pd.Series(cached[hit]).groupby(name[hit]).agg(lambda tokens: tokens.value_counts().index[0])
+    shared = usual.reindex(name).fillna(0).to_numpy(np.int64)
+    return name, np.where(session != "", prompt, np.minimum(shared, prompt))
 
 
 def block_hashes(config: EngineConfig, prefix: int, shared_tokens: int, prompt_tokens: int, own: int) -> list[bytes]:

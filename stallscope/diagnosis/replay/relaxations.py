@@ -1,6 +1,7 @@
 """What the engine was short of: the incident again with one resource made endless or free.
 
-The most particular one that explains the harm names the mechanism; which of those that it takes away, the charges say.
+A particular one that explains the harm names the mechanism, else the one that helps most; which of those that it takes
+away, the charges say.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ Change = Callable[[EngineConfig, Machine], tuple[EngineConfig, Machine]]
 
 @dataclass(frozen=True, slots=True)
 class Relaxation:
-    """``change`` gives configuration and machine; ``mechanisms`` are those that it takes away."""
+    """``change`` gives configuration and machine; ``mechanisms`` are those that it takes away.
+
+    ``particular``: it helps against these only. Nearly any stall is gone where prompts cost nothing.
+    """
 
     name: str
     mechanisms: tuple[Mechanism, ...]
     change: Change
+    particular: bool = True
 
 
 def _free_prefill(config: EngineConfig, machine: Machine) -> tuple[EngineConfig, Machine]:
@@ -54,7 +59,6 @@ def _decodes_go_on(config: EngineConfig, machine: Machine) -> tuple[EngineConfig
 
 
 M = Mechanism
-# The most particular first: nearly any stall is gone where prompts cost nothing.
 _ALWAYS = (
     Relaxation(
         "endless KV cache",
@@ -63,12 +67,17 @@ _ALWAYS = (
     ),
     Relaxation("endless slots", (M.SLOT_EXHAUSTION,), _endless_slots),
     Relaxation("contexts cost nothing", (M.DECODE_DRAG,), _free_context),
-    Relaxation("no token budget", (M.PREFILL_QUEUE,), _endless_budget),
-    Relaxation("prompts cost nothing", (M.PREFILL_INTERFERENCE, M.STEP_BOUNDARY, M.PREFILL_PRIORITY), _free_prefill),
+    Relaxation("no token budget", (M.PREFILL_QUEUE,), _endless_budget, particular=False),
+    Relaxation(
+        "prompts cost nothing",
+        (M.PREFILL_INTERFERENCE, M.STEP_BOUNDARY, M.PREFILL_PRIORITY),
+        _free_prefill,
+        particular=False,
+    ),
 )
 _WHERE_DECODES_WAIT = Relaxation("decodes run in every step", (M.PREFILL_PRIORITY,), _decodes_go_on)
 
 
 def relaxations(config: EngineConfig) -> tuple[Relaxation, ...]:
-    """Those that could change how an engine with this configuration runs, the most particular first."""
+    """Those that could change how an engine with this configuration runs, the particular ones first."""
     return (_WHERE_DECODES_WAIT, *_ALWAYS) if config.policy in _DECODES_WAIT else _ALWAYS

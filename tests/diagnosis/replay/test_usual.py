@@ -100,7 +100,8 @@ def test_a_tenant_that_grew_is_thinned_to_its_usual_and_what_stays_is_as_recorde
     calm = calm_outside(history, chat, *span)
     plan = as_usual(history, base, {}, {chat: [change_of(history, chat, *span)]}, {chat: calm}, draw)
     before, after = (
-        requests[(requests["tenant"] == chat) & requests["arrival"].between(*span)] for requests in (base.requests, plan.requests)
+        requests[(requests["tenant"] == chat) & requests["arrival"].between(*span)]
+        for requests in (base.requests, plan.requests)
     )
     expected = calm.requests.sum() * (span[1] - span[0]) / calm.length
     assert len(before) > 1.8 * expected
