@@ -15,7 +15,7 @@ real prompts? What all tenants have grown by is expected of each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import betainc
@@ -60,8 +60,8 @@ class Arrivals:
 class Change:
     """A stretch (ns, by arrival) in which a tenant sent more than usual: ``count`` requests where ``expected`` were.
 
-    ``of``: "requests", "prompt tokens" or "output tokens"; ``above``: those with more of that counted. ``chance``: log10
-    of the probability that it is one. ``until``: when the last of its requests was seen last.
+    ``of``: "requests", "prompt tokens" or "output tokens"; ``above``: those with more of that counted. ``chance``:
+    log10 of the probability that it is one. ``until``: when the last of its requests was seen last.
     """
 
     tenant: int
@@ -213,7 +213,7 @@ class _Scan:
             at = mine.at if above <= 0 else mine.at[mine.sizes[of] >= above]
             begin = np.arange(0, len(at), max(1, len(at) // _MOST_STARTS))
             tail = None if above <= 0 else _tail(above, mine.sizes[of])
-            for length in LENGTHS_NS[LENGTHS_NS <= MOST_OF_TRACE * span].tolist():
+            for length in LENGTHS_NS[MOST_OF_TRACE * span >= LENGTHS_NS].tolist():
                 end = np.searchsorted(at, at[begin] + length, side="right")
                 count = end - begin
                 others = len(at) - count
@@ -297,7 +297,7 @@ def _tail(above: float, sizes: Floats) -> float:
 
 
 def _likelihood(count: Ints, others: Ints, share: float) -> Floats:
-    """Log likelihood ratio of a higher rate inside (Kulldorff), to choose the stretches that are worth a closer look."""
+    """Log likelihood ratio of a higher rate inside (Kulldorff), to choose the stretches worth a closer look."""
     inside, outside = np.maximum(count, 1).astype(np.float64), np.maximum(others, 1).astype(np.float64)
     total = count + others
     ratio = count * np.log(inside / (total * share)) + others * np.log(outside / (total * (1 - share)))
@@ -323,19 +323,11 @@ def _joined(changes: list[Change]) -> list[Change]:
     """Changes that follow one another at once are one, as its least likely part shows it."""
     joined: list[Change] = []
     for change in changes:
-        if joined and change.start <= joined[-1].end + _ADJACENT_NS:
-            last = joined.pop()
-            most = min(last, change, key=lambda one: one.chance)
-            change = Change(
-                most.tenant,
-                last.start,
-                max(last.end, change.end),
-                max(last.until, change.until),
-                most.of,
-                most.above,
-                most.count,
-                most.expected,
-                most.chance,
-            )
-        joined.append(change)
+        if not joined or change.start > joined[-1].end + _ADJACENT_NS:
+            joined.append(change)
+            continue
+        last = joined[-1]
+        most = min(last, change, key=lambda one: one.chance)
+        end, until = max(last.end, change.end), max(last.until, change.until)
+        joined[-1] = replace(most, start=last.start, end=end, until=until)
     return joined

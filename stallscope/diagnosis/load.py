@@ -52,8 +52,8 @@ class Calm:
 class Loads:
     """Loads of the tenants of a replica.
 
-    Usual is what a tenant does at other times than its ``changes``; where it has none, outside of ``windows`` (begin and
-    end, ns), in which somebody was stalled.
+    Usual is what a tenant does at other times than its ``changes``; where it has none, outside of ``windows`` (begin
+    and end, ns), in which somebody was stalled.
     """
 
     def __init__(self, replica: Replica, windows: list[tuple[int, int]], changes: Changes = NO_CHANGES) -> None:

@@ -1,4 +1,4 @@
-"""Whom a tenant's change hurt: those who changed return to their usual in a replay, and a percentile of the others tells.
+"""Whom a change hurt: those who changed return to their usual in a replay, and a percentile of the others tells.
 
 A change is no accusation. To blame is who moved somebody else's percentile so that it would be noticed; of several that
 changed at a time, those whose part of that (Shapley, "A value for n-person games", 1953) is not small.
@@ -13,7 +13,6 @@ from math import factorial
 
 import numpy as np
 
-from stallscope.diagnosis.blame import Judgement
 from stallscope.diagnosis.case import Case, Finding, reason_for
 from stallscope.diagnosis.evidence import share
 from stallscope.diagnosis.metrics import METRICS
@@ -21,6 +20,7 @@ from stallscope.diagnosis.model import Confidence, InterventionKind, Verdict
 from stallscope.diagnosis.replay.harm import Harm
 from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
 from stallscope.diagnosis.shortage import mechanism_of
+from stallscope.diagnosis.stalls import Judgement
 from stallscope.diagnosis.suspects import Suspect, find_suspect
 
 LEAST_PART = 0.25  # of the harm, below which a party is not accused beside others

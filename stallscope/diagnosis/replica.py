@@ -101,8 +101,8 @@ class Replica:
 
     @cached_property
     def clients(self) -> pd.DataFrame:
-        """Of each of ``requests``: max_tokens, cached_tokens, prefix, priority (0 where unknown), and finish_reason, session,
-        predecessor, retry_of ("" where there is none)."""
+        """Of each of ``requests``: max_tokens, cached_tokens, prefix, priority (0 where unknown), and finish_reason,
+        session, predecessor, retry_of ("" where there is none)."""
         mine = _rows_of(self.trace, "requests", self.name)
         rows = _columns(self.trace, "requests", ("arrival", *_CLIENT_NUMBERS, *_CLIENT_NAMES), mine)
         rows = rows.take(np.argsort(_ints(rows["arrival"]), kind="stable"))

@@ -25,8 +25,8 @@ def mechanism_of(
 ) -> str | None:
     """Of the mechanisms of what the engine was short of, the one by which the culprits cost most.
 
-    ``restored``: share of the harm that is gone under a relaxation. A particular one that explains it is the answer, else
-    the one that helps most.
+    ``restored``: share of the harm that is gone under a relaxation. A particular one that explains it is the answer,
+    else the one that helps most.
     """
     excess = case.excess
     theirs = excess[excess["holder"].isin(list(culprits))]

@@ -1,7 +1,7 @@
 """Who cost an incident's victims more than it usually does, by which mechanism, and whether it had changed.
 
 Charges count above what the same holder usually costs the same kind of victim: who always costs something is no news.
-They pick the suspects and explain the mechanism; whether one is to blame is decided in ``verdict`` and ``blame``.
+They pick the suspects and explain the mechanism; whether one is to blame is decided elsewhere (``verdict``).
 """
 
 from __future__ import annotations

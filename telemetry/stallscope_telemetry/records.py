@@ -121,8 +121,8 @@ class RequestRecord:
     """A request that ended. ``token_times_ns`` holds one time an output token (several may share one).
 
     ``scheduled_ns``, ``first_token_ns`` are 0 where it did not get so far. ``events`` are (name, time) pairs:
-    queued, scheduled, first_token, preempted, resumed, finished. ``prefix`` is the same number for prompts that begin with
-    the same block, 0 where unknown.
+    queued, scheduled, first_token, preempted, resumed, finished. ``prefix`` is the same number for prompts that begin
+    with the same block, 0 where unknown.
     """
 
     info: RequestInfo

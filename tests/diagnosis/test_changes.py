@@ -62,7 +62,8 @@ def test_a_burst_is_found_where_it_was(seed: int) -> None:
     steady, grown = usual(rng, 2), usual(rng, 1)
     changes = found([steady, beside(grown, burst, rng.lognormal(np.log(300), 0.8, len(burst)))])
     assert [change.tenant for change in changes] == [1]
-    assert abs(changes[0].start / S - 70) < 6 and abs(changes[0].end / S - 110) < 6
+    assert abs(changes[0].start / S - 70) < 6
+    assert abs(changes[0].end / S - 110) < 6
     assert not changes[0].newcomer
 
 

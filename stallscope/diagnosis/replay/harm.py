@@ -132,8 +132,8 @@ def worst_harm(pairs: Pairs, window: Window, kinds: Collection[tuple[int, int]])
     else of all: means over draws.
 
     Only requests (codes) that are in all tables are compared. Percentiles are p99 where 300 requests are in a window,
-    else p90 of at least ``FEWEST_REQUESTS``: windows of two lengths by arrival, so that neither a short stall is diluted
-    nor a slow tenant has none. Tenants with fewer requests only count where there are no others.
+    else p90 of at least ``FEWEST_REQUESTS``: windows of two lengths by arrival, so that neither a short stall is
+    diluted nor a slow tenant has none. Tenants with fewer requests only count where there are no others.
     """
     code, tenant_of, arrived, waits = _in_all(pairs)
     found: list[Harm] = []
@@ -166,8 +166,8 @@ def _harm(tenant: int, metric: int, quantile: float, requests: Ints, waits: Floa
 
 
 def _in_all(pairs: Pairs) -> tuple[Ints, Ints, Ints, Floats]:
-    """Of the requests that arrived in all tables, by arrival in the first: code, tenant, arrival (ns), and waits (ns) by
-    draw, with and without it, metric and request."""
+    """Of the requests that arrived in all tables, by arrival in the first: code, tenant, arrival (ns), and waits (ns)
+    by draw, with and without it, metric and request."""
     tables = [
         table[(table["code"] >= 0) & (table["arrived"] >= 0)].set_index("code") for pair in pairs for table in pair
     ]

@@ -1,9 +1,9 @@
 """Plans for a replay: the recorded requests of a stretch, and the same with tenants as usual, or without them.
 
-A tenant that changed is thinned to what is usual for it: what stays is what was recorded, so that nothing else differs.
-Where nobody is known to have changed, usual is not an average either: a stretch of the tenant's own calm time, chosen by
-draw, is put in the place of what it did. So its rate, its sizes and its bursts are those that it has, a newcomer's are
-nothing, and what chance makes of them shows in the draws.
+A tenant that changed is thinned to what is usual for it: what stays is what was recorded, and nothing else differs.
+Where nobody is known to have changed, usual is not an average either: a stretch of the tenant's own calm time, chosen
+by draw, is put in the place of what it did. So its rate, its sizes and its bursts are those that it has, a newcomer's
+are nothing, and what chance makes of them shows in the draws.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def _thinned(
         there = np.flatnonzero(kind_of == kind)
         expected = float((kinds == kind).sum()) * share
         if len(there) > expected + _BY_CHANCE * (expected**0.5) + 1:
-            leave = len(there) - int(round(expected))
+            leave = len(there) - round(expected)
             stay[generator.permutation(there)[:leave]] = False
     expected = len(usual) * share
-    missing = int(round(expected)) - int(stay.sum())
+    missing = round(expected) - int(stay.sum())
     if missing <= _BY_CHANCE * expected**0.5:
         return stay, none
     replaced = generator.permutation(np.flatnonzero(~stay))[:missing]

@@ -79,7 +79,8 @@ def test_a_harm_is_the_mean_of_all_draws() -> None:
     calm = outcomes(times, 0.25)
     pairs = [(outcomes(times, 1.0), calm), (outcomes(times, 2.0), calm)]
     found = worst_harm(pairs, WINDOW, kinds({0}))
-    assert found is not None and (found.with_s, found.without_s) == pytest.approx((1.5, 0.25))
+    assert found is not None
+    assert (found.with_s, found.without_s) == pytest.approx((1.5, 0.25))
     assert same_harm(found, pairs[:1]).excess_s == pytest.approx(0.75)
 
 

@@ -1,8 +1,8 @@
-"""What made a stall that no tenant's change explains, by what would have been: no faults, fair shares, everyone as usual.
+"""What made a stall that no change explains, by what would have been: no faults, fair shares, everyone as usual.
 
-A steady heavy tenant is capacity, not an incident, even though its deletion would help; where only everyone's return to
-usual helps, it is overload, and no name. What moves nobody's percentile is no incident. Who changed, and whom that hurt,
-is judged first (``neighbors``).
+A steady heavy tenant is capacity, not an incident, even though its deletion would help; where only everyone's return
+to usual helps, it is overload, and no name. What moves nobody's percentile is no incident. Who changed, and whom that
+hurt, is judged first (``neighbors``).
 """
 
 from __future__ import annotations
