@@ -3,12 +3,16 @@
     python benchmarks/analysis.py                          # 10^4 to 5x10^6 steps; writes 2 GB below --folder
     python benchmarks/analysis.py --sizes 10000 100000     # some sizes only
     python benchmarks/analysis.py --stall-every 20000      # steps; one stall in 100,000 unless said
+    python benchmarks/analysis.py --sizes --replays 10000 100000   # replays alone
 
 Each size is written to Parquet once (a made-up engine with a batch of 64 and 20 tenants; its traces pass
 ``Trace.validate``) and then read and analysed in a process of its own, held to one core, so that its peak memory is
 that of this trace alone. Seconds are CPU time, since others may use the machine too. Without replays. ``partition`` is
 Parquet to segments of lives, cost model and running totals; ``incidents`` is every wait's delay, the charges and the
 stretches with stalled waits; ``verdicts`` is who is named.
+
+Replays are measured on recordings of the bundled engine in virtual time with a batch of about 16, which grow with the
+steps: each is read, and replayed as a whole.
 """
 
 from __future__ import annotations
@@ -361,6 +365,7 @@ class Measured:
 
 def analyse(folder: Path, verdicts: bool) -> Measured:
     """Reads and analyses the trace in ``folder``, as ``diagnose`` does without replays; verdicts only if asked for."""
+    from stallscope.diagnosis.changes import find_changes
     from stallscope.diagnosis.incidents import find_episodes, find_windows, measure_waits
     from stallscope.diagnosis.replica import replicas
     from stallscope.diagnosis.verdict import judge
@@ -371,12 +376,13 @@ def analyse(folder: Path, verdicts: bool) -> Measured:
     begin = time.process_time()
     (replica,) = replicas(read_trace(folder))
     partition = time.process_time()
-    waits = measure_waits(replica)
+    changes = find_changes(replica)
+    waits = measure_waits(replica, changes=changes)
     episodes = find_episodes(waits)
     windows = find_windows(waits, episodes, replica)
     incidents = time.process_time()
     if verdicts:
-        list(judge(replica, waits, episodes, windows, None))
+        list(judge(replica, waits, changes, episodes, windows))
     end = time.process_time()
     return Measured(
         len(replica.timeline),
@@ -390,6 +396,68 @@ def analyse(folder: Path, verdicts: bool) -> Measured:
         _peak_mb(),
         imported,
     )
+
+
+# --- replays ------------------------------------------------------------------------------------------------
+
+STEPS_A_SECOND = 80  # of the story below, about
+STORY = """
+name: replayed
+about: A batch of about 16, some prompts in chunks, a cache that is full now and then.
+duration_s: {seconds}
+engine: {{model: 8b, max_num_seqs: 48, max_num_batched_tokens: 1024, kv_blocks: 3000}}
+tenants:
+  chat:
+    arrivals: {{poisson_per_s: 7}}
+    prompt_tokens: {{lognormal: {{median: 260, sigma: 0.75}}}}
+    output_tokens: {{lognormal: {{median: 170, sigma: 0.5}}}}
+  search:
+    arrivals: {{poisson_per_s: 2.5}}
+    prompt_tokens: {{lognormal: {{median: 900, sigma: 0.6}}}}
+    output_tokens: {{lognormal: {{median: 12, sigma: 0.5}}}}
+expect: {{verdict: healthy}}
+"""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One replay: recorded steps and their mean batch, and CPU seconds to prepare it and to run it."""
+
+    steps: int
+    batch: float
+    agreement: float
+    prepare_s: float
+    replay_s: float
+
+
+def replayed(folder: Path, steps: int) -> Replayed:
+    """Records about so many steps into ``folder``, if they are not there, and replays them."""
+    from stallscope.diagnosis.replay.replayer import prepare_replay
+    from stallscope.diagnosis.replay.run import replay
+    from stallscope.diagnosis.replay.usual import as_recorded
+    from stallscope.diagnosis.replica import replicas
+    from stallscope.workloads.recording import record
+    from stallscope.workloads.scenario import load_scenario
+
+    recording, story = folder / f"replay-{steps}.otlp.jsonl", folder / f"replay-{steps}.yaml"
+    if not recording.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        story.write_text(STORY.format(seconds=max(steps // STEPS_A_SECOND, 10)), encoding="utf-8")
+        record(load_scenario(story), recording, seed=0, executor="virtual")
+    (replica,) = replicas(read_trace(recording))
+    timeline = replica.timeline
+    begin = time.process_time()
+    replayer = prepare_replay(replica)
+    prepared = time.process_time()
+    if replayer.history is None or replayer.machine is None:
+        raise ValueError(f"{recording} can't be replayed: {replayer.check.reason}")
+    last = int(timeline.end[-1])
+    outcome = replay(
+        replayer.history, replayer.machine, as_recorded(replayer.history, int(timeline.before[0]), last, last), 0
+    )
+    end = time.process_time()
+    batch = float(replica.steps["batch_size"].mean())
+    return Replayed(outcome.steps, batch, replayer.check.forced_agreement, prepared - begin, end - prepared)
 
 
 def _peak_mb() -> float:
@@ -420,6 +488,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "stallscope-analysis")
     parser.add_argument("--passes", type=int, default=3, help="analyses of each size; the fastest counts")
     parser.add_argument("--verdicts", action="store_true", help="judge the incidents, too")
+    parser.add_argument("--replays", type=int, nargs="*", default=SIZES[:2], help="steps of the recordings to replay")
+    parser.add_argument("--replay", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--make", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--analyse", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -430,6 +500,18 @@ def main() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         print(json.dumps(asdict(analyse(chosen.analyse, chosen.verdicts))))
         return
+    if chosen.replay:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        print(json.dumps(asdict(replayed(chosen.folder, chosen.replay))))
+        return
+    console = Console(width=140)
+    if chosen.sizes:
+        console.print(_analyses(chosen))
+    if chosen.replays:
+        console.print(_replays(chosen))
+
+
+def _analyses(chosen: argparse.Namespace) -> Table:
     table = Table("steps", "requests", "rows", "stalled waits", "incidents", "partition s", "incidents s", "verdicts s",
                   "steps/s", "peak MB", "of it imports")  # fmt: skip
     for steps in chosen.sizes:
@@ -444,7 +526,20 @@ def main() -> None:
             *(f"{value:.2f}" for value in (one.partition_s, one.incidents_s, one.verdicts_s)),
             *(f"{value:,.0f}" for value in (one.steps_per_s, max(run.peak_mb for run in runs), one.imported_mb)),
         )
-    Console(width=140).print(table)
+    return table
+
+
+def _replays(chosen: argparse.Namespace) -> Table:
+    table = Table("steps replayed", "mean batch", "scheduler agrees", "prepare s", "replay s", "steps/s")
+    for steps in chosen.replays:
+        command = ("--replay", str(steps), "--folder", str(chosen.folder))
+        runs = [Replayed(**json.loads(_in_a_process(*command))) for _ in range(chosen.passes)]
+        one = min(runs, key=lambda run: run.replay_s)
+        table.add_row(
+            f"{one.steps:,}", f"{one.batch:.1f}", f"{one.agreement:.1%}", f"{one.prepare_s:.2f}", f"{one.replay_s:.2f}",
+            f"{one.steps / one.replay_s:,.0f}",
+        )  # fmt: skip
+    return table
 
 
 if __name__ == "__main__":

@@ -199,13 +199,13 @@ class Scheduler:
             if not samples:
                 continue
             request.pending_tokens -= 1
-            request.output_tokens += 1
+            request.output_tokens = made = request.output_tokens + 1
             request.token_times_ns.append(now_ns)
-            if request.output_tokens == 1:
+            if made == 1:
                 request.events.append(("first_token", now_ns))
-            if request in stopped or request.output_tokens == request.stop_after:
+            if made == request.stop_after or (stopped and request in stopped):
                 reason = FinishReason.STOP
-            elif request.output_tokens >= request.info.max_tokens:
+            elif made >= request.info.max_tokens:
                 reason = FinishReason.LENGTH
             else:
                 continue
@@ -258,17 +258,27 @@ class Scheduler:
 
         A request for which no budget is left, or whose last token is in flight, takes none.
         """
-        block_size = self.config.block_size
+        # The request's properties and ``_put`` are written out: nothing else runs as often.
+        block_size, running, quotas = self.config.block_size, RequestState.RUNNING, self.quotas
+        members, num_tokens, starts, samples = batch.requests, batch.num_tokens, batch.starts, batch.samples
         for request in self.running.copy() if requests is None else requests:
             if batch.budget <= 0:
                 break
-            if request.state is not RequestState.RUNNING or request.all_scheduled:
+            made, info = request.output_tokens + request.pending_tokens, request.info
+            if request.state is not running or made >= info.max_tokens:
                 continue  # or it has just lost its blocks to one before it
-            remaining = request.remaining_tokens
+            start = request.computed_tokens
+            remaining = info.prompt_tokens + made - start
             tokens = 1 if remaining == 1 else self._most_tokens(request, remaining, batch.budget)
-            end = request.computed_tokens + tokens
+            end = start + tokens
             if tokens and (end <= len(request.blocks) * block_size or self._grow_or_preempt(request, end, batch)):
-                self._put(batch, request, tokens, remaining)
+                members.append(request)
+                num_tokens.append(tokens)
+                starts.append(start)
+                samples.append(tokens == remaining)
+                batch.budget -= tokens
+                if quotas and request.prefills:
+                    quotas.spend(request, tokens)
 
     def admit(self, batch: Batch, wanted: Callable[[Request], bool] | None = None) -> WaitReason | None:
         """Admits from the queue while slots, budget, blocks and quotas last; returns what was short, if anything.
@@ -386,13 +396,15 @@ class Scheduler:
         """Counts the batch's tokens as computed, since no later step runs before it, and closes its books."""
         caches, policy_counts, prefill_tokens = self.blocks.prefix_caching, self._policy_counts, 0
         for request, tokens, samples in zip(batch.requests, batch.num_tokens, batch.samples, strict=True):
-            prefills = request.prefills
+            made, computed = request.output_tokens + request.pending_tokens, request.computed_tokens
+            # ``Request.prefills``, written out
+            prefills = computed + 1 < request.info.prompt_tokens + made or computed == request.cached_now or not made
             if prefills:
                 prefill_tokens += tokens
                 batch.chunks.append((request.info.handle, tokens))
             if policy_counts:
                 self.policy.computed(request, tokens, not prefills)
-            request.computed_tokens += tokens
+            request.computed_tokens = computed + tokens
             request.pending_tokens += samples
             if caches:
                 self.blocks.keep(request)
