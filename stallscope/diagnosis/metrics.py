@@ -2,3 +2,4 @@
 
 METRICS = ("ttft", "itl", "delivery")  # first token, inter-token gap, from the last token to the client
 TTFT, ITL, DELIVERY = 0, 1, 2
+IN_WORDS = ("TTFT", "longest gap", "delivery")

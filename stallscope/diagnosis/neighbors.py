@@ -15,7 +15,7 @@ import numpy as np
 
 from stallscope.diagnosis.case import Case, Finding, reason_for
 from stallscope.diagnosis.evidence import share
-from stallscope.diagnosis.metrics import METRICS
+from stallscope.diagnosis.metrics import IN_WORDS
 from stallscope.diagnosis.model import Confidence, InterventionKind, Verdict
 from stallscope.diagnosis.replay.harm import Harm
 from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
@@ -159,7 +159,7 @@ def _self_inflicted(case: Case, replays: IncidentReplays, parties: Sequence[_Par
 
 
 def _in_words(harm: Harm, tenants: Sequence[str]) -> str:
-    what = f"{tenants[harm.tenant]}'s p{harm.quantile * 100:.0f} of {METRICS[harm.metric]}"
+    what = f"{tenants[harm.tenant]}'s {IN_WORDS[harm.metric]} p{harm.quantile * 100:.0f}"
     return f"{what} would have been {harm.without_s:.2f} s, not {harm.with_s:.2f} s"
 
 

@@ -7,6 +7,7 @@ import shlex
 from datetime import UTC, datetime
 from enum import StrEnum
 
+from stallscope.diagnosis.metrics import IN_WORDS, METRICS
 from stallscope.diagnosis.model import (
     Culprit,
     Diagnosis,
@@ -45,7 +46,7 @@ MECHANISM_WORDS = {
     "delivery": "the output waited to be delivered",
     "unobserved": "telemetry is missing there",
 }
-METRIC_WORDS = {"ttft": "TTFT", "itl": "longest gap", "delivery": "delivery"}
+METRIC_WORDS = dict(zip(METRICS, IN_WORDS, strict=True))
 NO_REPLAY = "no replay"
 WORST_UNSEEN = 0.05  # share of a replay's steps beyond anything recorded from which on that is said
 
