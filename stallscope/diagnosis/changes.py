@@ -24,7 +24,7 @@ from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints
 
 CHANCE = -6.0  # log10 of the probability below which a stretch is no work of chance: some thousand are looked at
-LENGTHS_NS = np.array([5, 7, 10, 14, 20, 28, 40, 56, 80, 112, 160, 226, 320], dtype=np.int64) * 1_000_000_000
+SHORTEST_NS, LONGER = 5_000_000_000, 1.4  # stretches: the shortest one, and each next one by this factor
 MOST_OF_TRACE = 0.6  # beyond, what is usual and what is not can't be told apart
 LARGEST = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233)  # so many of a tenant's requests are above a level
 LEAST_DEVIATION = 0.25
@@ -213,7 +213,7 @@ class _Scan:
             at = mine.at if above <= 0 else mine.at[mine.sizes[of] >= above]
             begin = np.arange(0, len(at), max(1, len(at) // _MOST_STARTS))
             tail = None if above <= 0 else _tail(above, mine.sizes[of])
-            for length in LENGTHS_NS[MOST_OF_TRACE * span >= LENGTHS_NS].tolist():
+            for length in _lengths(span):
                 end = np.searchsorted(at, at[begin] + length, side="right")
                 count = end - begin
                 others = len(at) - count
@@ -273,6 +273,12 @@ class _Scan:
         if len(outside) < 5 or not outside.any():
             return 1.0
         return max(1.0, float(outside.var(ddof=1) / outside.mean()))
+
+
+def _lengths(span: int) -> list[int]:
+    """Of the stretches that are looked at (ns), as long as what is usual can be told from them."""
+    count = int(np.log(max(MOST_OF_TRACE * span / SHORTEST_NS, 1e-9)) / np.log(LONGER)) + 1
+    return [int(SHORTEST_NS * LONGER**power) for power in range(max(count, 0))]
 
 
 def _levels(mine: Arrivals) -> Iterator[tuple[str, float]]:
