@@ -18,7 +18,7 @@ from stallscope.diagnosis.changes import Change
 from stallscope.diagnosis.load import Calm
 from stallscope.diagnosis.replay.history import History
 from stallscope.diagnosis.replay.run import Plan
-from stallscope.diagnosis.timeline import Floats, Ints, Mask
+from stallscope.diagnosis.timeline import Ints, Mask
 
 _SIZES = ("prompt_tokens", "output_tokens")
 _EDGES = (0.33, 0.67, 1.0)  # of what is usual, beyond the last of which nothing is
@@ -88,39 +88,47 @@ def _thinned(
 ) -> tuple[Mask, pd.DataFrame]:
     """Which of a tenant's requests in a change stay, and others that take the place of some that don't.
 
-    Of each kind of size as many stay as are usual in so long a time, if there are more than chance makes; so what was
-    usual stays as it was recorded. Where too few are left, some come at their time with a usual size.
+    As many leave as there are more than usual in so long a time, of those kinds of size of which there are too many. If
+    there still are, beyond chance, some of them come with a usual size. The rest stays as it was recorded.
     """
     usual = history.requests[calm.requests]
-    share = (change.end - change.start) / max(calm.length, 1)
-    stay = np.ones(len(mine), dtype=np.bool_)
-    none = mine.iloc[:0].assign(code=-1)
     if usual.empty or change.newcomer:
-        return ~stay, none
-    edges = [np.quantile(usual[of].to_numpy(), _EDGES) for of in _SIZES]
-    kinds, kind_of = (_kinds(requests, edges) for requests in (usual, mine))
-    for kind in np.unique(kind_of).tolist():
-        there = np.flatnonzero(kind_of == kind)
-        expected = float((kinds == kind).sum()) * share
-        if len(there) > expected + _BY_CHANCE * (expected**0.5) + 1:
-            leave = len(there) - round(expected)
-            stay[generator.permutation(there)[:leave]] = False
-    expected = len(usual) * share
-    missing = round(expected) - int(stay.sum())
-    if missing <= _BY_CHANCE * expected**0.5:
-        return stay, none
-    replaced = generator.permutation(np.flatnonzero(~stay))[:missing]
+        return np.zeros(len(mine), dtype=np.bool_), mine.iloc[:0].assign(code=-1)
+    share = (change.end - change.start) / max(calm.length, 1)
+    kinds, kind_of = _kinds(usual, mine, change)
+    size = int(max(kinds.max(), kind_of.max(initial=0))) + 1
+    there, expected = np.bincount(kind_of, minlength=size), np.bincount(kinds, minlength=size) * share
+    surplus = np.maximum(there - expected, 0.0)
+    more = len(mine) - len(usual) * share
+    leave = round(more) if more > _BY_CHANCE * (len(usual) * share) ** 0.5 else 0
+    weight = np.where(there > 0, surplus / np.maximum(there, 1), 0.0)[kind_of]
+    stay = np.ones(len(mine), dtype=np.bool_)
+    if leave:
+        able = min(leave, int((weight > 0).sum()))
+        stay[generator.choice(len(mine), size=able, replace=False, p=weight / weight.sum())] = False
+    left = np.bincount(kind_of[stay], minlength=size)
+    others = []
+    for kind in np.flatnonzero(left > expected + _BY_CHANCE * expected**0.5 + 1).tolist():
+        members = generator.permutation(np.flatnonzero(stay & (kind_of == kind)))
+        others.append(members[: left[kind] - int(np.rint(expected[kind]))])
+    replaced = np.concatenate(others) if others else np.zeros(0, dtype=np.int64)
+    stay[replaced] = False
     drawn = usual.iloc[generator.integers(len(usual), size=len(replaced))]
-    drawn = drawn.assign(arrival=mine["arrival"].to_numpy()[replaced], code=-1, follows=-1, think=0, retry=False)
-    return stay, drawn
+    at = mine["arrival"].to_numpy()[replaced]
+    return stay, drawn.assign(arrival=at, code=-1, follows=-1, think=0, retry=False)
 
 
-def _kinds(requests: pd.DataFrame, edges: Sequence[Floats]) -> Ints:
-    """A number by the sizes of each request: between which of the edges they lie."""
-    kind = np.zeros(len(requests), dtype=np.int64)
-    for of, at in zip(_SIZES, edges, strict=True):
-        kind = kind * (len(at) + 1) + np.searchsorted(at, requests[of].to_numpy(), side="left")
-    return kind
+def _kinds(usual: pd.DataFrame, mine: pd.DataFrame, change: Change) -> tuple[Ints, Ints]:
+    """A number by the sizes of each request, of two tables: in which third of what is usual they lie, or beyond all of
+    that, and on which side of what had changed."""
+    kinds = [np.zeros(len(table), dtype=np.int64) for table in (usual, mine)]
+    for of in _SIZES:
+        edges = np.quantile(usual[of].to_numpy(), _EDGES)
+        if change.of == of.replace("_", " "):
+            edges = np.unique(np.append(edges, np.nextafter(change.above, 0.0)))
+        for place, table in enumerate((usual, mine)):
+            kinds[place] = kinds[place] * (len(edges) + 1) + np.searchsorted(edges, table[of].to_numpy(), side="left")
+    return kinds[0], kinds[1]
 
 
 def _with_retries(plan: Plan, gone: Mask) -> Mask:
