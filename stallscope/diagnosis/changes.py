@@ -29,7 +29,7 @@ MOST_OF_TRACE = 0.6  # beyond, what is usual and what is not can't be told apart
 LARGEST = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233)  # so many of a tenant's requests are above a level
 LEAST_DEVIATION = 0.25
 LEAST_GROWTH = 1.5
-COMMON_CHANCE, LEAST_COMMON_GROWTH = -3.0, 1.1  # of all together: asked of the time of a stall only, and accuses nobody
+COMMON_CHANCE, LEAST_COMMON_GROWTH = -3.3, 1.1  # of all together: asked of the time of a stall only, and accuses nobody
 LOGISTIC = 1.702  # scales a logistic distribution to a normal one's deviation
 FEWEST_TO_COMPARE = 20  # requests of a tenant whose growth says something of everybody's
 _BIN_NS = 5_000_000_000  # of the counts that tell how bursty arrivals are
@@ -139,7 +139,11 @@ def scan(tenants: Sequence[Arrivals], first: int, last: int) -> Changes:
     each = _Scan(tenants, first, last, CHANCE, LEAST_GROWTH)
     found = [change for tenant in range(len(tenants)) for change in each.changes_of(tenant)]
     together = _Scan([_together(tenants)], first, last, COMMON_CHANCE, LEAST_COMMON_GROWTH)
-    common = [(change.start, change.until) for change in together.changes_of(0)]
+    common = [
+        (change.start, change.until)
+        for change in together.changes_of(0)
+        if each.common_growth(change.start, change.end - change.start) >= LEAST_COMMON_GROWTH
+    ]
     return Changes(tuple(sorted(found, key=lambda change: (change.start, change.tenant))), tuple(common))
 
 
@@ -239,7 +243,7 @@ class _Scan:
         tail = None
         if one.above > 0 and (~inside).sum() >= FEWEST_TO_COMPARE // 2:
             tail = _tail(one.above, mine.sizes[one.of][~inside])
-        common = self._growth_of_others(tenant, one)
+        common = self.common_growth(one.start, one.length, tenant)
         share = one.length / span
         bursts = self._burstiness(counted, one)
         chance = _chance(one.count, one.others, share, one.all, tail, bursts, common)
@@ -249,17 +253,17 @@ class _Scan:
         until = int(mine.until[inside].max())
         return Change(tenant, one.start, one.end, until, one.of, one.above, one.count, expected, chance)
 
-    def _growth_of_others(self, tenant: int, one: _Stretch) -> float:
-        """What is common: the lower median of the other tenants' growth in number, at least 1."""
-        rest = self._span - one.length
+    def common_growth(self, start: int, length: int, but: int = -1) -> float:
+        """The lower median of the tenants' growth in number in a stretch (without tenant ``but``), at least 1."""
+        rest = self._span - length
         growth = []
         for other, arrivals in enumerate(self._tenants):
-            if other == tenant or len(arrivals.at) < FEWEST_TO_COMPARE:
+            if other == but or len(arrivals.at) < FEWEST_TO_COMPARE:
                 continue
-            first, end = np.searchsorted(arrivals.at, [one.start, one.start + one.length])
+            first, end = np.searchsorted(arrivals.at, [start, start + length])
             outside = len(arrivals.at) - int(end - first)
-            if outside:
-                growth.append(float(end - first) / one.length / (outside / rest))
+            if outside and rest > 0:
+                growth.append(float(end - first) / max(length, 1) / (outside / rest))
         growth.sort()
         return max(1.0, growth[(len(growth) - 1) // 2]) if growth else 1.0
 
