@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from stallscope.diagnosis.case import FAR_MORE, Case, Finding, dominates, reason_for
 from stallscope.diagnosis.evidence import share
+from stallscope.diagnosis.incidents import FEWEST_STALLED
 from stallscope.diagnosis.load import STEP_TIME
 from stallscope.diagnosis.model import Confidence, Verdict
-from stallscope.diagnosis.partition import Mechanism, Party
+from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.suspects import Suspect, find_suspect, largest_mechanism
 
 CARRIES = 0.4  # share of the loss above which tenants, the engine or one's own tenant carry an incident
@@ -18,10 +19,21 @@ LEAST_SHARE = 0.1  # share below which a tenant is not accused beside others
 HARMED = 0.3  # share of the loss that must be others' for theirs alone to be looked at
 MOST_UNSEEN = 0.5  # share of the loss without telemetry, from which on charges say nothing
 ENOUGH_OF_SET = 0.8  # culprits are the smallest set that makes up this share of what the accused caused
+SHORT = 0.1  # share of what a culprit is charged that a shortage of blocks or slots must be, to be the mechanism
 MOST_OF_THEIRS = 0.5  # of what tenants are charged, for those who changed to be accused though others carry much
 # After a stall those who are as usual queue for one another: that backlog is part of the loss, and no cause of it. Who
 # carries this much of the whole and that much of what is no backlog carries the incident too.
 CARRIES_WITH_BACKLOG, CARRIES_BUT_BACKLOG = 0.25, 0.6
+_SHORTAGES = [
+    MECHANISMS.index(one)
+    for one in (
+        Mechanism.KV_PINNING,
+        Mechanism.HEAD_OF_LINE,
+        Mechanism.PREEMPTION,
+        Mechanism.RECOMPUTE,
+        Mechanism.SLOT_EXHAUSTION,
+    )
+]
 
 
 def judge_by_charges(case: Case) -> Finding:
@@ -156,15 +168,30 @@ def _noisy(case: Case, culprits: list[Suspect], *, sure: bool) -> Finding:
     named = all(case.replica.tenants[suspect.tenant] != "(unknown)" for suspect in culprits)
     confidence = Confidence.MEDIUM if sure and named else Confidence.LOW
     reasons = tuple(reason_for(case, suspect) for suspect in culprits)
-    mechanism = str(culprits[0].mechanism)
+    mechanism = _mechanism(case, culprits[0])
     return Finding(Verdict.NOISY_NEIGHBOR, confidence, tuple(culprits), mechanism, reasons, {}, {})
+
+
+def _mechanism(case: Case, culprit: Suspect) -> str:
+    """What a culprit is charged most by; of a shortage of blocks or slots, a part of the charges is enough.
+
+    Where blocks are short, most of the waiting looks like that for any prompt; where they are not, none is charged.
+    """
+    charged = case.excess[case.excess["holder"] == culprit.tenant]
+    short = charged[charged["mechanism"].isin(_SHORTAGES)]
+    if short["ns"].sum() >= SHORT * charged["ns"].sum() and (name := largest_mechanism(short)) is not None:
+        return name
+    return str(culprit.mechanism)
 
 
 def _lost_by_others(case: Case) -> float:
     """What is charged but to the victims' own tenants (ns): what a culprit's own requests lost is no measure of what it
-    did to others. All of it, where others lost next to nothing."""
+    did to others. All of it, where next to none of others waited."""
     to_others = (1.0 - case.own_share) * case.charged_ns
-    return to_others if to_others >= HARMED * case.charged_ns else case.charged_ns
+    waited = case.waits.table.loc[case.window.waits, "tenant"]
+    others = int((~waited.isin(list(case.unusual))).sum())
+    enough = others >= FEWEST_STALLED if case.unusual else to_others >= HARMED * case.charged_ns
+    return to_others if enough else case.charged_ns
 
 
 def _smallest_set(accused: list[Suspect]) -> list[Suspect]:

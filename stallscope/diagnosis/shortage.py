@@ -15,6 +15,7 @@ from stallscope.diagnosis.replay.relaxations import Relaxation, relaxations
 from stallscope.diagnosis.suspects import largest_mechanism
 
 EXPLAINS = 0.6  # share of the harm that is gone: a shortage of this was necessary for it
+NEARLY = 0.25  # and so much less at most than what takes away most
 TIE = 0.1  # at most, for the share of the charges
 LACKS, EVICTS = 0.5, 0.1  # so little of the excess is in the replay, and so much of it charged to evictions
 PINS = 0.05  # share of the charges by one shortage from which on a head that does not fit counts as pinning
@@ -37,14 +38,16 @@ def mechanism_of(
     if lacking and by_name[eviction] >= EVICTS * by_name.sum():
         # What a prefix cache lost shows in a replay only as far as the telemetry says which prompts begin alike.
         return eviction
+    every = relaxations(replays.history.config)
+    gone = {relaxation: min(restored(relaxation), 1.0) for relaxation in every}
+    most = max(gone.values())
     tried: dict[str, float] = {}
-    for relaxation in relaxations(replays.history.config):
+    for relaxation in every:
         part = by_name.reindex([str(one) for one in relaxation.mechanisms])
-        gone = restored(relaxation)
-        if gone >= EXPLAINS and relaxation.particular:
+        if relaxation.particular and gone[relaxation] >= max(EXPLAINS, most - NEARLY):
             return _named(part)
         # Whether prompts cost too much or took too much of the budget is a matter of degree: charges tell.
-        tried[_named(part)] = min(gone, EXPLAINS) + TIE * share(float(part.sum()), float(by_name.sum()))
+        tried[_named(part)] = min(gone[relaxation], EXPLAINS) + TIE * share(float(part.sum()), float(by_name.sum()))
     best = max(tried, key=lambda name: tried[name])
     return best if tried[best] > 0 else largest_mechanism(theirs)
 

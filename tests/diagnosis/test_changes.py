@@ -33,10 +33,11 @@ def usual(rng: np.random.Generator, rate: float, median: float = 300, sigma: flo
 def beside(one: Arrivals, at: Floats, prompt: Floats) -> Arrivals:
     """With more requests."""
     sizes = one.sizes
+    answers = np.random.default_rng(len(at)).lognormal(3, 0.6, len(at))
     return arrivals(
         np.concatenate([one.at / S, at]),
         np.concatenate([sizes["prompt tokens"], prompt]),
-        np.concatenate([sizes["output tokens"], np.full(len(at), 20.0)]),
+        np.concatenate([sizes["output tokens"], answers]),
     )
 
 

@@ -204,7 +204,7 @@ def _windows(arrived: Ints, window: Window) -> list[tuple[int, int]]:
     """Runs of arrivals (first, end) around an incident that are long enough for a percentile."""
     found = []
     for length in WINDOWS_NS:
-        starts = np.arange(window.start - length // 2, max(window.end, window.start + 1), length // 4)
+        starts = np.arange(window.start - length // 2, max(window.end, window.start + 1), length // 2)
         first, end = np.searchsorted(arrived, starts), np.searchsorted(arrived, starts + length)
         found += [(a, b) for a, b in zip(first.tolist(), end.tolist(), strict=True) if b - a >= FEWEST_REQUESTS]
     if not found:
