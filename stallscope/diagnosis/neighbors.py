@@ -6,14 +6,15 @@ changed at a time, those whose part of that (Shapley, "A value for n-person game
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import factorial
 
 import numpy as np
 
 from stallscope.diagnosis.case import Case, Finding, reason_for
+from stallscope.diagnosis.changes import Change
 from stallscope.diagnosis.evidence import share
 from stallscope.diagnosis.metrics import IN_WORDS
 from stallscope.diagnosis.model import Confidence, InterventionKind, Verdict
@@ -43,7 +44,7 @@ class _Party:
 
 def judge_changes(case: Case, replays: IncidentReplays) -> Judgement:
     """Who of those that had changed in a window hurt others, or only themselves; no finding if nobody would notice."""
-    parties = _parties(case)
+    parties = _parties(case, case.loads.changes.during(replays.window.start, replays.window.end))
     hurt = _hurt_others(replays, parties)
     if hurt is None:
         return _self_inflicted(case, replays, parties)
@@ -166,11 +167,12 @@ def _in_words(harm: Harm, tenants: Sequence[str]) -> str:
 # --- parties ------------------------------------------------------------------------------------------------------
 
 
-def _parties(case: Case) -> list[_Party]:
+def _parties(case: Case, changes: Mapping[int, Change]) -> list[_Party]:
     """Those who changed, by what the victims are charged for them; newcomers of one shape are one."""
     charged = {suspect.tenant: suspect for suspect in (*case.own, *case.suspects)}
     changed = [
-        charged.get(tenant) or find_suspect(case.excess, tenant, case.loads, case.window) for tenant in case.unusual
+        replace(charged.get(tenant) or find_suspect(case.excess, tenant, case.loads, case.window), change=change)
+        for tenant, change in changes.items()
     ]
     groups = _alike(case, [one for one in changed if one.change is not None and one.change.newcomer])
     grouped = {tenant for group in groups for tenant in group.tenants}

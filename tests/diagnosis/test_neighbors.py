@@ -1,0 +1,77 @@
+"""Whom a change hurt: named where it moved somebody else's percentile, and only who did."""
+
+from __future__ import annotations
+
+import pytest
+
+from stallscope.diagnosis import Diagnosis, Verdict, diagnose
+from stallscope.diagnosis.incidents import find_episodes, find_windows, measure_waits
+from tests.diagnosis.replay.recorded import PLAIN, only_replica, recorded
+
+USUAL = """
+name: usual
+duration_s: 80
+engine: {ENGINE}
+tenants:
+  chat: {arrivals: {poisson_per_s: 6}, prompt_tokens: {uniform: [40, 400]}, output_tokens: {uniform: [20, 80]}}
+  search: {arrivals: {poisson_per_s: 2}, prompt_tokens: {uniform: [400, 900]}, output_tokens: {uniform: [5, 15]}}
+  idle: {arrivals: {poisson_per_s: 1}, prompt_tokens: {uniform: [10, 20]}, output_tokens: {uniform: [2, 4]}}
+"""
+PROMPTS = "{tenant: batch, from_s: 30, to_s: 55, poisson_per_s: 0.7, prompt_tokens: 6000, output_tokens: 10}"
+GROWTH = "{tenant: idle, from_s: 28, to_s: 57, grow: 6}"
+SLIVERS = ", ".join(
+    f"{{tenant: sliver-{one}, from_s: 30, to_s: 55, poisson_per_s: 0.2, prompt_tokens: 5000, output_tokens: 10}}"
+    for one in range(5)
+)
+
+
+def diagnosis(*injected: str, seed: int = 0) -> Diagnosis:
+    return diagnose(recorded(f"{USUAL}inject: [{', '.join(injected)}]", PLAIN, seed))
+
+
+def named(found: Diagnosis) -> set[str]:
+    return {
+        culprit.tenant
+        for incident in found.incidents
+        if incident.verdict is Verdict.NOISY_NEIGHBOR
+        for culprit in incident.culprits
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_grew_beside_a_culprit_and_hurt_nobody_is_not_named(seed: int) -> None:
+    found = diagnosis(PROMPTS, GROWTH, seed=seed)
+    assert found.verdict is Verdict.NOISY_NEIGHBOR
+    assert named(found) == {"batch"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_grew_and_hurt_nobody_is_no_incident(seed: int) -> None:
+    assert diagnosis(GROWTH, seed=seed).verdict is Verdict.HEALTHY
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_that_act_alike_are_named_together(seed: int) -> None:
+    found = diagnosis(SLIVERS, seed=seed)
+    assert named(found) == {f"sliver-{one}" for one in range(5)}
+    assert found.incidents[0].group
+
+
+def test_a_harm_is_told_without_a_stall_that_would_open_an_incident() -> None:
+    """A few larger prompts: nobody waits far beyond the usual, and yet a percentile has moved."""
+    mild = "{tenant: batch, from_s: 30, to_s: 60, poisson_per_s: 1.6, prompt_tokens: 1400, output_tokens: 5}"
+    text = f"{USUAL}inject: [{mild}]"
+    for seed in range(4):
+        trace = recorded(text, PLAIN, seed)
+        replica = only_replica(trace)
+        waits = measure_waits(replica)
+        if not find_windows(waits, find_episodes(waits), replica) and named(diagnose(trace)) == {"batch"}:
+            return
+    pytest.fail("no seed had a harm without a stall")
+
+
+def test_the_reason_says_what_was_sent_and_what_would_have_been() -> None:
+    (incident,) = diagnosis(PROMPTS).incidents
+    assert incident.reasons[0].startswith("batch sent ")
+    assert "with batch as usual, " in incident.reasons[1]
+    assert " would have been " in incident.reasons[1]
