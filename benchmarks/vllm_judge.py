@@ -90,7 +90,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class RunJudged:
-    """One recording with the culprit: what the analysis said of it, and its predictions; none where no replay counts."""
+    """One recording with the culprit: what the analysis said, and its predictions (none where no replay counts)."""
 
     run: int
     steps: int

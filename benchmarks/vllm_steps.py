@@ -196,7 +196,7 @@ class StepRecordingScheduler(Scheduler):
         ran = set(self.running)
         output = super().schedule(throttle_prefills)
         if self._emitter is not None and output.total_num_scheduled_tokens:
-            self._step = self._note(output, ran, scheduled_ns)
+            self._step = self._note(self._emitter, output, ran, scheduled_ns)
             self._step.dispatched_ns = now_ns()
             self._step.sched_ns = self._step.dispatched_ns - scheduled_ns
         return output
@@ -229,7 +229,7 @@ class StepRecordingScheduler(Scheduler):
                 left.append((life.info.handle, reason))
         return left
 
-    def _note(self, output: SchedulerOutput, ran: set[Request], scheduled_ns: int) -> StepRecord:
+    def _note(self, emitter: Emitter, output: SchedulerOutput, ran: set[Request], scheduled_ns: int) -> StepRecord:
         """The record of a step that was just scheduled; ``ran``: who ran before it."""
         news, self._news = self._news, _News()
         for life in news.joined:
