@@ -172,6 +172,8 @@ def _workload(setup: Setup, scenario: Scenario, seed: int, inject: bool) -> dict
             "enable_chunked_prefill": config.chunked_prefill,
             "enable_prefix_caching": config.prefix_caching,
             "long_prefill_token_threshold": config.long_prefill_token_threshold,
+            "scheduling_policy": config.policy,
+            "watermark": config.watermark,
             "block_size": config.block_size,
             "num_gpu_blocks_override": config.kv_blocks + 1,  # vLLM keeps one for itself
         },
@@ -187,6 +189,7 @@ def _request(one: PlannedRequest) -> dict[str, object]:
         "due_ns": one.offset_ns,
         "prompt_tokens": one.prompt_tokens,
         "output_tokens": one.output_tokens,
+        "priority": one.priority,
     }
 
 

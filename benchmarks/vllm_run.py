@@ -65,7 +65,13 @@ def _add(engine: LLMEngine, due_ns: int, one: dict[str, Any], prompt: list[int])
         detokenize=False,
         extra_args={"tenant": one["tenant"]},
     )
-    engine.add_request(one["id"], {"prompt_token_ids": prompt}, sampling, arrival_time=due_ns / 1e9)
+    engine.add_request(
+        one["id"],
+        {"prompt_token_ids": prompt},
+        sampling,
+        arrival_time=due_ns / 1e9,
+        priority=one["priority"],
+    )
 
 
 if __name__ == "__main__":
