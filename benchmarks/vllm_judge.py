@@ -104,7 +104,7 @@ class RunJudged:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """vLLM's Python, the model's folder, and where traces go."""
+    """vLLM's Python, the model's folder, and the folder for traces."""
 
     python: Path
     model: Path
@@ -118,6 +118,9 @@ class Setup:
             )
         if not (self.model / "config.json").is_file():
             raise UsageError(f"--model {self.model}: holds no config.json; give the folder of a model")
+        self.traces.mkdir(parents=True, exist_ok=True)
+        if any(self.traces.iterdir()):
+            raise UsageError(f"--traces {self.traces}: is not empty, and traces are never written over; name another")
 
 
 # --- real runs ----------------------------------------------------------------------------------------------------
@@ -315,6 +318,8 @@ def run(chosen: argparse.Namespace) -> list[RunJudged]:
     culprits = culprits_of(scenario)
     if chosen.repeats < 1:
         raise UsageError(f"--repeats {chosen.repeats}: at least 1")
+    if chosen.json and not chosen.json.absolute().parent.is_dir():
+        raise UsageError(f"--json {chosen.json}: there is no such folder; make it first")
     with tempfile.TemporaryDirectory() as temporary:
         setup = Setup(chosen.vllm_python, chosen.model.resolve(), chosen.traces or Path(temporary))
         setup.check()

@@ -215,7 +215,7 @@ class StepRecordingScheduler(Scheduler):
 
     def _deliver(self, outputs: dict[int, EngineCoreOutputs], ready_ns: int) -> list[tuple[int, int]]:
         """Counts the tokens of a step; returns who finished with it."""
-        left = []
+        left: list[tuple[int, int]] = []
         for output in chain.from_iterable(of_client.outputs for of_client in outputs.values()):
             life = self._lives.get(output.request_id)
             if life is None:
@@ -307,7 +307,7 @@ class StepRecordingScheduler(Scheduler):
 
     def _explain_waiting(self, budget: int) -> list[tuple[int, int, int]]:
         """What each waiting request lacks now, where that is another thing than before, in the order vLLM asks in."""
-        changed = []
+        changed: list[tuple[int, int, int]] = []
         slots = self.max_num_active_reqs - len(self.running)
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         free -= self.kv_cache_manager.watermark_blocks if self.running else 0

@@ -126,13 +126,22 @@ def test_what_is_not_there_is_said_in_one_line(
     assert output.err.count("\n") == 1
 
 
+def test_a_folder_with_traces_is_not_written_over(tmp_path: Path) -> None:
+    for name in ("python", "config.json"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+
+    with pytest.raises(UsageError, match="not empty"):
+        Setup(tmp_path / "python", tmp_path, tmp_path).check()
+    Setup(tmp_path / "python", tmp_path, tmp_path / "traces" / "new").check()
+
+
 @pytest.mark.skipif(not VLLM, reason="needs a vLLM 0.32: STALLSCOPE_VLLM_PYTHON=VENV/bin/python")
 def test_a_real_vllm_is_recorded_so_that_the_replay_agrees_with_its_scheduler(tmp_path: Path) -> None:
     """With little memory and few slots, so that its requests wait for both and are preempted."""
     scenario = load_scenario(SCENARIO, "tight")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(TINY_LLAMA), encoding="utf-8")
-    setup = Setup(Path(VLLM), tmp_path / "model", tmp_path)
+    setup = Setup(Path(VLLM), tmp_path / "model", tmp_path / "traces")
     setup.check()
 
     trace = read_trace(record_run(setup, scenario, 0, True, "with"))
