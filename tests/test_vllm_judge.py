@@ -147,6 +147,7 @@ def test_a_real_vllm_is_recorded_so_that_the_replay_agrees_with_its_scheduler(tm
     trace = read_trace(record_run(setup, scenario, 0, True, "with"))
 
     assert not trace.findings
+    assert not trace.validate()
     requests = trace.requests.to_pandas()
     assert (requests["state"] == "finished").all()
     assert set(requests["tenant"]) == {"chat", "search", "reasoner"}
