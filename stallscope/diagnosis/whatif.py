@@ -80,7 +80,7 @@ def _ask(replays: IncidentReplays, question: Question, tenants: Sequence[int]) -
         return (
             InterventionKind.WITHOUT_TENANT,
             f"without {', '.join(question.without)}",
-            replays.without_tenants(tenants),
+            replays.without_tenants(tenants, DRAWS),
         )
     if not question.settings:
         raise UsageError("ask one thing: --usual TENANT, --without TENANT, or --set NAME=VALUE")
