@@ -136,5 +136,6 @@ def reason_for(case: Case, suspect: Suspect) -> str:
         return f"{tenant} took {load.level:.0%} of the {suspect.resource}, usually {load.usual:.1%}"
     many = f"{change.count:,} request{'s' if change.count != 1 else ''}"
     what = many if change.above <= 0 else f"{many} with {change.above:,.0f} {change.of} or more"
-    usually = "it sends none at other times" if change.expected < 0.5 else f"usually it is {change.expected:,.0f}"
+    none = "it sends none at other times" if change.above <= 0 else "at other times it sends none as long"
+    usually = none if change.expected < 0.5 else f"usually it is {change.expected:,.0f}"
     return f"{tenant} sent {what} in {(change.end - change.start) / 1e9:,.0f} s; {usually}"

@@ -11,6 +11,7 @@ from stallscope.bench.cache import make
 from stallscope.bench.cases import make_case
 from stallscope.diagnosis import Diagnosis, Verdict, diagnose
 from stallscope.diagnosis.incidents import find_episodes, find_windows, measure_waits
+from stallscope.diagnosis.model import Confidence
 from stallscope.trace import read_trace
 from tests.diagnosis.replay.recorded import PLAIN, only_replica, recorded
 
@@ -81,3 +82,24 @@ def test_the_reason_says_what_was_sent_and_what_would_have_been() -> None:
     assert incident.reasons[0].startswith("batch sent ")
     assert "with batch as usual, " in incident.reasons[1]
     assert " would have been " in incident.reasons[1]
+
+
+# --- without a replay ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_most_batches_are_lost_the_only_one_that_changed_is_named_without_much_confidence(seed: int) -> None:
+    found = diagnosis(PROMPTS, "{telemetry: aggregate}", seed=seed)
+    assert not found.replays[0].trusted
+    assert named(found) == {"batch"}
+    assert found.incidents[0].confidence is not Confidence.HIGH
+
+
+def test_where_most_batches_are_lost_nobody_is_named_that_did_not_change() -> None:
+    assert named(diagnosis("{telemetry: aggregate}")) == set()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_charges_name_the_culprit_and_not_who_grew_beside_it(seed: int) -> None:
+    trace = recorded(f"{USUAL}inject: [{PROMPTS}, {GROWTH}]", PLAIN, seed)
+    assert named(diagnose(trace, replay=False)) == {"batch"}
