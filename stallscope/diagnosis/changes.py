@@ -25,6 +25,7 @@ from stallscope.diagnosis.timeline import Floats, Ints
 
 CHANCE = -6.0  # log10 of the probability below which a stretch is no work of chance: some thousand are looked at
 SHORTEST_NS, LONGER = 5_000_000_000, 1.4  # stretches: the shortest one, and each next one by this factor
+POSSIBLE = -4.0  # above, it is nothing but chance, whatever came of it
 MOST_OF_TRACE = 0.6  # beyond, what is usual and what is not can't be told apart
 LARGEST = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233)  # so many of a tenant's requests are above a level
 LEAST_DEVIATION = 0.25
@@ -78,11 +79,15 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """All changes of a replica's tenants, ordered by time; ``common``: stretches (ns) in which there was more of all
-    together, whoever sent it."""
+    """All changes of a replica's tenants, ordered by time.
+
+    ``common``: stretches (ns) in which there was more of all together, whoever sent it. ``possible``: what chance makes
+    now and then; a change only if it did more harm than chance does.
+    """
 
     found: tuple[Change, ...]
     common: tuple[tuple[int, int], ...] = ()
+    possible: tuple[Change, ...] = ()
 
     def of(self, tenant: int) -> list[Change]:
         return [change for change in self.found if change.tenant == tenant]
@@ -136,15 +141,24 @@ def find_changes(replica: Replica) -> Changes:
 
 def scan(tenants: Sequence[Arrivals], first: int, last: int) -> Changes:
     """The changes of tenants (codes: their places) whose arrivals were seen between two times."""
-    each = _Scan(tenants, first, last, CHANCE, LEAST_GROWTH)
-    found = [change for tenant in range(len(tenants)) for change in each.changes_of(tenant)]
+    each = _Scan(tenants, first, last, POSSIBLE, LEAST_GROWTH)
+    every = sorted(
+        (change for tenant in range(len(tenants)) for change in each.changes_of(tenant, CHANCE)), key=_by_time
+    )
     together = _Scan([_together(tenants)], first, last, COMMON_CHANCE, LEAST_COMMON_GROWTH)
     common = [
         (change.start, change.until)
-        for change in together.changes_of(0)
+        for change in together.changes_of(0, COMMON_CHANCE)
         if each.common_growth(change.start, change.end - change.start) >= LEAST_COMMON_GROWTH
     ]
-    return Changes(tuple(sorted(found, key=lambda change: (change.start, change.tenant))), tuple(common))
+    found, possible = (
+        tuple(change for change in every if (change.chance <= CHANCE) == certain) for certain in (True, False)
+    )
+    return Changes(found, tuple(common), possible)
+
+
+def _by_time(change: Change) -> tuple[int, int]:
+    return change.start, change.tenant
 
 
 def _together(tenants: Sequence[Arrivals]) -> Arrivals:
@@ -179,9 +193,11 @@ class _Scan:
         self._first, self._last = first, last
         self._span = max(last - first, 1)
 
-    def changes_of(self, tenant: int) -> list[Change]:
-        """The least likely stretch of a tenant, then that of what is left without it, and so on; those that touch are
-        one."""
+    def changes_of(self, tenant: int, certain: float) -> list[Change]:
+        """The least likely stretch of a tenant, then that of what is left without it, and so on.
+
+        Those that touch are one, if they are no likelier than ``certain`` (log10).
+        """
         mine = self._tenants[tenant]
         if not len(mine.at):
             return []
@@ -193,7 +209,9 @@ class _Scan:
             found.append(change)
             mine = mine.without(change.start, change.end)
             span -= change.end - change.start
-        return _joined(sorted(found, key=lambda change: change.start))
+        found.sort(key=_by_time)
+        joined = _joined([change for change in found if change.chance <= certain])
+        return [*joined, *(change for change in found if change.chance > certain)]
 
     def _least_likely(self, tenant: int, mine: Arrivals, span: int) -> Change | None:
         stretches = sorted(self._stretches(mine, span), key=lambda one: one.chance)[:_MOST_LOOKED_AT]

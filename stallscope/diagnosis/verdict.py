@@ -11,7 +11,7 @@ import pandas as pd
 
 from stallscope.diagnosis.accounting import judge_by_charges, most_of_theirs
 from stallscope.diagnosis.case import Case, Finding, open_case
-from stallscope.diagnosis.changes import Changes
+from stallscope.diagnosis.changes import CHANCE, Changes
 from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, victims
 from stallscope.diagnosis.incidents import Waits, Window, not_usual, windows_of_changes
 from stallscope.diagnosis.load import Loads
@@ -77,12 +77,41 @@ def judge(
                 continue
             if replays is not None:
                 judgement = judge_by_replay(case, replays, by_charges)
+                if _names_nobody(case, judgement) and replayer is not None:
+                    judgement = _possibly_changed(case, replayer, healthy, usual) or judgement
         if case.breaks_slo:
             # A promise that was broken is an incident, however usual that is, and whatever a replay can say of it.
             judgement = judgement if judgement.finding is not None else Judgement(by_charges, ())
         if judgement.finding is not None and (case.breaks_slo or not _is_natural(case, judgement.finding)):
             incident = _incident(case, judgement, replays if remedies else None)
         yield incident, number / total
+
+
+def _names_nobody(case: Case, judgement: Judgement) -> bool:
+    """Whether there is a stall out of the way, and neither a name for it nor a fault."""
+    named = judgement.finding is not None and judgement.finding.verdict is not Verdict.OVERLOAD
+    return not named and stands_out(case)
+
+
+def _possibly_changed(
+    case: Case, replayer: Replayer, healthy: pd.DataFrame, usual: pd.Series[float]
+) -> Judgement | None:
+    """Whether somebody did what chance makes now and then, and more harm by it than chance does.
+
+    How unlikely it was and by what factor a percentile rose count together.
+    """
+    window, changes = case.window, case.loads.changes
+    there = [one for one in changes.possible if one.start <= window.end and one.until >= window.start]
+    for change in sorted(there, key=lambda one: one.chance):
+        loads = Loads(case.replica, case.loads.windows, Changes((change,)))
+        (replays,) = replayer.incidents([window], case.waits, healthy, loads)
+        harm = replays.harm(replays.usual([change.tenant]), [change.tenant])
+        if harm is None or not harm.counts or change.chance - harm.magnitude > CHANCE:
+            continue
+        judgement = judge_changes(open_case(case.replica, case.waits, window, loads, healthy, usual), replays)
+        if judgement.finding is not None and judgement.finding.verdict is Verdict.NOISY_NEIGHBOR:
+            return judgement
+    return None
 
 
 def _changed_by_charges(case: Case, windows: Sequence[Window]) -> Judgement:

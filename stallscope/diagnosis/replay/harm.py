@@ -119,6 +119,11 @@ class Harm:
         return self.with_s - self.without_s
 
     @property
+    def magnitude(self) -> float:
+        """Log10 of the factor by which the percentile rose, a hundred at most."""
+        return float(np.log10(min(max(self.with_s, 1e-3) / max(self.without_s, 1e-3), 100.0)))
+
+    @property
     def counts(self) -> bool:
         """Whether anybody would notice."""
         return self.excess_s >= max(LEAST_CHANGE_S, LEAST_CHANGE_SHARE * self.without_s)
