@@ -32,6 +32,7 @@ LEAST_DEVIATION = 0.25
 LEAST_GROWTH = 1.5
 COMMON_CHANCE, LEAST_COMMON_GROWTH = -3.3, 1.1  # of all together: asked of the time of a stall only, and accuses nobody
 LOGISTIC = 1.702  # scales a logistic distribution to a normal one's deviation
+FEW = 0.1  # share of a tenant's requests up to which the others tell its usual sizes
 FEWEST_TO_COMPARE = 20  # requests of a tenant whose growth says something of everybody's
 _BIN_NS = 5_000_000_000  # of the counts that tell how bursty arrivals are
 _MOST_STARTS = 4_000
@@ -141,11 +142,11 @@ def find_changes(replica: Replica) -> Changes:
 
 def scan(tenants: Sequence[Arrivals], first: int, last: int) -> Changes:
     """The changes of tenants (codes: their places) whose arrivals were seen between two times."""
-    each = _Scan(tenants, first, last, POSSIBLE, LEAST_GROWTH)
+    each = _Scan(tenants, first, last, LEAST_GROWTH)
     every = sorted(
-        (change for tenant in range(len(tenants)) for change in each.changes_of(tenant, CHANCE)), key=_by_time
+        (change for tenant in range(len(tenants)) for change in each.changes_of(tenant, CHANCE, POSSIBLE)), key=_by_time
     )
-    together = _Scan([_together(tenants)], first, last, COMMON_CHANCE, LEAST_COMMON_GROWTH)
+    together = _Scan([_together(tenants)], first, last, LEAST_COMMON_GROWTH)
     common = [
         (change.start, change.until)
         for change in together.changes_of(0, COMMON_CHANCE)
@@ -187,16 +188,15 @@ class _Stretch:
 
 
 class _Scan:
-    def __init__(self, tenants: Sequence[Arrivals], first: int, last: int, chance: float, growth: float) -> None:
+    def __init__(self, tenants: Sequence[Arrivals], first: int, last: int, growth: float) -> None:
         self._tenants = tenants
-        self._most_chance, self._least_growth = chance, growth
+        self._least_growth = growth
         self._first, self._last = first, last
         self._span = max(last - first, 1)
 
-    def changes_of(self, tenant: int, certain: float) -> list[Change]:
-        """The least likely stretch of a tenant, then that of what is left without it, and so on.
-
-        Those that touch are one, if they are no likelier than ``certain`` (log10).
+    def changes_of(self, tenant: int, chance: float, possible: float = -np.inf) -> list[Change]:
+        """The least likely stretch of a tenant, then that of what is left without it, and so on, up to a chance
+        (log10); those that touch are one. Then those up to ``possible``.
         """
         mine = self._tenants[tenant]
         if not len(mine.at):
@@ -205,18 +205,20 @@ class _Scan:
             return [newcomer]
         found: list[Change] = []
         span = self._span
-        while len(found) < _MOST_CHANGES and (change := self._least_likely(tenant, mine, span)) is not None:
-            found.append(change)
-            mine = mine.without(change.start, change.end)
-            span -= change.end - change.start
-        found.sort(key=_by_time)
-        joined = _joined([change for change in found if change.chance <= certain])
-        return [*joined, *(change for change in found if change.chance > certain)]
+        for most in (chance, possible):
+            while len(found) < _MOST_CHANGES and (change := self._least_likely(tenant, mine, span, most)) is not None:
+                found.append(change)
+                mine = mine.without(change.start, change.end)
+                span -= change.end - change.start
+        certain = sorted((change for change in found if change.chance <= chance), key=_by_time)
+        return [*_joined(certain), *(change for change in found if change.chance > chance)]
 
-    def _least_likely(self, tenant: int, mine: Arrivals, span: int) -> Change | None:
-        stretches = sorted(self._stretches(mine, span), key=lambda one: one.chance)[:_MOST_LOOKED_AT]
-        for stretch in stretches:
-            if (change := self._confirmed(tenant, mine, span, stretch)) is not None:
+    def _least_likely(self, tenant: int, mine: Arrivals, span: int, most: float) -> Change | None:
+        if not np.isfinite(most):
+            return None
+        stretches = sorted(self._stretches(mine, span, most + _CLOSER_LOOK), key=lambda one: one.chance)
+        for stretch in stretches[:_MOST_LOOKED_AT]:
+            if (change := self._confirmed(tenant, mine, span, stretch, most)) is not None:
                 return change
         return None
 
@@ -229,7 +231,7 @@ class _Scan:
         count = len(mine.at)
         return Change(tenant, start, end, int(mine.until.max()), "requests", 0.0, count, 0.0, -np.inf, newcomer=True)
 
-    def _stretches(self, mine: Arrivals, span: int) -> Iterator[_Stretch]:
+    def _stretches(self, mine: Arrivals, span: int, most: float) -> Iterator[_Stretch]:
         """Those that look like no chance at first sight, by level and length."""
         for of, above in _levels(mine):
             at = mine.at if above <= 0 else mine.at[mine.sizes[of] >= above]
@@ -248,25 +250,27 @@ class _Scan:
                     around = np.searchsorted(mine.at, [start, start + length], side="left")
                     every = int(around[1] - around[0])
                     chance = _chance(int(count[place]), int(others[place]), share, every, tail)
-                    if chance <= self._most_chance + _CLOSER_LOOK:
+                    if chance <= most:
                         last = int(at[end[place] - 1])
                         yield _Stretch(
                             of, above, start, last, length, int(count[place]), every, int(others[place]), chance
                         )
 
-    def _confirmed(self, tenant: int, mine: Arrivals, span: int, one: _Stretch) -> Change | None:
+    def _confirmed(self, tenant: int, mine: Arrivals, span: int, one: _Stretch, most: float) -> Change | None:
         """The stretch as a change, if it is one beside what is usual at other times, and beside everybody's growth."""
         inside = (mine.at >= one.start) & (mine.at <= one.end)
         counted = mine.at if one.above <= 0 else mine.at[mine.sizes[one.of] >= one.above]
         tail = None
-        if one.above > 0 and (~inside).sum() >= FEWEST_TO_COMPARE // 2:
-            tail = _tail(one.above, mine.sizes[one.of][~inside])
+        if one.above > 0:
+            # Without its largest ones, a tenant's usual sizes would look less different than they are.
+            few = one.count <= FEW * len(mine.at) and (~inside).sum() >= FEWEST_TO_COMPARE // 2
+            tail = _tail(one.above, mine.sizes[one.of][~inside] if few else mine.sizes[one.of])
         common = self.common_growth(one.start, one.length, tenant)
         share = one.length / span
         bursts = self._burstiness(counted, one)
         chance = _chance(one.count, one.others, share, one.all, tail, bursts, common)
         expected = one.others * share / (1 - share)
-        if chance > self._most_chance or one.count < self._least_growth * common * expected:
+        if chance > most or one.count < self._least_growth * common * expected:
             return None
         until = int(mine.until[inside].max())
         return Change(tenant, one.start, one.end, until, one.of, one.above, one.count, expected, chance)
