@@ -46,7 +46,7 @@ def mechanism_of(
         part = by_name.reindex([str(one) for one in relaxation.mechanisms])
         if relaxation.particular and gone[relaxation] >= max(EXPLAINS, most - NEARLY):
             return _named(part)
-        # Whether prompts cost too much or took too much of the budget is a matter of degree: charges tell.
+        # Whether prompts or contexts cost too much, or took too much of the budget, charges tell.
         tried[_named(part)] = min(gone[relaxation], EXPLAINS) + TIE * share(float(part.sum()), float(by_name.sum()))
     best = max(tried, key=lambda name: tried[name])
     return best if tried[best] > 0 else largest_mechanism(theirs)

@@ -23,7 +23,8 @@ Change = Callable[[EngineConfig, Machine], tuple[EngineConfig, Machine]]
 class Relaxation:
     """``change`` gives configuration and machine; ``mechanisms`` are those that it takes away.
 
-    ``particular``: it helps against these only. Nearly any stall is gone where prompts cost nothing.
+    ``particular``: it helps against these only. Nearly any stall is gone where prompts cost nothing, and huge
+    prompts make huge contexts.
     """
 
     name: str
@@ -66,7 +67,7 @@ _ALWAYS = (
         _endless_kv,
     ),
     Relaxation("endless slots", (M.SLOT_EXHAUSTION,), _endless_slots),
-    Relaxation("contexts cost nothing", (M.DECODE_DRAG,), _free_context),
+    Relaxation("contexts cost nothing", (M.DECODE_DRAG,), _free_context, particular=False),
     Relaxation("no token budget", (M.PREFILL_QUEUE,), _endless_budget, particular=False),
     Relaxation(
         "prompts cost nothing",
