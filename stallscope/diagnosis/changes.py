@@ -35,7 +35,8 @@ LOGISTIC = 1.702  # scales a logistic distribution to a normal one's deviation
 FEW = 0.1  # share of a tenant's requests up to which the others tell its usual sizes
 FEWEST_TO_COMPARE = 20  # requests of a tenant whose growth says something of everybody's
 _BIN_NS = 5_000_000_000  # of the counts that tell how bursty arrivals are
-_MOST_STARTS = 4_000
+_BOUND = 2.0  # log10 of that factor
+_MANY, _MOST_STARTS = 1_000, 4_000  # stretches of one length and level
 _LIKELIEST = 20  # stretches of one level and length that are looked at closely
 _MOST_CHANGES = 8  # of a tenant
 _MOST_LOOKED_AT = 200
@@ -205,19 +206,28 @@ class _Scan:
             return [newcomer]
         found: list[Change] = []
         span = self._span
+        stretches: list[_Stretch] | None = None
         for most in (chance, possible):
-            while len(found) < _MOST_CHANGES and (change := self._least_likely(tenant, mine, span, most)) is not None:
+            while len(found) < _MOST_CHANGES:
+                if stretches is None:
+                    every = self._stretches(mine, span, max(chance, possible) + _CLOSER_LOOK)
+                    stretches = sorted(every, key=lambda one: one.chance)
+                change = self._least_likely(tenant, mine, span, most, stretches)
+                if change is None:
+                    break
                 found.append(change)
                 mine = mine.without(change.start, change.end)
                 span -= change.end - change.start
+                stretches = None
         certain = sorted((change for change in found if change.chance <= chance), key=_by_time)
         return [*_joined(certain), *(change for change in found if change.chance > chance)]
 
-    def _least_likely(self, tenant: int, mine: Arrivals, span: int, most: float) -> Change | None:
-        if not np.isfinite(most):
-            return None
-        stretches = sorted(self._stretches(mine, span, most + _CLOSER_LOOK), key=lambda one: one.chance)
+    def _least_likely(
+        self, tenant: int, mine: Arrivals, span: int, most: float, stretches: list[_Stretch]
+    ) -> Change | None:
         for stretch in stretches[:_MOST_LOOKED_AT]:
+            if stretch.chance > most + _CLOSER_LOOK:
+                break
             if (change := self._confirmed(tenant, mine, span, stretch, most)) is not None:
                 return change
         return None
@@ -235,15 +245,19 @@ class _Scan:
         """Those that look like no chance at first sight, by level and length."""
         for of, above in _levels(mine):
             at = mine.at if above <= 0 else mine.at[mine.sizes[of] >= above]
-            begin = np.arange(0, len(at), max(1, len(at) // _MOST_STARTS))
             tail = None if above <= 0 else _tail(above, mine.sizes[of])
             for length in _lengths(span):
+                # Of many, those that are an eighth of the length apart are enough.
+                apart = len(at) * length // (8 * span) if len(at) > _MANY else 0
+                begin = np.arange(0, len(at), max(1, apart, len(at) // _MOST_STARTS))
                 end = np.searchsorted(at, at[begin] + length, side="right")
                 count = end - begin
                 others = len(at) - count
                 share = length / span
                 likely = _likelihood(count, others, share)
-                for place in np.argsort(likely)[::-1][:_LIKELIEST].tolist():
+                # By Chernoff's bound, what is less likely than so is no less likely by chance, but for a small factor.
+                worth = np.flatnonzero((likely >= -np.log(10) * (most + _BOUND)) | (others == 0))
+                for place in worth[np.argsort(likely[worth])[::-1][:_LIKELIEST]].tolist():
                     if count[place] < self._least_growth * others[place] * share / (1 - share):
                         continue
                     start = int(at[begin[place]])
