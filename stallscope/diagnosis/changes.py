@@ -35,7 +35,7 @@ LOGISTIC = 1.702  # scales a logistic distribution to a normal one's deviation
 FEW = 0.1  # share of a tenant's requests up to which the others tell its usual sizes
 FEWEST_TO_COMPARE = 20  # requests of a tenant whose growth says something of everybody's
 _BIN_NS = 5_000_000_000  # of the counts that tell how bursty arrivals are
-_BOUND = 2.0  # log10 of that factor
+_BOUND = 2.0  # log10 of the most by which a probability lies below Chernoff's bound
 _MANY, _MOST_STARTS = 1_000, 4_000  # stretches of one length and level
 _LIKELIEST = 20  # stretches of one level and length that are looked at closely
 _MOST_CHANGES = 8  # of a tenant
@@ -243,32 +243,36 @@ class _Scan:
 
     def _stretches(self, mine: Arrivals, span: int, most: float) -> Iterator[_Stretch]:
         """Those that look like no chance at first sight, by level and length."""
-        for of, above in _levels(mine):
+        lengths = _lengths(span)
+        if not len(lengths):
+            return
+        for of, above, tail in _levels(mine):
             at = mine.at if above <= 0 else mine.at[mine.sizes[of] >= above]
-            tail = None if above <= 0 else _tail(above, mine.sizes[of])
-            for length in _lengths(span):
-                # Of many, those that are an eighth of the length apart are enough.
-                apart = len(at) * length // (8 * span) if len(at) > _MANY else 0
-                begin = np.arange(0, len(at), max(1, apart, len(at) // _MOST_STARTS))
-                end = np.searchsorted(at, at[begin] + length, side="right")
-                count = end - begin
-                others = len(at) - count
-                share = length / span
-                likely = _likelihood(count, others, share)
-                # By Chernoff's bound, what is less likely than so is no less likely by chance, but for a small factor.
-                worth = np.flatnonzero((likely >= -np.log(10) * (most + _BOUND)) | (others == 0))
-                for place in worth[np.argsort(likely[worth])[::-1][:_LIKELIEST]].tolist():
-                    if count[place] < self._least_growth * others[place] * share / (1 - share):
-                        continue
-                    start = int(at[begin[place]])
-                    around = np.searchsorted(mine.at, [start, start + length], side="left")
-                    every = int(around[1] - around[0])
-                    chance = _chance(int(count[place]), int(others[place]), share, every, tail)
-                    if chance <= most:
-                        last = int(at[end[place] - 1])
-                        yield _Stretch(
-                            of, above, start, last, length, int(count[place]), every, int(others[place]), chance
-                        )
+            begin, length = _starts(len(at), lengths, span)
+            end = np.searchsorted(at, at[begin] + length, side="right")
+            count, share = end - begin, length / span
+            others = len(at) - count
+            likely = _likelihood(count, others, share)
+            # By Chernoff's bound, what is less likely than so is no less likely by chance, but for a small factor.
+            grown = count >= self._least_growth * others * share / (1 - share)
+            worth = np.flatnonzero(grown & ((likely >= -np.log(10) * (most + _BOUND)) | (others == 0)))
+            worth = worth[_likeliest(likely[worth], length[worth])]
+            start = at[begin[worth]]
+            every = np.searchsorted(mine.at, start + length[worth]) - np.searchsorted(mine.at, start)
+            chance = _chance(count[worth], others[worth], share[worth], every, tail)
+            for one in np.flatnonzero(chance <= most).tolist():
+                place = int(worth[one])
+                yield _Stretch(
+                    of,
+                    above,
+                    int(start[one]),
+                    int(at[end[place] - 1]),
+                    int(length[place]),
+                    int(count[place]),
+                    int(every[one]),
+                    int(others[place]),
+                    float(chance[one]),
+                )
 
     def _confirmed(self, tenant: int, mine: Arrivals, span: int, one: _Stretch, most: float) -> Change | None:
         """The stretch as a change, if it is one beside what is usual at other times, and beside everybody's growth."""
@@ -278,11 +282,13 @@ class _Scan:
         if one.above > 0:
             # Without its largest ones, a tenant's usual sizes would look less different than they are.
             few = one.count <= FEW * len(mine.at) and (~inside).sum() >= FEWEST_TO_COMPARE // 2
-            tail = _tail(one.above, mine.sizes[one.of][~inside] if few else mine.sizes[one.of])
+            sizes = mine.sizes[one.of]
+            tail = _tail(one.above, _shape(sizes[~inside] if few else sizes))
         common = self.common_growth(one.start, one.length, tenant)
         share = one.length / span
         bursts = self._burstiness(counted, one)
-        chance = _chance(one.count, one.others, share, one.all, tail, bursts, common)
+        count, others, every = (np.array([number]) for number in (one.count, one.others, one.all))
+        chance = float(_chance(count, others, np.array([share]), every, tail, bursts, common)[0])
         expected = one.others * share / (1 - share)
         if chance > most or one.count < self._least_growth * common * expected:
             return None
@@ -308,26 +314,45 @@ class _Scan:
         edges = np.arange(self._first, self._last, _BIN_NS)
         if len(edges) < 6:
             return 1.0
-        counts = np.histogram(at, edges)[0]
+        counts = np.diff(np.searchsorted(at, edges))
         outside = counts[(edges[1:] < one.start) | (edges[:-1] > one.end)]
         if len(outside) < 5 or not outside.any():
             return 1.0
         return max(1.0, float(outside.var(ddof=1) / outside.mean()))
 
 
-def _lengths(span: int) -> list[int]:
+def _lengths(span: int) -> Ints:
     """Of the stretches that are looked at (ns), as long as what is usual can be told from them."""
     count = int(np.log(max(MOST_OF_TRACE * span / SHORTEST_NS, 1e-9)) / np.log(LONGER)) + 1
-    return [int(SHORTEST_NS * LONGER**power) for power in range(max(count, 0))]
+    return (SHORTEST_NS * LONGER ** np.arange(max(count, 0))).astype(np.int64)
 
 
-def _levels(mine: Arrivals) -> Iterator[tuple[str, float]]:
-    """What is counted: all requests, and those whose prompt or answer is as long as one of the longest ones."""
-    yield "requests", 0.0
+def _starts(requests: int, lengths: Ints, span: int) -> tuple[Ints, Ints]:
+    """With which of so many requests stretches begin, and how long each is."""
+    # Of many, those that are an eighth of the length apart are enough.
+    apart = requests * lengths // (8 * span) if requests > _MANY else np.zeros_like(lengths)
+    apart = np.maximum(apart, max(1, requests // _MOST_STARTS))
+    begin = [np.arange(0, requests, step) for step in apart.tolist()]
+    return np.concatenate(begin), np.repeat(lengths, [len(one) for one in begin])
+
+
+def _likeliest(likely: Floats, length: Ints) -> Ints:
+    """Of each length the places of the ``_LIKELIEST`` ones that are least like chance."""
+    order = np.lexsort((-likely, length))
+    first = np.searchsorted(length[order], length[order])
+    return order[np.arange(len(order)) - first < _LIKELIEST]
+
+
+def _levels(mine: Arrivals) -> Iterator[tuple[str, float, float | None]]:
+    """What is counted: all requests, and those whose prompt or answer is as long as one of the longest ones; and the
+    ``_tail`` of that."""
+    if not len(mine.at):
+        return
+    yield "requests", 0.0, None
     for of, sizes in mine.sizes.items():
-        descending = np.sort(sizes)[::-1]
+        descending, shape = np.sort(sizes)[::-1], _shape(sizes)
         above = {float(descending[count - 1]) for count in LARGEST if count <= len(sizes) // 2}
-        yield from ((of, level) for level in sorted(above) if level > 0)
+        yield from ((of, level, _tail(level, shape)) for level in sorted(above) if level > 0)
 
 
 def _shape(sizes: Floats) -> tuple[float, float]:
@@ -336,13 +361,13 @@ def _shape(sizes: Floats) -> tuple[float, float]:
     return float(middle), max(float(high - low) / 1.349, LEAST_DEVIATION)
 
 
-def _tail(above: float, sizes: Floats) -> float:
-    """Probability that a request of a tenant with these sizes is above a level."""
-    middle, deviation = _shape(sizes)
+def _tail(above: float, shape: tuple[float, float]) -> float:
+    """Probability that a request of a tenant whose sizes have this shape is above a level."""
+    middle, deviation = shape
     return float(1.0 / (1.0 + np.exp(min(LOGISTIC * (np.log(max(above, 1.0)) - middle) / deviation, 700.0))))
 
 
-def _likelihood(count: Ints, others: Ints, share: float) -> Floats:
+def _likelihood(count: Ints, others: Ints, share: Floats) -> Floats:
     """Log likelihood ratio of a higher rate inside (Kulldorff), to choose the stretches worth a closer look."""
     inside, outside = np.maximum(count, 1).astype(np.float64), np.maximum(others, 1).astype(np.float64)
     total = count + others
@@ -352,17 +377,19 @@ def _likelihood(count: Ints, others: Ints, share: float) -> Floats:
 
 
 def _chance(
-    count: int, others: int, share: float, every: int, tail: float | None, bursts: float = 1.0, common: float = 1.0
-) -> float:
-    """Log10 of the probability of so high a count in a stretch that is this ``share`` of the trace.
+    count: Ints, others: Ints, share: Floats, every: Ints, tail: float | None, bursts: float = 1.0, common: float = 1.0
+) -> Floats:
+    """Log10 of the probability of so high a count in a stretch that is this ``share`` of the trace, of each.
 
     ``tail``: probability that one of the tenant's requests is above the level, for where none was at other times.
     """
     inside = share * common / (share * common + 1 - share)
-    probability = float(betainc(count / bursts, others / bursts + 1.0, inside))
-    if tail is not None and not others:
-        probability = min(probability, float(betainc(count, max(every - count, 0) + 1.0, tail)))
-    return float(np.log10(max(probability, 1e-300)))
+    probability = betainc(count / bursts, others / bursts + 1.0, inside)
+    if tail is not None:
+        by_size = betainc(count, np.maximum(every - count, 0) + 1.0, tail)
+        probability = np.where(others == 0, np.minimum(probability, by_size), probability)
+    found: Floats = np.log10(np.maximum(probability, 1e-300))
+    return found
 
 
 def _joined(changes: list[Change]) -> list[Change]:

@@ -132,3 +132,12 @@ def test_nothing_is_no_change() -> None:
     assert found([]) == ()
     assert found([arrivals(none, none)]) == ()
     assert found([arrivals(np.array([80.0]), np.array([100.0]))])[0].newcomer
+
+
+def test_who_was_there_for_one_stretch_only_leaves_nothing_to_look_at() -> None:
+    """From the first second on, so that it is no newcomer: what is left without its change is nothing."""
+    rng = np.random.default_rng(0)
+    burst = at_random(rng, 4, 0, 30)
+    (change,) = found([usual(rng, 2), arrivals(burst, rng.lognormal(np.log(300), 0.8, len(burst)))])
+    assert change.tenant == 1
+    assert not change.newcomer
