@@ -10,8 +10,9 @@ from stallscope.diagnosis.evidence import share
 from stallscope.diagnosis.incidents import FEWEST_STALLED
 from stallscope.diagnosis.load import STEP_TIME
 from stallscope.diagnosis.model import Confidence, Verdict
+from stallscope.diagnosis.parties import ChangedParty, parties_of
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
-from stallscope.diagnosis.suspects import Suspect, find_suspect, largest_mechanism
+from stallscope.diagnosis.suspects import Suspect, largest_mechanism
 
 CARRIES = 0.4  # share of the loss above which tenants, the engine or one's own tenant carry an incident
 SURELY = 0.6  # the same, of what is no backlog, to be surer of it
@@ -71,23 +72,23 @@ def _unseen(case: Case) -> Finding | None:
     if unseen < MOST_UNSEEN:
         return None
     where = f"{unseen:.0%} of the victims' loss lies in stretches without telemetry"
-    only = _only_one_that_changed(case)
+    only = _only_party_that_changed(case)
     if only is None:
         return _finding(Verdict.INSUFFICIENT_DATA, None, where)
-    mechanism = str(only.mechanism) if only.caused_ns > 0 else None
-    reasons = (reason_for(case, only), f"nobody else had changed; but {where}")
-    return Finding(Verdict.NOISY_NEIGHBOR, Confidence.LOW, (only,), mechanism, reasons, {}, {})
+    charged = case.excess[case.excess["holder"].isin(only.tenants)]
+    reasons = (only.group or reason_for(case, only.suspects[0]), f"nobody else had changed; but {where}")
+    return Finding(
+        Verdict.NOISY_NEIGHBOR, Confidence.LOW, only.suspects, largest_mechanism(charged), reasons, {}, {}, only.group
+    )
 
 
-def _only_one_that_changed(case: Case) -> Suspect | None:
-    """One tenant that had changed while others waited."""
-    if len(case.unusual) != 1:
+def _only_party_that_changed(case: Case) -> ChangedParty | None:
+    """The only one that had changed while others waited."""
+    parties = parties_of(case, case.loads.changes.during(case.window.start, case.window.end))
+    if len(parties) != 1:
         return None
-    (tenant,) = case.unusual
-    waited = case.waits.table.loc[case.window.waits, "tenant"].to_numpy()
-    if (waited != tenant).mean() < HARMED:
-        return None
-    return find_suspect(case.excess, tenant, case.loads, case.window)
+    waited = case.waits.table.loc[case.window.waits, "tenant"]
+    return parties[0] if (~waited.isin(parties[0].tenants)).mean() >= HARMED else None
 
 
 def _outside(case: Case) -> Finding | None:

@@ -24,6 +24,7 @@ from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints
 
 CHANCE = -6.0  # log10 of the probability below which a stretch is no work of chance: some thousand are looked at
+LOOKS_NS, LOOKS_TENANTS = 300_000_000_000, 20  # in a trace of this length, with so many tenants; longer ones: more
 SHORTEST_NS, LONGER = 5_000_000_000, 1.4  # stretches: the shortest one, and each next one by this factor
 POSSIBLE = -4.0  # above, it is nothing but chance, whatever came of it
 MOST_OF_TRACE = 0.6  # beyond, what is usual and what is not can't be told apart
@@ -64,7 +65,8 @@ class Change:
     """A stretch (ns, by arrival) in which a tenant sent more than usual: ``count`` requests where ``expected`` were.
 
     ``of``: "requests", "prompt tokens" or "output tokens"; ``above``: those with more of that counted. ``chance``:
-    log10 of the probability that it is one. ``until``: when the last of its requests was seen last.
+    log10 of the probability that it is one, more of it where more was looked at. ``until``: when the last of its
+    requests was seen last.
     """
 
     tenant: int
@@ -194,6 +196,8 @@ class _Scan:
         self._least_growth = growth
         self._first, self._last = first, last
         self._span = max(last - first, 1)
+        # Bonferroni's correction, beyond the traces that ``CHANCE`` was set on.
+        self._looks = np.log10(max(self._span / LOOKS_NS, 1.0)) + np.log10(max(len(tenants) / LOOKS_TENANTS, 1.0))
 
     def changes_of(self, tenant: int, chance: float, possible: float = -np.inf) -> list[Change]:
         """The least likely stretch of a tenant, then that of what is left without it, and so on, up to a chance
@@ -255,11 +259,11 @@ class _Scan:
             likely = _likelihood(count, others, share)
             # By Chernoff's bound, what is less likely than so is no less likely by chance, but for a small factor.
             grown = count >= self._least_growth * others * share / (1 - share)
-            worth = np.flatnonzero(grown & ((likely >= -np.log(10) * (most + _BOUND)) | (others == 0)))
+            worth = np.flatnonzero(grown & ((likely >= -np.log(10) * (most - self._looks + _BOUND)) | (others == 0)))
             worth = worth[_likeliest(likely[worth], length[worth])]
             start = at[begin[worth]]
             every = np.searchsorted(mine.at, start + length[worth]) - np.searchsorted(mine.at, start)
-            chance = _chance(count[worth], others[worth], share[worth], every, tail)
+            chance = _chance(count[worth], others[worth], share[worth], every, tail) + self._looks
             for one in np.flatnonzero(chance <= most).tolist():
                 place = int(worth[one])
                 yield _Stretch(
@@ -288,7 +292,7 @@ class _Scan:
         share = one.length / span
         bursts = self._burstiness(counted, one)
         count, others, every = (np.array([number]) for number in (one.count, one.others, one.all))
-        chance = float(_chance(count, others, np.array([share]), every, tail, bursts, common)[0])
+        chance = float(_chance(count, others, np.array([share]), every, tail, bursts, common)[0] + self._looks)
         expected = one.others * share / (1 - share)
         if chance > most or one.count < self._least_growth * common * expected:
             return None

@@ -6,45 +6,28 @@ changed at a time, those whose part of that (Shapley, "A value for n-person game
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from math import factorial
 
-import numpy as np
-
 from stallscope.diagnosis.case import Case, Finding, reason_for
-from stallscope.diagnosis.changes import Change
 from stallscope.diagnosis.evidence import share
 from stallscope.diagnosis.metrics import IN_WORDS
 from stallscope.diagnosis.model import Confidence, InterventionKind, Verdict
+from stallscope.diagnosis.parties import ChangedParty, parties_of, tenants_of
 from stallscope.diagnosis.replay.harm import Harm
 from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
 from stallscope.diagnosis.shortage import mechanism_of
 from stallscope.diagnosis.stalls import Judgement
-from stallscope.diagnosis.suspects import Suspect, find_suspect
+from stallscope.diagnosis.suspects import Suspect
 
 LEAST_PART = 0.25  # of the harm, below which a party is not accused beside others
 MOST_PARTIES = 4
-FEWEST_ALIKE = 3  # newcomers of one shape that count as one
-ALIKE = 1.5  # their sizes differ by no larger factor
-
-
-@dataclass(frozen=True, slots=True)
-class _Party:
-    """One tenant that changed, or several newcomers that act alike; the one that cost most first."""
-
-    suspects: tuple[Suspect, ...]
-    group: str = ""
-
-    @property
-    def tenants(self) -> tuple[int, ...]:
-        return tuple(suspect.tenant for suspect in self.suspects)
 
 
 def judge_changes(case: Case, replays: IncidentReplays) -> Judgement:
     """Who of those that had changed in a window hurt others, or only themselves; no finding if nobody would notice."""
-    parties = _parties(case, case.loads.changes.during(replays.window.start, replays.window.end))
+    parties = parties_of(case, case.loads.changes.during(replays.window.start, replays.window.end))
     hurt = _hurt_others(replays, parties)
     if hurt is None:
         return _self_inflicted(case, replays, parties)
@@ -53,9 +36,11 @@ def judge_changes(case: Case, replays: IncidentReplays) -> Judgement:
     return _noisy(case, replays, harm, {one: parts[one] for one in chosen})
 
 
-def _hurt_others(replays: IncidentReplays, parties: Sequence[_Party]) -> tuple[Harm, dict[_Party, float]] | None:
+def _hurt_others(
+    replays: IncidentReplays, parties: Sequence[ChangedParty]
+) -> tuple[Harm, dict[ChangedParty, float]] | None:
     """The worst of what the parties did to others, and each one's part of it."""
-    harm = replays.harm(replays.usual(_tenants(parties)), _tenants(parties))
+    harm = replays.harm(replays.usual(tenants_of(parties)), tenants_of(parties))
     if harm is not None and harm.counts:
         return harm, _parts(replays, harm, parties)
     if len(parties) == 1:
@@ -68,12 +53,12 @@ def _hurt_others(replays: IncidentReplays, parties: Sequence[_Party]) -> tuple[H
     return hurt[worst], {worst: 1.0}
 
 
-def _parts(replays: IncidentReplays, harm: Harm, parties: Sequence[_Party]) -> dict[_Party, float]:
+def _parts(replays: IncidentReplays, harm: Harm, parties: Sequence[ChangedParty]) -> dict[ChangedParty, float]:
     """Each party's Shapley value: the mean of what its return adds to what that of those before it restored."""
-    restored = _restored(replays, harm, _tenants(parties))
+    restored = _restored(replays, harm, tenants_of(parties))
 
-    def worth(some: Sequence[_Party]) -> float:
-        return restored(replays.usual(_tenants(some))) if some else 0.0
+    def worth(some: Sequence[ChangedParty]) -> float:
+        return restored(replays.usual(tenants_of(some))) if some else 0.0
 
     if len(parties) > MOST_PARTIES:
         # What is left out is what does next to nothing alone.
@@ -104,9 +89,9 @@ def _restored(replays: IncidentReplays, harm: Harm, culprits: Sequence[int]) -> 
 # --- findings -----------------------------------------------------------------------------------------------------
 
 
-def _noisy(case: Case, replays: IncidentReplays, harm: Harm, parts: dict[_Party, float]) -> Judgement:
+def _noisy(case: Case, replays: IncidentReplays, harm: Harm, parts: dict[ChangedParty, float]) -> Judgement:
     names = case.replica.tenants
-    tenants = _tenants(list(parts))
+    tenants = tenants_of(list(parts))
     effect = replays.usual(tenants)
     who = ", ".join(names[tenant] for tenant in tenants)
     intervention = replays.describe(InterventionKind.USUAL, f"{who} as usual", tenants, effect)
@@ -132,7 +117,7 @@ def _noisy(case: Case, replays: IncidentReplays, harm: Harm, parts: dict[_Party,
     return Judgement(finding, (intervention,))
 
 
-def _self_inflicted(case: Case, replays: IncidentReplays, parties: Sequence[_Party]) -> Judgement:
+def _self_inflicted(case: Case, replays: IncidentReplays, parties: Sequence[ChangedParty]) -> Judgement:
     """Whether a change slowed down what its tenant sends anyway."""
     worst: tuple[Harm, Suspect] | None = None
     for suspect in (suspect for party in parties for suspect in party.suspects):
@@ -162,43 +147,3 @@ def _self_inflicted(case: Case, replays: IncidentReplays, parties: Sequence[_Par
 def _in_words(harm: Harm, tenants: Sequence[str]) -> str:
     what = f"{tenants[harm.tenant]}'s {IN_WORDS[harm.metric]} p{harm.quantile * 100:.0f}"
     return f"{what} would have been {harm.without_s:.2f} s, not {harm.with_s:.2f} s"
-
-
-# --- parties ------------------------------------------------------------------------------------------------------
-
-
-def _parties(case: Case, changes: Mapping[int, Change]) -> list[_Party]:
-    """Those who changed, by what the victims are charged for them; newcomers of one shape are one."""
-    charged = {suspect.tenant: suspect for suspect in (*case.own, *case.suspects)}
-    changed = [
-        replace(charged.get(tenant) or find_suspect(case.excess, tenant, case.loads, case.window), change=change)
-        for tenant, change in changes.items()
-    ]
-    groups = _alike(case, [one for one in changed if one.change is not None and one.change.newcomer])
-    grouped = {tenant for group in groups for tenant in group.tenants}
-    single = [_Party((suspect,)) for suspect in changed if suspect.tenant not in grouped]
-    return sorted([*groups, *single], key=lambda one: -sum(suspect.caused_ns for suspect in one.suspects))
-
-
-def _alike(case: Case, newcomers: Sequence[Suspect]) -> list[_Party]:
-    """Newcomers whose requests are of one shape, as groups."""
-    replica = case.replica
-    sizes = replica.requests[["prompt_tokens"]].assign(limit=replica.clients["max_tokens"])
-    shapes = {}
-    for suspect in newcomers:
-        mine = sizes[replica.tenant_of_request == suspect.tenant]
-        shapes[suspect.tenant] = mine.median().to_numpy(np.float64) + 1.0
-    left = sorted(newcomers, key=lambda suspect: -suspect.caused_ns)
-    groups = []
-    while left:
-        shape = shapes[left[0].tenant]
-        group = [one for one in left if np.abs(np.log(shapes[one.tenant] / shape)).max() <= np.log(ALIKE)]
-        left = [one for one in left if one not in group]
-        if len(group) >= FEWEST_ALIKE:
-            text = f"{len(group)} newcomers of one shape: prompts of about {shape[0] - 1:,.0f} tokens"
-            groups.append(_Party(tuple(group), text))
-    return groups
-
-
-def _tenants(parties: Sequence[_Party]) -> list[int]:
-    return [tenant for party in parties for tenant in party.tenants]

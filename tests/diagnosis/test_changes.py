@@ -56,6 +56,22 @@ def test_chance_is_no_change() -> None:
     assert changed <= 3
 
 
+def test_the_longer_one_looks_the_more_chance_makes() -> None:
+    """In six hours of twenty tenants there is a stretch that is unlikely in five minutes of one."""
+    changed = possible = 0
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        tenants = []
+        for _ in range(20):
+            at = at_random(rng, 0.2, until=6 * 3600)
+            tenants.append(arrivals(at, rng.lognormal(6, 1, len(at)), rng.lognormal(5, 0.8, len(at))))
+        changes = scan(tenants, 0, 6 * 3600 * S)
+        changed += len(changes.found)
+        possible += len(changes.possible)
+    assert changed == 0
+    assert possible <= 20
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_burst_is_found_where_it_was(seed: int) -> None:
     rng = np.random.default_rng(seed)
