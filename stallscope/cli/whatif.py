@@ -18,6 +18,9 @@ def whatif(
         list[str] | None, typer.Option(help="With this tenant as it usually is; may be given again.")
     ] = None,
     without: Annotated[list[str] | None, typer.Option(help="Without this tenant; may be given again.")] = None,
+    without_request: Annotated[
+        list[str] | None, typer.Option(help="Without this request (its id); may be given again.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -35,14 +38,15 @@ def whatif(
 
     Exit code 4: the recording can't be replayed well enough to say.
     """
-    from stallscope.diagnosis.whatif import Question, what_if
+    from stallscope.diagnosis.whatif import ASK_ONE, Question, what_if
     from stallscope.reports.json import to_json
     from stallscope.reports.whatif import print_what_if
     from stallscope.trace.select import select
 
-    question = Question(tuple(usual or ()), tuple(without or ()), tuple(_setting(text) for text in settings or ()))
-    if sum(map(bool, (question.usual, question.without, question.settings))) != 1:
-        raise UsageError("ask one thing: --usual TENANT, --without TENANT, or --set NAME=VALUE")
+    asked = (tuple(usual or ()), tuple(without or ()), tuple(without_request or ()))
+    question = Question(*asked, tuple(_setting(text) for text in settings or ()))
+    if sum(map(bool, (*asked, question.settings))) != 1:
+        raise UsageError(ASK_ONE)
     selected = select(read(trace), since=since, until=until, replica=replica, model=None)
     warn(selected)
     with progress("replaying") as advance:

@@ -138,8 +138,8 @@ class ReplayCheck:
     """How well a replica's recording could be replayed unchanged; ``trusted``: well enough for verdicts to rest on it.
 
     ``forced_agreement``: of recorded steps, the share whose batch the scheduler chose from the recorded state.
-    ``free_error``: median relative error of the tenants' percentiles in a free run; NaN is never stored: -1 where there
-    was none. ``reason`` says why there was no replay, or why it is not trusted; "" where it is.
+    ``free_error``: median relative error of the tenants' p90s in a free run of the busiest minute; -1 where there was
+    none. ``reason`` says why there was no replay, or why it is not trusted; "" where it is.
     """
 
     replica: str

@@ -19,13 +19,16 @@ from stallscope.errors import InconclusiveError, UsageError
 from stallscope.trace import Trace
 from stallscope_engine.config import EngineConfig
 
+ASK_ONE = "ask one thing: --usual TENANT, --without TENANT, --without-request ID, or --set NAME=VALUE"
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Tenants as usual, tenants not there, or settings of the engine (name and text): one of the three."""
+    """Tenants as usual, tenants or requests not there, or settings of the engine (name and text): one of the four."""
 
     usual: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    without_requests: tuple[str, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
 
 
@@ -49,14 +52,16 @@ def what_if(trace: Trace, question: Question, progress: Callable[[float], None] 
     replica = found[0]
     replays, check = _prepare(replica)
     tenants = [_tenant(replica, name) for name in (*question.usual, *question.without)]
+    requests = [_request(replica, name) for name in question.without_requests]
+    tenants += [int(replica.tenant_of_request[code]) for code in requests]
     if progress is not None:
         for done, draw in enumerate(DRAWS, start=1):
             replays.stretch.unchanged(draw)
             progress(done / (2 * len(DRAWS)))
-    kind, what, effect = _ask(replays, question, tenants)
+    kind, what, effect = _ask(replays, question, tenants, requests)
     if progress is not None:
         progress(1.0)
-    return WhatIf(replays.describe(kind, what, tenants, effect), check)
+    return WhatIf(replays.describe(kind, what, sorted(set(tenants)), effect), check)
 
 
 def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
@@ -72,7 +77,9 @@ def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
     return replayer.incidents([whole], waits, healthy, loads)[0], replayer.check
 
 
-def _ask(replays: IncidentReplays, question: Question, tenants: Sequence[int]) -> tuple[InterventionKind, str, Effect]:
+def _ask(
+    replays: IncidentReplays, question: Question, tenants: Sequence[int], requests: Sequence[int]
+) -> tuple[InterventionKind, str, Effect]:
     if question.usual:
         _check_usual(replays, tenants)
         return InterventionKind.USUAL, f"{', '.join(question.usual)} as usual", replays.usual(tenants)
@@ -82,8 +89,14 @@ def _ask(replays: IncidentReplays, question: Question, tenants: Sequence[int]) -
             f"without {', '.join(question.without)}",
             replays.without_tenants(tenants, DRAWS),
         )
+    if question.without_requests:
+        return (
+            InterventionKind.WITHOUT_REQUEST,
+            f"without {', '.join(question.without_requests)}",
+            replays.without_requests(requests, apart=tenants, draws=DRAWS),
+        )
     if not question.settings:
-        raise UsageError("ask one thing: --usual TENANT, --without TENANT, or --set NAME=VALUE")
+        raise UsageError(ASK_ONE)
     config = _changed(replays.history.config, question.settings)
     what = ", ".join(f"{name}={value}" for name, value in question.settings)
     if rejected := replays.rejected_by(config):
@@ -105,6 +118,13 @@ def _tenant(replica: Replica, name: str) -> int:
     if name not in replica.tenants:
         raise UsageError(f"no tenant {name!r} in the trace, but {', '.join(replica.tenants[:10])}")
     return replica.tenants.index(name)
+
+
+def _request(replica: Replica, name: str) -> int:
+    codes = np.flatnonzero((replica.requests["request"] == name).to_numpy())
+    if not len(codes):
+        raise UsageError(f"no request {name!r} in the trace: analyze --format json names those that did most")
+    return int(codes[0])
 
 
 def _changed(config: EngineConfig, settings: Sequence[tuple[str, str]]) -> EngineConfig:

@@ -62,7 +62,7 @@ def test_json_has_the_answer_and_how_far_it_is_to_be_trusted(run: Run, trace: Pa
 @pytest.mark.parametrize(
     ("question", "says"),
     [
-        ([], "ask one thing: --usual TENANT, --without TENANT, or --set NAME=VALUE"),
+        ([], "ask one thing: --usual TENANT, --without TENANT, --without-request ID, or --set NAME=VALUE"),
         (["--usual", "chat", "--without", "search"], "ask one thing"),
         (["--without", "reasonr"], "no tenant 'reasonr' in the trace, but"),
         (["--set", "max_num_seqs"], "--set 'max_num_seqs': write NAME=VALUE, such as"),

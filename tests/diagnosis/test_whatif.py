@@ -54,6 +54,17 @@ def test_a_bystander_that_is_not_there_restores_little() -> None:
     assert abs(answer(Question(without=("search",))).answer.restored) < 0.3
 
 
+def test_one_request_is_taken_away() -> None:
+    """Each of the flood's requests is a part of it, and a small one of others' is none."""
+    requests = recorded(CHAT + FLOOD).requests.to_pandas()
+    flood = requests[requests["tenant"].astype(str) == "batch"].sort_values("prompt_tokens")
+    largest = tuple(flood["request"].astype(str).tail(5))
+    several, one = (answer(Question(without_requests=those)).answer for those in (largest, largest[:1]))
+    assert several.kind is InterventionKind.WITHOUT_REQUEST
+    assert several.tenants == ("batch",)
+    assert 0 < one.restored < several.restored
+
+
 def test_a_prediction_is_what_a_run_without_the_tenant_has() -> None:
     predicted = ttft_of(answer(Question(without=("batch",))), "chat")
     control = what_if(recorded(CHAT + FLOOD, inject=False), Question(without=("search",)))

@@ -1,7 +1,7 @@
 """Does the replay's scheduler do what the recorded one did? Judged before anything rests on a replay.
 
-Teacher-forced: from the recorded state before a step, does it choose the recorded batch? Whether a free run gives the
-recorded percentiles is looked at incident by incident (``interventions``).
+Teacher-forced: from the recorded state before a step, does it choose the recorded batch? Free: how far are percentiles
+from the recorded ones, once what the replay itself did is what it goes on from?
 """
 
 from __future__ import annotations
@@ -9,14 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
+from stallscope.diagnosis.metrics import ITL, TTFT
+from stallscope.diagnosis.replay.harm import FEWEST_REQUESTS, LEAST_CHANGE_S, recorded_outcomes, waits_of
 from stallscope.diagnosis.replay.history import History, Standing, fill_cache, make_request, scheduled_at
+from stallscope.diagnosis.replay.machine import Machine
+from stallscope.diagnosis.replay.run import replay
+from stallscope.diagnosis.replay.usual import as_recorded
+from stallscope.diagnosis.timeline import Ints
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Scheduler
 from stallscope_telemetry.records import RequestState
 
 MOST_STEPS = 200
 LEAST_AGREEMENT = 0.95  # below, the policy counts as unknown
+FREE_NS, LEAD_NS, TAIL_NS = 60_000_000_000, 15_000_000_000, 10_000_000_000  # of a free run, and before and after it
+QUANTILE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,33 @@ def forced_agreement(history: History, first: int, last: int) -> Agreement:
     return Agreement(agreed / len(chosen) if chosen else 0.0, len(chosen))
 
 
+def free_error(history: History, machine: Machine) -> float:
+    """Median relative error of the tenants' p90s of TTFT and longest gap in a free run of the busiest minute, of those
+    with ``FEWEST_REQUESTS`` then; below 50 ms, of 50 ms. -1 where there are none.
+    """
+    arrival = np.sort(history.requests["arrival"].to_numpy(np.int64))
+    start = int(arrival[np.argmax(np.searchsorted(arrival, arrival + FREE_NS) - np.arange(len(arrival)))])
+    plan = as_recorded(history, start - LEAD_NS, start + FREE_NS + TAIL_NS, start + FREE_NS + TAIL_NS)
+    free = replay(history, machine, plan, draw=0).requests
+    # Retries and followers may come at another time, or not at all: those that came in both are compared.
+    codes = free.loc[free["arrived"].between(start, start + FREE_NS) & (free["code"] >= 0), "code"].to_numpy(np.int64)
+    recorded = recorded_outcomes(history.replica)
+    there, met = (_percentiles(one[np.isin(one["code"], codes)]) for one in (recorded, free))
+    pairs = pd.DataFrame({"recorded": there, "free": met}).dropna()
+    if pairs.empty:
+        return -1.0
+    error = (pairs["free"] - pairs["recorded"]).abs() / pairs["recorded"].clip(lower=LEAST_CHANGE_S * 1e9)
+    return float(error.median())
+
+
+def _percentiles(outcomes: pd.DataFrame) -> pd.Series[float]:
+    """Wait (ns) by tenant and metric, of tenants with enough requests."""
+    waits = pd.concat([outcomes[["tenant"]].assign(metric=m, wait=waits_of(outcomes, m)) for m in (TTFT, ITL)])
+    grouped = waits.groupby(["tenant", "metric"])["wait"]
+    enough = grouped.size() >= FEWEST_REQUESTS
+    return grouped.quantile(QUANTILE, interpolation="higher")[enough]
+
+
 def _worth_looking_at(history: History, first: int, last: int) -> list[int]:
     batches = history.replica.steps.iloc[first : last + 1]
     positions = np.arange(first, last + 1)
@@ -48,11 +84,11 @@ def _worth_looking_at(history: History, first: int, last: int) -> list[int]:
     return sorted(set(chosen))
 
 
-def _spread(positions: np.ndarray[tuple[int], np.dtype[np.int64]], most: int) -> list[int]:
+def _spread(positions: Ints, most: int) -> list[int]:
     """At most ``most`` of them, evenly spread."""
-    if len(positions) <= most:
-        return positions.tolist()
-    spread: list[int] = positions[np.linspace(0, len(positions) - 1, most).astype(np.int64)].tolist()
+    if len(positions) > most:
+        positions = positions[np.linspace(0, len(positions) - 1, most).astype(np.int64)]
+    spread: list[int] = positions.tolist()
     return spread
 
 

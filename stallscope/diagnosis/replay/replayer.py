@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from stallscope.diagnosis.incidents import Waits, Window
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import ReplayCheck
-from stallscope.diagnosis.replay.check import LEAST_AGREEMENT, forced_agreement
+from stallscope.diagnosis.replay.check import LEAST_AGREEMENT, forced_agreement, free_error
 from stallscope.diagnosis.replay.harm import read_norms
 from stallscope.diagnosis.replay.history import History, NotReplayable, read_history
 from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays, StretchReplays
@@ -95,7 +95,7 @@ def prepare_replay(replica: Replica) -> Replayer:
         policy=history.config.policy,
         forced_agreement=agreement.share,
         forced_steps=agreement.steps,
-        free_error=-1.0,
+        free_error=free_error(history, machine) if trusted else -1.0,
         step_cost_error=machine.cost.error,
         draws=len(DRAWS),
         trusted=trusted,

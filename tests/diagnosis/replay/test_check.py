@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from stallscope.diagnosis.replay.check import LEAST_AGREEMENT, forced_agreement
+from stallscope.diagnosis.replay.check import LEAST_AGREEMENT, forced_agreement, free_error
 from stallscope.diagnosis.replay.history import History
+from stallscope.diagnosis.replay.machine import learn_machine
 from tests.diagnosis.replay.recorded import AGENTS, CHAT, FLOOD, history_of
 
 ENGINES = [
@@ -46,3 +47,15 @@ def test_another_budget_than_the_recorded_one_is_told() -> None:
     history = history_of(CHAT + FLOOD)
     other = History(history.replica, replace(history.config, max_num_batched_tokens=512), history.requests)
     assert agreement(other) < 1.0
+
+
+@pytest.mark.parametrize("engine", ENGINES[:4])
+def test_a_free_run_meets_the_recorded_percentiles(engine: str) -> None:
+    history = history_of(CHAT + FLOOD, engine)
+    assert 0 <= free_error(history, learn_machine(history)) < 0.15
+
+
+def test_a_free_run_of_another_engine_does_not() -> None:
+    history = history_of(CHAT + FLOOD)
+    other = History(history.replica, replace(history.config, max_num_seqs=3), history.requests)
+    assert free_error(other, learn_machine(history)) > 0.5
