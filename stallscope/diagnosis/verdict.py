@@ -15,7 +15,7 @@ from stallscope.diagnosis.changes import CHANCE, Changes
 from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, victims
 from stallscope.diagnosis.incidents import Waits, Window, not_usual, windows_of_changes
 from stallscope.diagnosis.load import Loads
-from stallscope.diagnosis.model import Culprit, Incident, Intervention, Verdict
+from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
 from stallscope.diagnosis.neighbors import judge_changes
 from stallscope.diagnosis.outstanding import stands_out
 from stallscope.diagnosis.remedies import try_remedies
@@ -147,8 +147,11 @@ def _explained(
 
 def _is_natural(case: Case, finding: Finding) -> bool:
     """Whether it is no more than what the trace is full of, and nobody had changed; an overload: nor all together."""
-    if _beyond_replay(finding) or finding.verdict is Verdict.ENGINE_STALL:
+    if _beyond_replay(finding):
         return False
+    if finding.verdict is Verdict.ENGINE_STALL:
+        # A replay without faults has shown it, or it is to be seen.
+        return finding.confidence is not Confidence.HIGH and not stands_out(case)
     if finding.verdict is Verdict.OVERLOAD and not case.loads.changes.all_grew(case.window.start, case.window.end):
         return True
     changed = any(suspect.change is not None for suspect in finding.culprits)
