@@ -5,6 +5,8 @@ A tenant is accused only if its charges carry what others lost, and it had chang
 
 from __future__ import annotations
 
+import pandas as pd
+
 from stallscope.diagnosis.case import FAR_MORE, Case, Finding, dominates, reason_for
 from stallscope.diagnosis.evidence import share
 from stallscope.diagnosis.incidents import FEWEST_STALLED
@@ -52,13 +54,17 @@ def judge_by_charges(case: Case) -> Finding:
 
 
 def most_of_theirs(case: Case) -> Finding | None:
-    """Those who changed, if tenants are charged mostly for them, and the engine for less.
+    """Those who changed, if tenants are charged mostly for them, and the engine for less or for little of it all.
 
-    Much of a stall may be nobody's: what all queue for one another, and what a step costs in any case.
+    Much of a stall may be nobody's: what all queue for one another, and what a step costs in any case. Through many
+    steps their usual scatter adds up, too.
     """
     changed = [suspect for suspect in case.suspects if suspect.change is not None]
     caused, by_all = (sum(suspect.caused_ns for suspect in those) for those in (changed, case.suspects))
-    if not caused or caused < max(MOST_OF_THEIRS * by_all, case.share_of(Party.ENGINE) * case.charged_ns):
+    engines = case.share_of(Party.ENGINE) * case.charged_ns
+    if not caused or caused < MOST_OF_THEIRS * by_all:
+        return None
+    if caused < engines and engines >= CARRIES_WITH_BACKLOG * case.lost_ns:
         return None
     return _noisy(case, _smallest_set(changed), sure=False)
 
@@ -75,11 +81,22 @@ def _unseen(case: Case) -> Finding | None:
     only = _only_party_that_changed(case)
     if only is None:
         return _finding(Verdict.INSUFFICIENT_DATA, None, where)
-    charged = case.excess[case.excess["holder"].isin(only.tenants)]
+    mechanism = largest_mechanism(_charged_by_others(case, only))
     reasons = (only.group or reason_for(case, only.suspects[0]), f"nobody else had changed; but {where}")
-    return Finding(
-        Verdict.NOISY_NEIGHBOR, Confidence.LOW, only.suspects, largest_mechanism(charged), reasons, {}, {}, only.group
-    )
+    return Finding(Verdict.NOISY_NEIGHBOR, Confidence.LOW, only.suspects, mechanism, reasons, {}, {}, only.group)
+
+
+def _charged_by_others(case: Case, party: ChangedParty) -> pd.DataFrame:
+    """What a party cost others while it was not as usual, wherever there is telemetry: in the dark nothing is charged.
+
+    Columns of ``Waits.charges``; all that was charged, not only what is more than usual.
+    """
+    changes = [suspect.change for suspect in party.suspects if suspect.change is not None]
+    table = case.waits.table
+    near = (table["end"] > min(one.start for one in changes)) & (table["begin"] < max(one.until for one in changes))
+    others = table.index[near & ~table["tenant"].isin(party.tenants)]
+    charges = case.waits.charges
+    return charges[charges["holder"].isin(party.tenants) & charges["query"].isin(others)]
 
 
 def _only_party_that_changed(case: Case) -> ChangedParty | None:
