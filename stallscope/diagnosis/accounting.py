@@ -81,7 +81,8 @@ def _unseen(case: Case) -> Finding | None:
     only = _only_party_that_changed(case)
     if only is None:
         return _finding(Verdict.INSUFFICIENT_DATA, None, where)
-    mechanism = largest_mechanism(_charged_by_others(case, only))
+    charged = case.excess[case.excess["holder"].isin(only.tenants)]
+    mechanism = largest_mechanism(_charged_by_others(case, only) if charged.empty else charged)
     reasons = (only.group or reason_for(case, only.suspects[0]), f"nobody else had changed; but {where}")
     return Finding(Verdict.NOISY_NEIGHBOR, Confidence.LOW, only.suspects, mechanism, reasons, {}, {}, only.group)
 
