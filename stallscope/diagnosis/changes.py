@@ -144,7 +144,11 @@ def find_changes(replica: Replica) -> Changes:
 
 
 def scan(tenants: Sequence[Arrivals], first: int, last: int) -> Changes:
-    """The changes of tenants (codes: their places) whose arrivals were seen between two times."""
+    """The changes of tenants (codes: their places) whose arrivals were seen between two times.
+
+    What comes after the last arrival of all is no time in which one sent nothing: the traffic had ended.
+    """
+    last = min(last, max((int(one.at[-1]) for one in tenants if len(one.at)), default=last))
     each = _Scan(tenants, first, last, LEAST_GROWTH)
     every = sorted(
         (change for tenant in range(len(tenants)) for change in each.changes_of(tenant, CHANCE, POSSIBLE)), key=_by_time
@@ -308,8 +312,9 @@ class _Scan:
                 continue
             first, end = np.searchsorted(arrivals.at, [start, start + length])
             outside = len(arrivals.at) - int(end - first)
-            if outside and rest > 0:
-                growth.append(float(end - first) / max(length, 1) / (outside / rest))
+            if rest > 0:
+                # Who sent nothing at other times grew, too: as if it had sent one.
+                growth.append(float(end - first) / max(length, 1) / (max(outside, 1) / rest))
         growth.sort()
         return max(1.0, growth[(len(growth) - 1) // 2]) if growth else 1.0
 
@@ -355,8 +360,10 @@ def _levels(mine: Arrivals) -> Iterator[tuple[str, float, float | None]]:
     yield "requests", 0.0, None
     for of, sizes in mine.sizes.items():
         descending, shape = np.sort(sizes)[::-1], _shape(sizes)
+        # Where many are of one size, as answers are that always reach their limit, that is no large one.
+        half = descending[len(sizes) // 2]
         above = {float(descending[count - 1]) for count in LARGEST if count <= len(sizes) // 2}
-        yield from ((of, level, _tail(level, shape)) for level in sorted(above) if level > 0)
+        yield from ((of, level, _tail(level, shape)) for level in sorted(above) if level > max(half, 0.0))
 
 
 def _shape(sizes: Floats) -> tuple[float, float]:

@@ -157,3 +157,25 @@ def test_who_was_there_for_one_stretch_only_leaves_nothing_to_look_at() -> None:
     (change,) = found([usual(rng, 2), arrivals(burst, rng.lognormal(np.log(300), 0.8, len(burst)))])
     assert change.tenant == 1
     assert not change.newcomer
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_when_all_traffic_ends_nobody_has_changed(seed: int) -> None:
+    """A load test, and the time in which the engine works off what has come."""
+    rng = np.random.default_rng(seed)
+    tenants = []
+    for _ in range(3):
+        at = at_random(rng, 4, 0, 7)
+        tenants.append(arrivals(at, rng.lognormal(np.log(300), 0.8, len(at))))
+    assert found(tenants) == ()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_sent_nothing_at_other_times_has_grown_with_the_others(seed: int) -> None:
+    """All tenants but one straggler in one stretch: none of them stands out."""
+    rng = np.random.default_rng(seed)
+    tenants = [arrivals(np.array([160.0]), np.array([300.0]))]
+    for _ in range(3):
+        at = at_random(rng, 4, 0, 30)
+        tenants.append(arrivals(at, rng.lognormal(np.log(300), 0.8, len(at))))
+    assert [change for change in found(tenants) if not change.newcomer] == []
