@@ -18,7 +18,9 @@ from typing import Any
 
 from vllm import EngineArgs, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
-from vllm_steps import StepRecordingScheduler, now_ns
+
+from stallscope_telemetry.vllm import StallscopeScheduler
+from stallscope_telemetry.vllm.watch import now_ns
 
 _LEAD_NS = 500_000_000  # before the first request, so that none is late from the start
 
@@ -27,7 +29,7 @@ def main() -> None:
     workload = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     engine = LLMEngine.from_engine_args(
         EngineArgs(
-            scheduler_cls=StepRecordingScheduler,
+            scheduler_cls=StallscopeScheduler,
             async_scheduling=False,
             load_format="dummy",
             skip_tokenizer_init=True,

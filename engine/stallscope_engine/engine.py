@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from stallscope_engine.config import EngineConfig
-from stallscope_engine.prefixes import PrefixGroups
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Batch, Scheduler
+from stallscope_telemetry.prefixes import PrefixGroups
 from stallscope_telemetry.records import FinishReason, RequestRecord, RequestSnapshot, StepRecord
 
 
