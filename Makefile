@@ -18,11 +18,12 @@ LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check .
 TYPES = $(BIN)/mypy
 IMPORTS = $(BIN)/lint-imports --no-logo
 
-.PHONY: help demo test lint types imports format docs clean
+.PHONY: help demo test test-vllm lint types imports format docs clean
 
 help:
 	@echo "make demo      record a stall on the bundled engine, diagnose it, say who did it"
 	@echo "make test      lint, types, imports and all tests"
+	@echo "make test-vllm VLLM_PYTHON=VENV/bin/python     the hook in the schedulers of a real vLLM 0.32"
 	@echo "make lint | types | imports     one of these"
 	@echo "make format    format the code and mend what ruff can mend"
 	@echo "make docs      write the pages of docs/ that are made from code"
@@ -39,6 +40,10 @@ test: .venv/.installed-dev
 	$(IMPORTS) || failed=1; \
 	$(BIN)/pytest || failed=1; \
 	exit $$failed
+
+test-vllm: .venv/.installed-dev
+	$(if $(VLLM_PYTHON),,$(error VLLM_PYTHON is to name the Python of an environment with vLLM 0.32))
+	@STALLSCOPE_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) $(BIN)/pytest tests/vllm
 
 lint: .venv/.installed-dev
 	@$(LINT)

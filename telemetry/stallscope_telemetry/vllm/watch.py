@@ -288,8 +288,17 @@ class Watch:
         _, step = self._in_flight.pop(id(output), (None, None))
         if step is None:
             return
-        step.left = [*step.left, *self._deliver(outputs or {}, step.ready_ns)]
+        left = self._deliver(outputs or {}, step.ready_ns)
+        step.left = [*step.left, *left]
         self._emitter.step(step)
+        if left and self._in_flight:
+            # Steps that were scheduled meanwhile come later in the trace, where who has left is nobody.
+            gone = {handle for handle, _ in left}
+            for _, later in self._in_flight.values():
+                later.decodes = [pair for pair in later.decodes if pair[0] not in gone]
+                later.chunks = [pair for pair in later.chunks if pair[0] not in gone]
+                if later.keyframe is not None:
+                    later.keyframe = [one for one in later.keyframe if one.info.handle not in gone]
 
     def _deliver(self, outputs: Mapping[int, Any], ready_ns: int) -> list[tuple[int, int]]:
         """Counts the tokens of a step; returns who finished with it."""
