@@ -43,7 +43,7 @@ test: .venv/.installed-dev
 
 test-vllm: .venv/.installed-dev
 	$(if $(VLLM_PYTHON),,$(error VLLM_PYTHON is to name the Python of an environment with vLLM 0.32))
-	@STALLSCOPE_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) $(BIN)/pytest tests/vllm
+	@STALLSCOPE_VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) $(BIN)/pytest tests/vllm tests/test_vllm_judge.py
 
 lint: .venv/.installed-dev
 	@$(LINT)
