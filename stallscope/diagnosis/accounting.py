@@ -82,12 +82,12 @@ def _unseen(case: Case) -> Finding | None:
     if only is None:
         return _finding(Verdict.INSUFFICIENT_DATA, None, where)
     charged = case.excess[case.excess["holder"].isin(only.tenants)]
-    mechanism = largest_mechanism(_charged_by_others(case, only) if charged.empty else charged)
+    mechanism = largest_mechanism(_cost_to_others(case, only) if charged.empty else charged)
     reasons = (only.group or reason_for(case, only.suspects[0]), f"nobody else had changed; but {where}")
     return Finding(Verdict.NOISY_NEIGHBOR, Confidence.LOW, only.suspects, mechanism, reasons, {}, {}, only.group)
 
 
-def _charged_by_others(case: Case, party: ChangedParty) -> pd.DataFrame:
+def _cost_to_others(case: Case, party: ChangedParty) -> pd.DataFrame:
     """What a party cost others while it was not as usual, wherever there is telemetry: in the dark nothing is charged.
 
     Columns of ``Waits.charges``; all that was charged, not only what is more than usual.

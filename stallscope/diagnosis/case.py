@@ -138,4 +138,6 @@ def reason_for(case: Case, suspect: Suspect) -> str:
     what = many if change.above <= 0 else f"{many} with {change.above:,.0f} {change.of} or more"
     none = "it sends none at other times" if change.above <= 0 else "at other times it sends none as long"
     usually = none if change.expected < 0.5 else f"usually it is {change.expected:,.0f}"
-    return f"{tenant} sent {what} in {(change.end - change.start) / 1e9:,.0f} s; {usually}"
+    seconds = (change.end - change.start) / 1e9
+    within = f" in {seconds:,.{0 if seconds >= 1 else 1}f} s" if change.count > 1 else ""
+    return f"{tenant} sent {what}{within}; {usually}"

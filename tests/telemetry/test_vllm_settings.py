@@ -26,6 +26,7 @@ def request(**fields: Any) -> SimpleNamespace:
         "sampling_params": SimpleNamespace(extra_args=None),
         "trace_headers": None,
         "lora_request": None,
+        "session_id": None,
     }
     return SimpleNamespace(**(usual | fields))
 

@@ -4,8 +4,8 @@ Runs in vLLM's environment, started by ``test_hook``:
 
     drive_scheduler.py MODEL_FOLDER TRACE LOG.json SEED [--asynchronous] [--break-at STEP]
 
-LOG.json holds for each batch vLLM's own ``num_scheduled_tokens``, and each request's output. ``--break-at`` breaks what
-the hook reads, to see that vLLM goes on.
+LOG.json holds for each batch vLLM's own ``num_scheduled_tokens``, each request's output and how often vLLM preempted
+it. ``--break-at`` breaks what the hook reads, to see that vLLM goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections import deque
+from collections import Counter, deque
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ def main() -> None:
     common = [rng.randrange(3, 1000) for _ in range(64)]
     batches: list[dict[str, int]] = []
     outputs: dict[str, int] = {}
+    preempted: Counter[str] = Counter()
     in_flight: deque[Any] = deque()
     waiting = [_request(rng, number, common, hasher) for number in range(REQUESTS)]
     while waiting or scheduler.has_unfinished_requests() or in_flight:
@@ -92,6 +93,7 @@ def main() -> None:
             scheduler._watch._pool = None
         if scheduler.has_unfinished_requests():
             output = scheduler.schedule()
+            preempted.update(output.preempted_req_ids or ())
             if output.total_num_scheduled_tokens:
                 batches.append(dict(output.num_scheduled_tokens))
             # Who samples is asked now: with asynchronous scheduling vLLM counts on from here.
@@ -106,7 +108,7 @@ def main() -> None:
                 break
     scheduler.shutdown()
     with open(chosen.log, "w", encoding="utf-8") as file:
-        json.dump({"batches": batches, "outputs": outputs, "total_blocks": BLOCKS - 1}, file)
+        json.dump({"batches": batches, "outputs": outputs, "preempted": preempted, "total_blocks": BLOCKS - 1}, file)
 
 
 def _request(rng: random.Random, number: int, common: list[int], hasher: Any) -> Request:

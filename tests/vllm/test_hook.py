@@ -88,7 +88,13 @@ def test_the_trace_says_what_vllm_said(tmp_path: Path, seed: int, options: tuple
     assert requests["output_tokens"].to_dict() == {one: log["outputs"].get(one, 0) for one in requests.index}
     assert (steps["kv_used"] <= log["total_blocks"]).all()
     assert set(requests["tenant"]) == {"a", "b", "c"}
-    assert requests["preemptions"].sum() > 0, "the test is to have some"
+    assert log["preempted"], "the test is to have some"
+    assert requests["preemptions"][requests["preemptions"] > 0].to_dict() == log["preempted"]
+    rows = trace.residency.to_pandas()
+    rows = rows[rows["phase"] == "preempted"]
+    assert (rows["holder"].astype(str) != rows["request"].astype(str)).any()
+    for lost in rows.itertuples():
+        assert lost.holder in {*log["batches"][lost.first_step], lost.request}, "who took the blocks runs"
     assert requests["cached_tokens"].sum() > 0, "and these"
     assert (requests["finish_reason"] == "abort").any()
 

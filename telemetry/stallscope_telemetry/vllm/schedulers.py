@@ -35,19 +35,19 @@ class _Watched:
         return added
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        if self._watch is None:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self._watch.scheduling()
+        if self._watch is not None:
+            self._watch.scheduling()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self._watch.scheduled(output)
+        if self._watch is not None:
+            self._watch.scheduled(output)
         return output
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._watch is None:
-            return super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
-        self._watch.ready(scheduler_output)
+        if self._watch is not None:
+            self._watch.ready(scheduler_output)
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
-        self._watch.delivered(scheduler_output, outputs)
+        if self._watch is not None:
+            self._watch.delivered(scheduler_output, outputs)
         return outputs
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:

@@ -102,7 +102,7 @@ def info_of(request: Any, handle: int, tenant_of: Tenants) -> RequestInfo:
         tenant,
         source,
         request.priority,
-        session=getattr(request, "session_id", None) or "",
+        session=request.session_id or "",
         trace_id=trace_id,
         parent_span_id=parent,
     )

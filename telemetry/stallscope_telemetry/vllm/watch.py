@@ -36,11 +36,9 @@ from stallscope_telemetry.spans import EngineDescription, resource_attributes
 from stallscope_telemetry.vllm.settings import exporters, info_of, log, replica_name, tenants_from_environment
 
 _CLOCK_OFFSET_NS = time.time_ns() - time.perf_counter_ns()
-_QUEUES = ("kv_holding_waiting", "skipped_waiting", "waiting")  # in the order in which vLLM asks; none has all three
 _OWN_CONDITIONS = {
-    "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR": WaitReason.GRAMMAR,
-    "WAITING_FOR_FSM": WaitReason.GRAMMAR,
-    "WAITING_FOR_REMOTE_KVS": WaitReason.REMOTE_KV,
+    RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR: WaitReason.GRAMMAR,
+    RequestStatus.WAITING_FOR_REMOTE_KVS: WaitReason.REMOTE_KV,
 }
 _FINISH_REASONS = {
     "STOP": FinishReason.STOP,
@@ -137,7 +135,7 @@ def describe(scheduler: Any) -> EngineDescription:
         max_num_batched_tokens=scheduler.max_num_scheduled_tokens,
         chunked_prefill=settings.enable_chunked_prefill,
         policy=settings.policy,
-        watermark=getattr(settings, "watermark", 0.0),
+        watermark=settings.watermark,
         prefix_caching=bool(scheduler.cache_config.enable_prefix_caching),
         async_scheduling=bool(settings.async_scheduling),
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
@@ -170,11 +168,8 @@ class Watch:
         self._prefixes = PrefixGroups()
         self._pool = scheduler.kv_cache_manager.block_pool
         self._total_blocks = _blocks(scheduler)
-        self._watermark: int = getattr(scheduler.kv_cache_manager, "watermark_blocks", 0)
-        self._queues = [getattr(scheduler, name) for name in _QUEUES if hasattr(scheduler, name)]
-        self._own_conditions = {
-            RequestStatus[name]: reason for name, reason in _OWN_CONDITIONS.items() if name in RequestStatus.__members__
-        }
+        self._watermark: int = scheduler.kv_cache_manager.watermark_blocks
+        self._queues = (scheduler.kv_holding_waiting, scheduler.waiting)  # in the order in which vLLM asks
         self._chunked: bool = scheduler.scheduler_config.enable_chunked_prefill
         self._lives: dict[str, _Life] = {}
         self._prefilling: dict[str, _Life] = {}
@@ -251,8 +246,8 @@ class Watch:
         life = self._lives.get(request.request_id)
         if life is None:
             return
-        # For whose sake, only the loop knows that does it. Two calls up: the scheduler's own override and this guard.
-        asks = _local("request", above=4)
+        # Only vLLM's loop knows for whose sake: this method's guard and the scheduler's override lie between.
+        asks = sys._getframe(3).f_locals.get("request")
         taker = self._lives.get(getattr(asks, "request_id", ""), life)
         life.preemptions += 1
         life.events.append(("preempted", now_ns()))
@@ -418,7 +413,7 @@ class Watch:
             tokens = scheduled.get(request.request_id, 0)
             runs = request.status is RequestStatus.RUNNING
             preempted = request.status is RequestStatus.PREEMPTED
-            pending = getattr(request, "num_output_placeholders", 0)
+            pending = request.num_output_placeholders
             if pending and tokens and not request.is_prefill_chunk:
                 pending -= 1  # that of this step
             blocks = self._scheduler.kv_cache_manager.get_block_ids(request.request_id) if runs else ()
@@ -462,7 +457,7 @@ class Watch:
         return changed
 
     def _lacks(self, request: Any, slots: int, budget: int, free: int, *, is_head: bool) -> tuple[WaitReason, int]:
-        if (own := self._own_conditions.get(request.status)) is not None:
+        if (own := _OWN_CONDITIONS.get(request.status)) is not None:
             return own, 0
         if slots <= 0:
             return WaitReason.SLOTS, 1
@@ -472,9 +467,3 @@ class Watch:
         if short > 0 or is_head:
             return WaitReason.KV, max(short, 0)
         return WaitReason.HEAD, 0
-
-
-def _local(name: str, above: int) -> Any:
-    """A local variable of a caller, so many calls up; None where there is none."""
-    frame = sys._getframe(above)
-    return frame.f_locals.get(name)
