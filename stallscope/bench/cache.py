@@ -72,5 +72,6 @@ def _code() -> str:
     folders = [Path(module.__file__ or "").parent for module in (stallscope_engine, stallscope_telemetry)]
     package = Path(stallscope.__file__).parent
     files = [file for folder in (*folders, package / "workloads") for file in folder.rglob("*.py")]
+    files = [file for file in files if "vllm" not in file.parts]  # another engine's
     files += [package / "bench" / f"{name}.py" for name in _TRUTH_CODE]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(files))).hexdigest()

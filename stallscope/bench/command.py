@@ -38,6 +38,9 @@ def stall(
     executor: Annotated[
         Executor, typer.Option(help="torch runs in real time, several times a case; give it scenarios made for it.")
     ] = Executor.virtual,
+    fidelity: Annotated[
+        int, typer.Option(min=1, max=3, help="2: judge by sums of steps; 1: by request spans alone; with decoys.")
+    ] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="All scores and runs, for machines.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Of this machine's cores; all by default.")] = None,
     cache: Annotated[
@@ -88,7 +91,7 @@ def stall(
         if score is not None:
             work = partial(runner.judge_answer, folder=folder, executor=name, answers=read_answers(score))
         else:
-            work = partial(runner.judge, folder=folder, executor=name)
+            work = partial(runner.judge, folder=folder, executor=name, fidelity=fidelity)
         judged = runner.run(work, files, chosen, many, advance)
     if as_json:
         typer.echo(to_json(judged))

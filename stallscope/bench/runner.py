@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from stallscope.bench.answers import Answer, answer_of
-from stallscope.bench.cache import make
+from stallscope.bench.cache import Made, make
 from stallscope.bench.cases import make_case
+from stallscope.bench.degrade import degrade
 from stallscope.bench.rivals import accuse
 from stallscope.bench.scores import Judged, calibration_error
 from stallscope.diagnosis import diagnose
-from stallscope.trace import read_trace
+from stallscope.trace import Trace, read_trace
 from stallscope.workloads.replica import ExecutorName
 
 Job = tuple[Path, int]  # scenario file, seed
@@ -31,18 +33,26 @@ def case_name(job: Job) -> str:
     return blake2b(f"{file.stem}/{seed}".encode(), digest_size=5).hexdigest()
 
 
-def judge(job: Job, folder: Path, executor: ExecutorName) -> Judged:
-    """Makes a case, or finds it in the cache ``folder``, has its trace diagnosed as a user would, and compares."""
+def judge(job: Job, folder: Path, executor: ExecutorName, fidelity: int = 3) -> Judged:
+    """Makes a case, or finds it in the cache ``folder``, has its trace diagnosed as a user would, and compares.
+
+    Below ``fidelity`` 3, what poorer telemetry leaves of the trace, with decoys.
+    """
     made = make(make_case(*job), folder, executor)
     truth = made.truth
     try:
-        trace = read_trace(made.trace)
+        trace = read_trace(made.trace) if fidelity == 3 else _read_degraded(made, fidelity)
         diagnosis = diagnose(trace)
     except Exception as error:  # whatever ends an analyzer is a wrong answer to one case, and not the end of the others
         return Judged(case_name(job), truth, Answer(f"{CRASHED}: {type(error).__name__}: {error}"), {})
     answer = answer_of(diagnosis, truth.start_ns)
     rivals = accuse(trace, diagnosis, truth.harm, truth.start_ns) if truth.culprits and truth.harm else {}
     return Judged(case_name(job), truth, answer, rivals, calibration_error(truth, made.pairs, answer))
+
+
+def _read_degraded(made: Made, fidelity: int) -> Trace:
+    with TemporaryDirectory() as scratch:
+        return read_trace(degrade(made.trace, fidelity, made.truth, Path(scratch) / "degraded.otlp.jsonl.zst"))
 
 
 def judge_answer(job: Job, folder: Path, executor: ExecutorName, answers: Mapping[str, Answer]) -> Judged:

@@ -93,6 +93,8 @@ def score_all(judged: Sequence[Judged]) -> list[Score]:
         proportion("  with all telemetry", (one.verdict_is_right for one in scored if one.truth.telemetry_is_whole)),
         proportion("culprit first, harm at least doubled", (one.names_a_culprit_first for one in doubled), 0.99),
         proportion("culprit first, less", (one.names_a_culprit_first for one in milder), 0.95),
+        proportion("accusations that are right", (not one.falsely_accused for one in judged if one.answer.accused)),
+        proportion("names nobody where there is a culprit", (not one.answer.culprits for one in named)),
         resampled("set of culprits, F1", [one.set_f1 for one in named], _mean),
         proportion("mechanism", (one.mechanism_is_right for one in explained), 0.95),
         proportion("request", (one.answer.request in one.truth.requests for one in named)),

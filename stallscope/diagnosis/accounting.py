@@ -14,6 +14,7 @@ from stallscope.diagnosis.load import STEP_TIME
 from stallscope.diagnosis.model import Confidence, Verdict
 from stallscope.diagnosis.parties import ChangedParty, parties_of
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
+from stallscope.diagnosis.replica import BATCHES_SEEN
 from stallscope.diagnosis.suspects import Suspect, largest_mechanism
 
 CARRIES = 0.4  # share of the loss above which tenants, the engine or one's own tenant carry an incident
@@ -22,6 +23,7 @@ LEAST_SHARE = 0.1  # share below which a tenant is not accused beside others
 HARMED = 0.3  # share of the loss that must be others' for theirs alone to be looked at
 MOST_UNSEEN = 0.5  # share of the loss without telemetry, from which on charges say nothing
 ENOUGH_OF_SET = 0.8  # culprits are the smallest set that makes up this share of what the accused caused
+COMES_AND_GOES = 0.5  # share that a stall's time and a change's must have in common to be one
 SHORT = 0.1  # share of what a culprit is charged that a shortage of blocks or slots must be, to be the mechanism
 MOST_OF_THEIRS = 0.5  # of what tenants are charged, for those who changed to be accused though others carry much
 # After a stall those who are as usual queue for one another: that backlog is part of the loss, and no cause of it. Who
@@ -157,8 +159,35 @@ def _engine(case: Case) -> Finding | None:
     if not _carries(case, engine):
         return None
     mechanism = largest_mechanism(case.excess[case.excess["holder"] == int(Party.ENGINE)])
+    if case.replica.fidelity < BATCHES_SEEN and mechanism == Mechanism.UNEXPLAINED and case.unusual:
+        return _work_not_told(case, engine)
     reason = f"{engine:.0%} of the loss is time that no request's work explains"
     return _finding(Verdict.ENGINE_STALL, mechanism, reason, sure=share(engine, 1 - case.backlog) >= SURELY)
+
+
+def _work_not_told(case: Case, engine: float) -> Finding:
+    """Where batches are estimates, work that is done twice, or for what the cache had lost, is not told: it looks like
+    the engine's own. If it comes and goes with the only one that had changed, it is that one's doing; a single request
+    may be there by chance."""
+    where = f"{engine:.0%} of the loss is time that no work that was told explains"
+    only = _only_party_that_changed(case)
+    if only is None or _requests_of(only) < FEWEST_STALLED or _overlap(case, only) < COMES_AND_GOES:
+        return _finding(Verdict.INSUFFICIENT_DATA, Mechanism.UNEXPLAINED, f"{where}, and somebody had changed")
+    reasons = (only.group or reason_for(case, only.suspects[0]), f"nobody else had changed, and {where}")
+    mechanism = largest_mechanism(_cost_to_others(case, only))
+    return Finding(Verdict.NOISY_NEIGHBOR, Confidence.LOW, only.suspects, mechanism, reasons, {}, {}, only.group)
+
+
+def _requests_of(party: ChangedParty) -> int:
+    return sum(suspect.change.count for suspect in party.suspects if suspect.change is not None)
+
+
+def _overlap(case: Case, party: ChangedParty) -> float:
+    """How much a window and the time of a party's change have in common, as a share of both together."""
+    changes = [suspect.change for suspect in party.suspects if suspect.change is not None]
+    begin, end = min(one.start for one in changes), max(one.until for one in changes)
+    common = min(end, case.window.end) - max(begin, case.window.start)
+    return max(common, 0) / max(max(end, case.window.end) - min(begin, case.window.start), 1)
 
 
 def _self_inflicted(case: Case) -> Finding | None:

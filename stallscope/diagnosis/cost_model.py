@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 FEATURES = ("fixed", "prefill_tokens", "prefill_attention", "decode_requests", "decode_context")
 _HUBER = 0.1  # relative error up to which a step counts in full
 _ROUNDS = 8
@@ -37,8 +38,11 @@ class CostModel:
         return duration
 
 
-def fit_cost_model(features: Floats, duration_ns: Floats) -> CostModel:
-    """Fits the coefficients on ``features`` (n x 5, in the order of ``FEATURES``) and durations (n, ns)."""
+def fit_cost_model(features: Floats, duration_ns: Floats, weight: Floats | None = None) -> CostModel:
+    """Fits the coefficients on ``features`` (n x 5, in the order of ``FEATURES``) and durations (n, ns).
+
+    ``weight`` of each step (n) in place of how rare its like is.
+    """
     used = duration_ns > 0
     x, y = features[used], duration_ns[used]
     if not len(y):
@@ -48,26 +52,47 @@ def fit_cost_model(features: Floats, duration_ns: Floats) -> CostModel:
     scale = np.sqrt((relative**2).sum(axis=0))
     scale[scale == 0] = 1.0
     scaled = relative / scale
-    rarity = _rarity(x)
-    weight = rarity
+    importance = _rarity(x) if weight is None else weight[used]
+    trust: Floats = np.ones(len(y))
     solution = np.zeros(x.shape[1])
     for _ in range(_ROUNDS):
-        solution = _least_squares_not_negative(scaled, weight)
+        solution = _least_squares_not_negative(scaled, importance * trust)
         residual = np.abs(1.0 - scaled @ solution)
-        weight = rarity * np.minimum(1.0, _HUBER / np.maximum(residual, 1e-12))
+        trust = np.minimum(1.0, _HUBER / np.maximum(residual, 1e-12))
     b0, b1, b2, b3, b4 = (float(value) for value in solution / scale)
     error = float(np.median(np.abs(1.0 - scaled @ solution)))
     return CostModel((b0, b1, b2, b3, b4), error, len(y))
 
 
+def typical_of_kind(features: Floats, duration_ns: Floats) -> tuple[Floats, Floats, Floats]:
+    """Of each kind of step one (k x 5, k, k): mean features, the median of how long it took, and of all that time its
+    share.
+
+    For steps whose times and batches are estimates: then it takes many of a kind to tell how long one takes, and of the
+    few large prefills, on which all depends, none may be left out as an outlier.
+    """
+    group, count = _kinds(features)
+    means = np.stack([np.bincount(group, column) / count for column in features.T], axis=1)
+    order = np.lexsort((duration_ns, group))
+    middle = np.cumsum(count) - count + count // 2
+    typical = duration_ns[order[middle]]
+    return means, typical, typical * count / max(float(typical @ count), 1.0)
+
+
 def _rarity(features: Floats) -> Floats:
-    """Weights of steps: the root of how rare their like is, by powers of two of each feature; 1 on average."""
+    """Weights of steps: the root of how rare their like is; 1 on average."""
+    group, count = _kinds(features)
+    weight: Floats = count.astype(np.float64)[group] ** -0.5
+    weight /= weight.mean()
+    return weight
+
+
+def _kinds(features: Floats) -> tuple[Ints, Ints]:
+    """Of each step its kind, by powers of two of each feature, and how many there are of each."""
     magnitude = np.log2(1.0 + features[:, 1:]).astype(np.int64)
     key = magnitude @ (64 ** np.arange(magnitude.shape[1]))
     _, group, count = np.unique(key, return_inverse=True, return_counts=True)
-    weight: Floats = count[group] ** -0.5
-    weight /= weight.mean()
-    return weight
+    return group, count
 
 
 def _least_squares_not_negative(x: Floats, weight: Floats) -> Floats:

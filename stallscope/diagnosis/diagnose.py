@@ -13,8 +13,9 @@ from stallscope.diagnosis.evidence import quantiles
 from stallscope.diagnosis.incidents import find_episodes, find_windows, measure_waits
 from stallscope.diagnosis.load import KV, STEP_TIME, Loads
 from stallscope.diagnosis.model import Confidence, Coverage, Diagnosis, Incident, ReplayCheck, TenantSummary, Verdict
+from stallscope.diagnosis.reliance import LEAST_KEPT
 from stallscope.diagnosis.replay.replayer import prepare_replay
-from stallscope.diagnosis.replica import Replica, replicas
+from stallscope.diagnosis.replica import BATCHES_SEEN, Replica, replicas
 from stallscope.diagnosis.slo import Slo, check_tenants
 from stallscope.diagnosis.verdict import judge
 from stallscope.trace import Trace
@@ -31,7 +32,7 @@ def diagnose(
     remedies: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Diagnosis:
-    """Finds the incidents of a trace and judges each; needs steps (fidelity 3).
+    """Finds the incidents of a trace and judges each.
 
     ``slos``: what counts as stalled, in place of the learned usual. ``replay``: by what would have been; then
     ``remedies`` may be tried too. ``progress`` hears the share of the work that is done, in [0, 1]. Raises UsageError
@@ -49,7 +50,7 @@ def diagnose(
         episodes = find_episodes(waits)
         windows = find_windows(waits, episodes, replica, slos)
         replayer = None
-        if replay and (windows or changes.found):
+        if replay and replica.fidelity >= BATCHES_SEEN and (windows or changes.found):
             replayer = prepare_replay(replica)
             checks.append(replayer.check)
         for incident, done in judge(replica, waits, changes, episodes, windows, replayer, remedies=remedies):
@@ -81,9 +82,10 @@ def _overall(incidents: list[Incident], coverage: Coverage) -> tuple[Verdict, Co
     """The verdict of the most harmful incident; without one, healthy if there was enough to see."""
     if incidents:
         return incidents[0].verdict, incidents[0].confidence
-    if coverage.requests < FEWEST_REQUESTS or coverage.steps_lost > coverage.steps:
+    too_little = coverage.requests < FEWEST_REQUESTS or coverage.steps_lost > coverage.steps
+    if too_little or coverage.kept_share < LEAST_KEPT:
         return Verdict.INSUFFICIENT_DATA, Confidence.LOW
-    return Verdict.HEALTHY, Confidence.MEDIUM
+    return Verdict.HEALTHY, Confidence.MEDIUM if coverage.fidelity >= BATCHES_SEEN else Confidence.LOW
 
 
 def _coverage(trace: Trace, error: float) -> Coverage:
@@ -98,6 +100,7 @@ def _coverage(trace: Trace, error: float) -> Coverage:
         requests_open=int((states == "open").sum()),
         requests_lost=int((states == "lost").sum()),
         known_tenant_share=float((requests["tenant"].astype(str) != UNKNOWN).mean()) if len(requests) else 0.0,
+        kept_share=float(coverage["sampled_share"].min()) if len(coverage) else 1.0,
         cost_model_error=error,
     )
 

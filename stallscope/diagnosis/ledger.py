@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.cost_model import CostModel, fit_cost_model
+from stallscope.diagnosis.cost_model import CostModel, fit_cost_model, typical_of_kind
 from stallscope.diagnosis.timeline import (
     Floats,
     Intervals,
@@ -106,8 +106,8 @@ class Ledger:
     unknown: Intervals
 
     @staticmethod
-    def of(timeline: Timeline, stretches: Stretches) -> Ledger:
-        """Fits the cost model and adds up what each step cost."""
+    def of(timeline: Timeline, stretches: Stretches, *, estimated: bool = False) -> Ledger:
+        """Fits the cost model and adds up what each step cost; ``estimated``: nobody saw the batches of these steps."""
         n = len(timeline)
         spans = Intervals(np.zeros(1, dtype=np.int64), np.full(1, n))
         if n > FITTED_SPANS * FITTED_SPAN:
@@ -118,7 +118,8 @@ class Ledger:
         # A step whose batch is not fully known (after lost telemetry) would teach the model nonsense.
         taught = features[:, 1:].any(axis=1)
         duration = (timeline.end[fitted] - timeline.start[fitted]).astype(np.float64)
-        model = fit_cost_model(features[taught], duration[taught])
+        features, duration = features[taught], duration[taught]
+        model = fit_cost_model(*(typical_of_kind(features, duration) if estimated else (features, duration)))
         totals = scale, scaled_position, marginal = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
         nobody = [np.zeros(0, dtype=np.int64)]
         for low, cost, known in _sums(stretches, n, lambda rows: cost_lines(model, stretches, rows)):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Union, get_args, get_origin, get_type_hints
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Verdict(StrEnum):
@@ -219,7 +219,11 @@ class TenantSummary:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of what happened the telemetry shows."""
+    """How much of what happened the telemetry shows.
+
+    ``fidelity``: 3 where every batch was seen; below, batches are estimates: from sums of steps (2) or from requests
+    alone (1). ``kept_share``: of how many requests the spans were kept, as far as anything tells.
+    """
 
     fidelity: int
     steps: int
@@ -229,6 +233,7 @@ class Coverage:
     requests_open: int
     requests_lost: int
     known_tenant_share: float
+    kept_share: float
     cost_model_error: float  # median relative error of the step cost model
 
 

@@ -20,6 +20,8 @@ from stallscope.trace import Trace
 MOST_TENANTS = 50  # by tokens; the rest are analysed as one
 OTHER = "(other)"
 UNKNOWN = "(unknown)"
+REQUESTS_ONLY = 1  # the fidelity at which steps are estimates, too
+BATCHES_SEEN = 3  # the fidelity from which on who was in each batch was seen, and need not be estimated
 
 # Policies whose queue is served in the order of arrival.
 FIRST_COME = ("fcfs", "prefill_first", "static")
@@ -75,7 +77,8 @@ class Replica:
 
     ``requests`` (index = request code): request, tenant (code), arrival, first_token, end, delivered (ns; -1 where
     there is none), seen_until (end, or the last sight), prompt_tokens, output_tokens, state. ``gaps``: request (code),
-    start, length_ns, count.
+    start, length_ns, count. ``fidelity``: the best of any stretch; below ``BATCHES_SEEN`` batches are estimates.
+    ``kept_share``: of how many requests the spans were kept, as far as anything tells.
     """
 
     name: str
@@ -85,6 +88,8 @@ class Replica:
     partition: Partition
     trace: Trace
     request_codes: RequestCodes
+    fidelity: int
+    kept_share: float
 
     @cached_property
     def gaps(self) -> pd.DataFrame:
@@ -233,9 +238,12 @@ def _read(trace: Trace, name: str) -> Replica:
     )
     sources = _commonest(raw["tenant_source"], tenant_codes, len(tenants))
     del raw
-    ledger = Ledger.of(timeline, stretches)
+    coverage = trace.coverage.filter(pc.equal(trace.coverage["replica"].cast(pa.string()), name))
+    fidelity = int(pc.max(coverage["fidelity"]).as_py() or BATCHES_SEEN)
+    kept_share = float(pc.min(coverage["sampled_share"]).as_py() or 1.0)
+    ledger = Ledger.of(timeline, stretches, estimated=fidelity == REQUESTS_ONLY)
     lives = Lives(ledger, arrival, seen_until, state, taker, _serves_by_arrival(trace, name))
-    return Replica(name, tenants, sources, requests, Partition(ledger, lives), trace, codes)
+    return Replica(name, tenants, sources, requests, Partition(ledger, lives), trace, codes, fidelity, kept_share)
 
 
 def _residency(trace: Trace, name: str, codes: RequestCodes, timeline: Timeline) -> tuple[Stretches, Small, Ints]:

@@ -18,6 +18,7 @@ from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
 from stallscope.diagnosis.neighbors import judge_changes
 from stallscope.diagnosis.outstanding import stands_out
+from stallscope.diagnosis.reliance import as_far_as_seen
 from stallscope.diagnosis.remedies import try_remedies
 from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays
 from stallscope.diagnosis.replay.replayer import Replayer
@@ -170,6 +171,7 @@ def _incident(case: Case, judgement: Judgement, replays: IncidentReplays | None)
     """``replays``: remedies are tried in those, if it could be replayed."""
     finding, interventions = judgement.finding, judgement.interventions
     assert finding is not None
+    finding = as_far_as_seen(finding, case.replica)
     tried: tuple[Intervention, ...] = ()
     if replays is not None and interventions:
         tried = try_remedies(replays, [suspect.tenant for suspect in finding.culprits], finding.mechanism)

@@ -17,7 +17,9 @@ import numpy.typing as npt
 
 from stallscope.trace.clients import ClientSpan
 from stallscope.trace.findings import Findings
-from stallscope.trace.otlp import MALFORMED, Attributes, Resource, Span, SpanGroup, Value, read_attributes
+from stallscope.trace.foreign import claimed_tenant, sampled_share
+from stallscope.trace.otlp import Attributes, Resource, Span, SpanGroup, Value
+from stallscope.trace.otlp.spans import MALFORMED
 from stallscope_telemetry import names
 from stallscope_telemetry.records import RequestInfo, RequestSnapshot, RequestState, WaitReason
 
@@ -26,6 +28,7 @@ Ints = npt.NDArray[np.int64]
 UNKNOWN = "(unknown)"
 MOST = 1 << 53  # above it a duration (104 days of ns) or an amount is damage; sums of such stay within 64 bits
 MOST_TOKENS = 1 << 31  # the same for a handle or an amount in the composition of a batch
+LEAST_KEPT = 1e-6  # share of spans
 LATEST = 1 << 62  # ns since the epoch: the year 2116; adding a duration can't overflow
 
 _SCALARS = (
@@ -80,7 +83,10 @@ _Row = tuple[Value, ...]
 
 @dataclass(frozen=True, slots=True)
 class RequestSpan:
-    """A request that ended, as its own span tells it. ``attributes`` are as they came."""
+    """A request that ended, as its own span tells it. ``attributes`` are as they came.
+
+    ``claim``: tenant and who said so, where no attribute of ours does; ``kept``: the share of spans that were kept.
+    """
 
     request_id: str
     arrival: int
@@ -88,6 +94,8 @@ class RequestSpan:
     trace_id: str
     resource: int
     attributes: Attributes
+    claim: tuple[str, str] = ("", "")
+    kept: float = 1.0
 
     def integer(self, name: str) -> int | None:
         """The attribute as an amount within bounds, else None."""
@@ -195,27 +203,29 @@ def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
     for group in groups:
         replica = _replica_of(group.resource, collected)
         resource = replica.resources.setdefault(group.resource, len(replica.resources))
+        malformed = group.malformed
         for span in group.spans:
+            name, bad = span.name, span.bad
             try:
-                name = span["name"]
                 if name == names.STEP_SPAN:
-                    bad = _add_step(replica, resource, span)
+                    bad += _add_step(replica, resource, span)
                 elif name == names.REQUEST_SPAN:
-                    bad = _add_request(replica, resource, span)
+                    _add_request(replica, resource, span)
                 elif name == names.GPU_SPAN:
-                    bad = _add_sample(replica, span)
+                    _add_sample(replica, span)
                 elif name == names.CLIENT_SPAN:
-                    bad = _add_client(collected.clients, group.source, span)
+                    _add_client(collected.clients, group.source, span)
                 else:
                     collected.foreign += 1
                     continue
             except MALFORMED:
-                text = "a span without sound name, times or identity is left out"
-                findings.add("malformed_span", group.source, f":{group.line}", text)
+                malformed += 1
                 continue
             if bad:
                 text = "attributes are missing or of no type that OTLP allows, and are left out"
-                findings.add("unsound_attribute", group.source, f":{group.line}", text, bad)
+                findings.add("unsound_attribute", group.source, group.at, text, bad)
+        text = "a span without sound name, times or identity is left out"
+        findings.add("malformed_span", group.source, group.at, text, malformed)
     return collected
 
 
@@ -229,64 +239,57 @@ def _replica_of(resource: Resource, collected: Collected) -> ReplicaSpans:
 
 
 def _add_step(replica: ReplicaSpans, resource: int, span: Span) -> int:
-    attributes, bad = read_attributes(span["attributes"])
-    start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
+    """Returns how many attributes are missing."""
+    attributes, missing = span.attributes, 0
     try:
         scalars: tuple[Value, ...] = _scalars(attributes)
     except KeyError:
         if names.STEP not in attributes:
             raise
         scalars = tuple(attributes.get(name, 0) for name in _SCALARS)
-        bad += sum(name not in attributes for name in _SCALARS)
+        missing = sum(name not in attributes for name in _SCALARS)
     get = attributes.get
     optional = (get(names.IDLE, 0), get(names.DEVICE, NOT_MEASURED), get(names.KV_CACHED, 0), get(names.DROPPED, 0))
-    replica.rows.append((start, end, *scalars, *optional, resource))
+    replica.rows.append((span.start, span.end, *scalars, *optional, resource))
     replica.composition.append(None if _COMPOSITION.isdisjoint(attributes) else attributes)
-    return bad
+    return missing
 
 
-def _add_request(replica: ReplicaSpans, resource: int, span: Span) -> int:
-    attributes, bad = read_attributes(span["attributes"])
+def _add_request(replica: ReplicaSpans, resource: int, span: Span) -> None:
+    attributes, state = span.attributes, span.trace_state
     request_id = attributes[names.REQUEST_ID]
-    start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
-    if not isinstance(request_id, str) or not request_id or not (0 <= start < LATEST and 0 <= end < LATEST):
+    if not isinstance(request_id, str) or not request_id or not (0 <= span.start < LATEST and 0 <= span.end < LATEST):
         raise ValueError("no identity or time")
-    trace_id = span.get("traceId", "")
-    trace_id = trace_id.lower() if isinstance(trace_id, str) else ""
-    replica.requests.append(RequestSpan(request_id, start, end, trace_id, resource, attributes))
-    return bad
+    claim = ("", "") if names.TENANT in attributes else claimed_tenant(attributes, state)
+    kept = max(sampled_share(state), LEAST_KEPT)
+    replica.requests.append(
+        RequestSpan(request_id, span.start, span.end, span.trace_id, resource, attributes, claim, kept)
+    )
 
 
-def _add_sample(replica: ReplicaSpans, span: Span) -> int:
-    attributes, bad = read_attributes(span.get("attributes", []))
-    device, time = attributes[names.GPU_DEVICE], int(span["startTimeUnixNano"])
-    if not isinstance(device, str) or not device or not 0 <= time < LATEST:
+def _add_sample(replica: ReplicaSpans, span: Span) -> None:
+    device = span.attributes[names.GPU_DEVICE]
+    if not isinstance(device, str) or not device or not 0 <= span.start < LATEST:
         raise ValueError("no identity or time")
-    replica.samples.append(GpuSpan(device, time, attributes))
-    return bad
+    replica.samples.append(GpuSpan(device, span.start, span.attributes))
 
 
-def _add_client(clients: list[ClientSpan], source: str, span: Span) -> int:
-    attributes, bad = read_attributes(span["attributes"])
-    start, end = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
+def _add_client(clients: list[ClientSpan], source: str, span: Span) -> None:
+    attributes = span.attributes
     request_id, status = attributes[names.REQUEST_ID], attributes[names.CLIENT_STATUS]
     if not (isinstance(request_id, str) and request_id and isinstance(status, str) and status):
         raise ValueError("no identity or status")
-    if not 0 <= start <= end < LATEST:
+    if not 0 <= span.start <= span.end < LATEST:
         raise ValueError("no sound times")
-    trace_id, tenant, times = (
-        span.get("traceId", ""),
-        attributes.get(names.TENANT, ""),
-        attributes.get(names.TOKEN_TIMES, ""),
-    )
+    tenant, times = attributes.get(names.TENANT, ""), attributes.get(names.TOKEN_TIMES, "")
     tokens, late = attributes.get(names.USAGE_COMPLETION), attributes.get(names.CLIENT_LATE, 0)
     clients.append(
         ClientSpan(
             request_id,
-            trace_id.lower() if isinstance(trace_id, str) else "",
+            span.trace_id,
             tenant if isinstance(tenant, str) else "",
-            start,
-            end,
+            span.start,
+            span.end,
             status,
             tokens if type(tokens) is int and 0 <= tokens < MOST else None,
             late if type(late) is int and 0 <= late < MOST else 0,
@@ -294,7 +297,6 @@ def _add_client(clients: list[ClientSpan], source: str, span: Span) -> int:
             source,
         )
     )
-    return bad
 
 
 # --- composition of a step ----------------------------------------------------------------------------------

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stallscope.errors import UsageError
 from stallscope.trace import parquet
@@ -26,20 +27,25 @@ from stallscope.trace.decode import (
     collect,
 )
 from stallscope.trace.findings import Findings
+from stallscope.trace.foreign import engine_of
 from stallscope.trace.gpu import gpu_table
 from stallscope.trace.model import Trace
 from stallscope.trace.otlp import Progress, Reader, Resource, find_files
 from stallscope.trace.rebuild import Rebuilt, rebuild
+from stallscope.trace.reconstruct import StepClock, estimate_clock, known_clock, reconstruct, step_sums
 from stallscope.trace.requests import (
     KnownRequest,
     StepTimes,
+    TokenTimes,
     gap_table,
     match_requests,
+    mean_gaps,
     request_table,
     seen_token_times,
+    told_stations,
     told_token_times,
 )
-from stallscope.trace.residency import residency_columns, residency_table
+from stallscope.trace.residency import ResidencyColumns, residency_columns, residency_table
 from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import Column, encode, names_at, plain_table, same
 from stallscope.trace.validate import check_times
@@ -77,7 +83,7 @@ Plain = Mapping[str, pa.Table]
 
 
 def read_trace(path: str | Path, progress: Progress | None = None) -> Trace:
-    """Reads OTLP files (JSON lines; plain, gzip or zstd), a folder of them, or a folder that `write_parquet` wrote.
+    """Reads OTLP files (JSON or protobuf; plain, gzip or zstd), a folder of them, or one that `write_parquet` wrote.
 
     ``progress`` is called with bytes read and bytes in all. Raises UsageError where there is nothing sound to read;
     anything less is a finding in the trace.
@@ -108,27 +114,27 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
     collected = collect(reader.read(files), findings)
     if not reader.saw_otlp:
         raise UsageError(
-            f"{path}: no OTLP in it; expected JSON lines of the OpenTelemetry file exporter, plain, gzip or zstd"
+            f"{path}: no OTLP in it; expected what OpenTelemetry exports, JSON or protobuf, plain, gzip or zstd"
         )
     if collected.step_count == 0 and collected.request_count == 0 and collected.clients:
         raise UsageError(
             f"{path} holds only what clients saw ({len(collected.clients)} llm_client spans); "
             "put the engine's trace into the same folder"
         )
-    if collected.step_count == 0:
-        spans = "request span" if collected.request_count == 1 else "request spans"
-        raise UsageError(
-            f"{path} has {collected.request_count} {spans} but no engine.step spans; "
-            "record with the bundled engine, or turn on stallscope's telemetry hook in yours"
-        )
     text = "spans that are neither engine.step nor llm_request, llm_client or gpu.sample"
     findings.add("foreign_spans", str(path), "", text, collected.foreign)
     lives = list(_lives(collected, findings))
-    if not any(len(life.steps) for life in lives):
+    if collected.step_count and not any(len(life.steps) for life in lives):
         raise UsageError(
             f"{path}: none of its {collected.step_count} engine.step spans has sound times and index; record it again"
         )
     parts = [_tables_of(life, findings) for life in lives]
+    if not any(part["steps"].num_rows for part in parts):
+        spans = "request span" if collected.request_count == 1 else "request spans"
+        raise UsageError(
+            f"{path} has {collected.request_count} {spans}, no engine.step spans, and nothing that says when a request "
+            "was scheduled and answered; turn on the engine's tracing, or stallscope's telemetry hook in it"
+        )
     parts += [{"gpu": gpu_table(one.name, one.samples, findings)} for one in _samplers(collected)]
     tables = {name: encode(name, [part[name] for part in parts if name in part]) for name in TABLES}
     tables["clients"] = encode("clients", [client_table(collected.clients, tables["requests"], findings)])
@@ -231,41 +237,85 @@ def _content(steps: Steps, resources: Sequence[Resource], position: int) -> tupl
 
 
 def _tables_of(life: _Life, findings: Findings) -> Plain:
+    """Of batches that the steps tell, or else of what the requests tell of them."""
     columns = life.steps.columns
     times = StepTimes(columns["step"], columns["scheduled"], columns["ready"])
     rebuilt = rebuild(
         life.name, times.steps.tolist(), times.scheduled.tolist(), life.steps.composition, findings
     )  # fmt: skip
     known = match_requests(life.name, rebuilt, life.requests, findings)
-    if not len(life.steps):
-        findings.add("no_steps", life.name, "", "a replica sent requests but no steps; its batches are not known")
+    told = told_token_times(life.name, known, findings)
+    models = [_text(one, names.MODEL) or "" for one in life.resources]
+    served = models[columns["resource"][0]] if len(life.steps) else ""
+    models_of = [served if one.span is None else models[one.span.resource] for one in known]
+    requests = request_table(life.name, known, models_of, times, told)
+    tables = {
+        "replicas": _replica_table(life, times, [one.arrival for one in known]),
+        "requests": requests,
+        "gpu": gpu_table(life.name, life.samples, findings),
+    }
+    if any(one is not None for one in life.steps.composition):
+        return {**tables, **_rebuilt_tables(life, times, rebuilt, known, told)}
+    return {**tables, **_reconstructed_tables(life, times, requests, known, told)}
 
+
+def _rebuilt_tables(
+    life: _Life, times: StepTimes, rebuilt: Rebuilt, known: Sequence[KnownRequest], told: TokenTimes
+) -> Plain:
+    """Where batches are known, at least in some stretches."""
     positions = np.zeros(len(rebuilt.requests), dtype=np.int64)
     for position, one in enumerate(known):
         if one.seen is not None:
             positions[one.seen.index] = position
     rows = residency_columns(rebuilt, positions, times.steps)
-    block_sizes = np.array([_integer(one, names.BLOCK_SIZE) or 0 for one in life.resources], dtype=np.int64)
-    block_size = block_sizes[columns["resource"][np.searchsorted(times.steps, rows.first_step)]]
-    told = told_token_times(life.name, known, findings)
     untold = np.ones(len(known), dtype=np.bool_)
     untold[told.request] = False
-    models = [_text(one, names.MODEL) or "" for one in life.resources]
-    served = models[columns["resource"][0]] if len(life.steps) else ""
     return {
-        "replicas": _replica_table(life, times, [one.arrival for one in known]),
         "steps": _step_table(life),
-        "residency": residency_table(
-            life.name, rows, [one.name for one in known], [one.tenant for one in known], block_size
-        ),
-        "requests": request_table(
-            life.name, known, [served if one.span is None else models[one.span.resource] for one in known], times, told
-        ),
+        "residency": _residency_table(life, times, rows, known),
         "gaps": gap_table(life.name, known, [told, seen_token_times(rows, untold, times)], times),
         "evictions": _eviction_table(life.name, rebuilt, positions, known),
-        "gpu": gpu_table(life.name, life.samples, findings),
-        "coverage": _coverage_table(life.name, rebuilt, times, columns["dropped"]),
+        "coverage": _coverage_table(life.name, rebuilt, times, life.steps.columns["dropped"]),
     }
+
+
+def _reconstructed_tables(
+    life: _Life, times: StepTimes, requests: pa.Table, known: Sequence[KnownRequest], told: TokenTimes
+) -> Plain:
+    """Where only requests tell of batches, and steps of their sums, if there are any."""
+    rows_of, stations = told_stations(requests)
+    gaps = gap_table(life.name, known, [told], times, mean_gaps(requests, told))
+    seen = len(life.steps)
+    if not len(stations):
+        return {"steps": _step_table(life), "gaps": gaps, "coverage": _sums_coverage(life, times)}
+    if seen:
+        numbers, prefill_tokens = times.steps, life.steps.columns["prefill_tokens"]
+        clock = known_clock(stations, times.scheduled, times.ready)
+        steps = _step_table(life)
+    else:
+        clock = estimate_clock(stations)
+        numbers, prefill_tokens = np.arange(len(clock.start)), None
+    rows = reconstruct(stations, clock, numbers, prefill_tokens)
+    if not seen:
+        steps = _estimated_steps(life.name, clock, step_sums(rows, numbers))
+    rows = replace(rows, request=rows_of[rows.request])
+    return {
+        "steps": steps,
+        "residency": _residency_table(life, times, rows, known),
+        "gaps": gaps,
+        "coverage": _sums_coverage(life, times) if seen else _requests_coverage(life, requests),
+    }
+
+
+def _residency_table(life: _Life, times: StepTimes, rows: ResidencyColumns, known: Sequence[KnownRequest]) -> pa.Table:
+    block_sizes = np.array([_integer(one, names.BLOCK_SIZE) or 0 for one in life.resources], dtype=np.int64)
+    resource = life.steps.columns["resource"]
+    block_size = (
+        block_sizes[resource[np.searchsorted(times.steps, rows.first_step)]]
+        if len(resource)
+        else np.full(len(rows.request), block_sizes[life.requests[0].resource])
+    )
+    return residency_table(life.name, rows, [one.name for one in known], [one.tenant for one in known], block_size)
 
 
 def _replica_table(life: _Life, times: StepTimes, arrivals: Sequence[int]) -> pa.Table:
@@ -284,6 +334,10 @@ def _replica_table(life: _Life, times: StepTimes, arrivals: Sequence[int]) -> pa
             else _flag if pa.types.is_boolean(kind) else _number
         )  # fmt: skip
         columns[column] = [read(life.resources[number], name) for number in chosen]
+    columns["engine"] = [
+        told or engine_of(life.resources[number].attributes) or None
+        for told, number in zip(columns["engine"], chosen, strict=True)
+    ]
     return plain_table("replicas", columns, len(chosen))
 
 
@@ -300,6 +354,22 @@ def _step_table(life: _Life) -> pa.Table:
     for column, name in (("kv_total", names.KV_TOTAL), ("budget", names.MAX_NUM_BATCHED_TOKENS)):
         given[column] = pa.array([_integer(one, name) for one in life.resources], pa.int64()).take(pa.array(resource))
     return plain_table("steps", given, len(life.steps))
+
+
+def _estimated_steps(replica: str, clock: StepClock, sums: dict[str, Ints]) -> pa.Table:
+    """Steps that nobody saw; the engine was idle between two that do not touch."""
+    idle = np.zeros(len(clock.start), dtype=np.int64)
+    idle[1:] = clock.start[1:] - clock.ready[:-1]
+    columns: dict[str, Column] = {
+        "replica": same(replica, len(clock.start)),
+        "step": np.arange(len(clock.start)),
+        "scheduled": clock.start,
+        "dispatched": clock.start,
+        "ready": clock.ready,
+        "idle_ns": idle,
+        **sums,
+    }
+    return plain_table("steps", columns, len(clock.start))
 
 
 def _eviction_table(replica: str, rebuilt: Rebuilt, positions: Ints, known: Sequence[KnownRequest]) -> pa.Table:
@@ -339,6 +409,29 @@ def _coverage_table(replica: str, rebuilt: Rebuilt, times: StepTimes, dropped: I
         rows.append((replica, int(start), int(end), fidelity, seen, one.lost, max(int(rise), 0), 1.0))
     columns = dict(zip(TABLES["coverage"].names, zip(*rows, strict=True), strict=False)) if rows else {}
     return plain_table("coverage", columns, len(rows))
+
+
+def _sums_coverage(life: _Life, times: StepTimes) -> pa.Table:
+    """One stretch, of steps whose batches are not told."""
+    if not len(times.steps):
+        return plain_table("coverage", {}, 0)
+    lost = int(times.steps[-1] - times.steps[0]) + 1 - len(times.steps)
+    dropped = int(np.ptp(life.steps.columns["dropped"]))
+    start, end = int(times.scheduled[0]), int(times.ready[-1])
+    row = (life.name, start, end, FIDELITY_SUMS, len(times.steps), lost, dropped, 1.0)
+    return plain_table(
+        "coverage", {name: [value] for name, value in zip(TABLES["coverage"].names, row, strict=True)}, 1
+    )
+
+
+def _requests_coverage(life: _Life, requests: pa.Table) -> pa.Table:
+    """One stretch, of requests alone; ``sampled_share``: of how many the spans were kept."""
+    start, end = pc.min(requests["arrival"]).as_py(), pc.max(requests["end"]).as_py()
+    kept = len(life.requests) / sum(1.0 / one.kept for one in life.requests)
+    row = (life.name, start, end, FIDELITY_REQUESTS, 0, 0, 0, kept)
+    return plain_table(
+        "coverage", {name: [value] for name, value in zip(TABLES["coverage"].names, row, strict=True)}, 1
+    )
 
 
 def _integer(resource: Resource, name: str) -> int | None:

@@ -10,8 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stallscope.trace import reconstruct
 from stallscope.trace.decode import LATEST, UNKNOWN, Ints, RequestSpan
 from stallscope.trace.findings import Findings
+from stallscope.trace.foreign import Stations, stations
 from stallscope.trace.rebuild import Phase, Rebuilt, SeenRequest
 from stallscope.trace.residency import ResidencyColumns
 from stallscope.trace.schema import TABLES
@@ -52,7 +54,8 @@ class KnownRequest:
     @property
     def tenant(self) -> str:
         told = self.span.text(names.TENANT) if self.span is not None else ""
-        return told or (self.seen.info.tenant if self.seen is not None else "") or UNKNOWN
+        claimed = self.span.claim[0] if self.span is not None else ""
+        return told or (self.seen.info.tenant if self.seen is not None else "") or claimed or UNKNOWN
 
 
 def match_requests(
@@ -135,7 +138,8 @@ def request_table(
     for position, one in enumerate(known):
         row: dict[str, object] = {} if one.seen is None else _seen_part(one.seen, times)
         if one.span is not None:
-            part = _span_part(one.span) | {"first_token": first_token.get(position)}
+            part = _span_part(one.span)
+            part["first_token"] = first_token.get(position, part["first_token"])
             said = _SAID_BY_ABSENCE if one.span.integer(names.HANDLE) is not None else ()
             row |= {name: value for name, value in part.items() if value is not None or name in said}
         names_of = {"replica": replica, "request": one.name, "tenant": one.tenant, "model": models[position] or None}
@@ -176,18 +180,21 @@ def _span_part(span: RequestSpan) -> dict[str, object]:
     absent = None if span.integer(names.HANDLE) is None else 0
     reason = span.text(names.FINISH_REASON)
     queued, scheduled, delivered = map(span.integer, (names.QUEUED, names.SCHEDULED, names.DELIVERED))
+    # Ours says its times in ns, all of them; another engine's span says some in seconds.
+    told = stations(span.attributes, span.arrival) if absent is None else Stations(None, None, None)
     return {
         "handle": span.integer(names.HANDLE),
-        "tenant_source": span.text(names.TENANT_SOURCE) or None,
+        "tenant_source": span.text(names.TENANT_SOURCE) or span.claim[1] or None,
         "priority": _or(span.integer(names.PRIORITY), absent),
         "session": span.text(names.SESSION) or None,
         "predecessor": span.text(names.PREDECESSOR) or None,
         "retry_of": span.text(names.RETRY_OF) or None,
         "arrival": span.arrival,
-        "queued": None if queued is None else span.arrival + queued,
-        "scheduled": None if scheduled is None else span.arrival + scheduled,
+        "queued": told.queued if queued is None else span.arrival + queued,
+        "scheduled": told.scheduled if scheduled is None else span.arrival + scheduled,
+        "first_token": told.first_token,
         "end": span.end,
-        "delivered": span.end + (delivered or 0),
+        "delivered": None if delivered is None and absent is None else span.end + (delivered or 0),
         "prompt_tokens": span.integer(names.USAGE_PROMPT),
         "cached_tokens": _or(span.integer(names.CACHED_TOKENS), absent),
         "prefix": span.integer(names.PREFIX),
@@ -260,9 +267,31 @@ def seen_token_times(rows: ResidencyColumns, wanted: npt.NDArray[np.bool_], time
     return TokenTimes(rows.request[chosen][row], time, count, rows.stretch[chosen][row])
 
 
-def gap_table(replica: str, known: Sequence[KnownRequest], tokens: Sequence[TokenTimes], times: StepTimes) -> pa.Table:
-    """Gaps from the floor on one by one; of each request the shorter ones by octave: first start, mean and count."""
-    parts = [_gaps_between(each) for each in tokens]
+Gaps = tuple[Ints, Ints, Ints, Ints]  # request, start, length, count
+
+
+def mean_gaps(requests: pa.Table, told: TokenTimes) -> Gaps:
+    """Of requests whose tokens have no times: all gaps as long as they were on average."""
+    first, end, count = (requests[name].fill_null(-1).to_numpy() for name in ("first_token", "end", "output_tokens"))
+    some = (first >= 0) & (end >= first) & (count > 1)
+    some[told.request] = False
+    request = np.flatnonzero(some)
+    count = count[request] - 1
+    return request, first[request], (end - first)[request] // count, count
+
+
+def gap_table(
+    replica: str,
+    known: Sequence[KnownRequest],
+    tokens: Sequence[TokenTimes],
+    times: StepTimes,
+    means: Gaps | None = None,
+) -> pa.Table:
+    """Gaps from the floor on one by one; of each request the shorter ones by octave: first start, mean and count.
+
+    ``means`` are added as they are.
+    """
+    parts = [*([] if means is None else [means]), *map(_gaps_between, tokens)]
     request, start, length, count = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     steps = np.median(times.ready - times.scheduled) if len(times.steps) else 0
     floor = max(LEAST_GAP_FLOOR_NS, GAP_FLOOR_STEPS * int(steps))
@@ -291,7 +320,7 @@ def gap_table(replica: str, known: Sequence[KnownRequest], tokens: Sequence[Toke
     return plain_table("gaps", columns, len(order))
 
 
-def _gaps_between(tokens: TokenTimes) -> tuple[Ints, Ints, Ints, Ints]:
+def _gaps_between(tokens: TokenTimes) -> Gaps:
     """Request, start, length and count of the gaps; tokens that are ready at once have gaps of 0."""
     follows = (np.diff(tokens.request) == 0) & (np.diff(tokens.stretch) == 0)
     later = np.flatnonzero(follows) + 1
@@ -302,3 +331,28 @@ def _gaps_between(tokens: TokenTimes) -> tuple[Ints, Ints, Ints, Ints]:
         np.concatenate([tokens.time[later] - tokens.time[later - 1], np.zeros(len(together), dtype=np.int64)]),
         np.concatenate([np.ones(len(later), dtype=np.int64), tokens.count[together] - 1]),
     )
+
+
+# --- what requests tell of batches ----------------------------------------------------------------------------
+
+
+def told_stations(requests: pa.Table) -> tuple[Ints, reconstruct.Stations]:
+    """The requests (by their rows) that were scheduled and answered, and when they passed each station."""
+    columns = (
+        "arrival",
+        "queued",
+        "scheduled",
+        "first_token",
+        "end",
+        "prompt_tokens",
+        "cached_tokens",
+        "output_tokens",
+    )
+    arrival, queued, scheduled, first, end, prompt, cached, output = (
+        requests[name].fill_null(-1).to_numpy() for name in columns
+    )
+    arrival = np.maximum(arrival, queued)
+    rows = np.flatnonzero((arrival <= scheduled) & (scheduled <= first) & (first <= end) & (prompt >= 0))
+    computed = np.maximum(prompt - np.maximum(cached, 0), 1)
+    chosen = (arrival, scheduled, first, end, computed, np.maximum(output, 1))
+    return rows, reconstruct.Stations(*(column[rows] for column in chosen))

@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 
 from stallscope.diagnosis.diagnose import FEWEST_REQUESTS, UNKNOWN
 from stallscope.diagnosis.incidents import TAIL_REQUESTS
-from stallscope.diagnosis.replica import replicas
+from stallscope.diagnosis.reliance import LEAST_KEPT
+from stallscope.diagnosis.replica import BATCHES_SEEN, replicas
 from stallscope.trace import Trace
 from stallscope.views.words import listed
 
-BATCHES = 3  # the fidelity at which every batch is known
 _NEARLY_ALL, _MOST = 0.99, 0.5
 _FEW_UNKNOWN, _WELL_EXPLAINED, _EXPLAINED = 0.1, 0.15, 0.4
 _NEEDED_FOR_REPLAY = ("policy", "max_num_seqs", "max_num_batched_tokens", "kv_total", "block_size")
@@ -58,7 +58,9 @@ class ReplicaCheckup:
     steps_lost: int
     records_dropped: int
     fidelity: int
+    fidelity_at_best: int
     batches_known: float
+    kept_share: float
     cost_model_error: float  # median relative error of the step cost model
 
 
@@ -116,7 +118,7 @@ def _replicas(trace: Trace) -> Iterator[ReplicaCheckup]:
     for replica in replicas(trace):
         mine = coverage[coverage["replica"].astype(str) == replica.name]
         length = (mine["end"] - mine["start"]).to_numpy(np.float64)
-        known = length[(mine["fidelity"] == BATCHES).to_numpy()].sum()
+        known = length[(mine["fidelity"] == BATCHES_SEEN).to_numpy()].sum()
         said = settings.loc[replica.name]
         engine = [str(said[name]) for name in ("engine", "engine_version") if isinstance(said[name], str)]
         yield ReplicaCheckup(
@@ -128,6 +130,8 @@ def _replicas(trace: Trace) -> Iterator[ReplicaCheckup]:
             steps_lost=int(mine["steps_lost"].sum()),
             records_dropped=int(mine["spans_dropped"].sum()),
             fidelity=int(mine["fidelity"].min()) if len(mine) else 0,
+            fidelity_at_best=replica.fidelity,
+            kept_share=replica.kept_share,
             batches_known=float(known / length.sum()) if length.sum() else 0.0,
             cost_model_error=replica.ledger.model.error,
         )
@@ -138,11 +142,12 @@ def _replicas(trace: Trace) -> Iterator[ReplicaCheckup]:
 
 def _questions(trace: Trace, requests: pd.DataFrame, found: tuple[ReplicaCheckup, ...]) -> Iterator[Question]:
     known = _batches_known(found)
-    yield _who(requests, known)
+    best = max((one.fidelity_at_best for one in found), default=BATCHES_SEEN)
+    yield _who(requests, known, best, min((one.kept_share for one in found), default=1.0))
     yield _how_long(trace, requests)
     yield _usual(requests)
-    yield _which_request(known)
-    yield _why(trace)
+    yield _which_request(known, best)
+    yield _why(trace, best)
     yield _explained(found)
     yield _what_if(trace, known)
     yield _evicted(trace)
@@ -157,7 +162,7 @@ def _batches_known(found: tuple[ReplicaCheckup, ...]) -> float:
     return sum(one.batches_known * one.length_s for one in found) / length if length else 0.0
 
 
-def _who(requests: pd.DataFrame, known: float) -> Question:
+def _who(requests: pd.DataFrame, known: float, fidelity: int, kept: float) -> Question:
     question = "Which tenant stalled which?"
     tenant = requests["tenant"].astype(str)
     unknown = float((tenant == UNKNOWN).mean()) if len(requests) else 1.0
@@ -165,6 +170,11 @@ def _who(requests: pd.DataFrame, known: float) -> Question:
     name_them = "let the engine know tenants: API keys, or a header that it reads"
     if tenant[tenant != UNKNOWN].nunique() < 2 and unknown > 0:
         return Question(question, Answer.NO, nameless, name_them, True)
+    if kept < LEAST_KEPT:
+        why = f"spans were sampled: those of {kept:.0%} of the requests are there"
+        return Question(question, Answer.NO, why, "keep every span, or turn on the engine hook", True)
+    if fidelity < BATCHES_SEEN:
+        return Question(question, Answer.PARTLY, _ESTIMATES[fidelity], _HOOK, True)
     if known < _MOST:
         return Question(question, Answer.NO, _few_batches(known), _KEEP_STEPS, True)
     if unknown > _FEW_UNKNOWN:
@@ -177,6 +187,11 @@ def _who(requests: pd.DataFrame, known: float) -> Question:
     return Question(question, Answer.YES, "", "", True)
 
 
+_ESTIMATES = {
+    1: "only requests tell of batches: who was in them is an estimate",
+    2: "steps tell no more than sums: who was in the batches is an estimate",
+}
+_HOOK = "turn on stallscope's hook in the engine"
 _KEEP_STEPS = "give the exporter a longer queue, and keep every engine.step span (no sampling)"
 
 
@@ -210,16 +225,20 @@ def _usual(requests: pd.DataFrame) -> Question:
     return Question(question, Answer.YES, "", "")
 
 
-def _which_request(known: float) -> Question:
+def _which_request(known: float, fidelity: int) -> Question:
     question = "Which request did it?"
+    if fidelity < BATCHES_SEEN:
+        return Question(question, Answer.PARTLY, _ESTIMATES[fidelity], _HOOK)
     if known < _NEARLY_ALL:
         answer = Answer.PARTLY if known >= _MOST else Answer.NO
         return Question(question, answer, _few_batches(known), _KEEP_STEPS)
     return Question(question, Answer.YES, "", "")
 
 
-def _why(trace: Trace) -> Question:
+def _why(trace: Trace, fidelity: int) -> Question:
     question = "What did waiting requests lack: tokens, KV blocks, slots?"
+    if fidelity < BATCHES_SEEN:
+        return Question(question, Answer.PARTLY, "the reasons are guessed from who was there", _HOOK)
     waits = pc.is_in(trace.residency["phase"].cast(pa.string()), value_set=pa.array(["waiting", "preempted"]))
     rows = trace.residency.filter(waits)
     said = pc.sum(pc.is_valid(rows["reason"])).as_py() or 0

@@ -161,23 +161,28 @@ def headline(diagnosis: Diagnosis) -> str:
     return f"{listed(victims)} waited, but too little was recorded to say why: {where}"
 
 
+_ESTIMATED = {1: " (requests only: batches are estimates)", 2: " (sums of steps: batches are estimates)"}
+
+
 def evidence(diagnosis: Diagnosis) -> str:
     """How sure, and on what: the second line of every report."""
     c = diagnosis.coverage
     lost = "none lost" if not c.steps_lost else f"{c.steps_lost:,} lost"
     parts = [
         f"confidence {diagnosis.confidence} ({_basis(diagnosis)})",
-        f"fidelity {c.fidelity}",
-        f"{counted(c.steps, 'step')} ({lost})",
+        f"fidelity {c.fidelity}{_ESTIMATED.get(c.fidelity, '')}",
+        f"{counted(c.steps, 'step')} ({lost})" if c.steps else "",
         counted(c.requests, "request") + (f" ({c.requests_open} still open)" if c.requests_open else ""),
         f"{c.known_tenant_share:.0%} of known tenant",
         f"step cost explained to {c.cost_model_error:.0%}",
     ]
     if c.requests_lost:
         parts.insert(4, f"{c.requests_lost} lost from sight")
+    if c.kept_share < 1:
+        parts.append(f"{c.kept_share:.0%} of the spans kept")
     if c.records_dropped:
         parts.append(f"{c.records_dropped:,} records dropped by the engine")
-    return " · ".join(parts)
+    return " · ".join(filter(None, parts))
 
 
 def incident_line(incident: Incident) -> str:

@@ -109,7 +109,8 @@ def test_wrong_input_gets_one_line_of_advice(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 10)
     (tmp_path / "broken.gz").write_bytes(b"\x1f\x8b" + b"no gzip at all")
     (tmp_path / "other.json").write_bytes(b'{"spans": []}\n[1, 2]\n"text"\n')
-    write(tmp_path / "requests.otlp.jsonl", busy().request_lines())
+    untold = [text.replace(b'"stallscope.scheduled"', b'"other"') for text in busy().request_lines()]
+    write(tmp_path / "requests.otlp.jsonl", untold)
     timeless = [text.replace(b'"startTimeUnixNano":"1', b'"startTimeUnixNano":"-') for text in busy().step_lines()]
     write(tmp_path / "timeless.otlp.jsonl", timeless)
     for name, says in {
@@ -119,7 +120,7 @@ def test_wrong_input_gets_one_line_of_advice(tmp_path: Path) -> None:
         "picture.png": "no OTLP in it",
         "broken.gz": "no OTLP in it",
         "other.json": "no OTLP in it",
-        "requests.otlp.jsonl": "has 7 request spans but no engine.step spans",
+        "requests.otlp.jsonl": "has 7 request spans, no engine.step spans, and nothing that says when",
         "timeless.otlp.jsonl": "engine.step spans has sound times",
     }.items():
         with pytest.raises(UsageError, match=says) as raised:

@@ -1,0 +1,66 @@
+"""A span, whatever form of OTLP it came in, and the process that sent it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Value = int | str | bool | float | list[int] | list[str]
+Attributes = dict[str, Value]
+
+# What an untrusted document may raise while it is taken apart as if it were well formed.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
+
+
+@dataclass(eq=False, slots=True)
+class Resource:
+    """The process that sent spans; one object for all that have the same attributes."""
+
+    attributes: Attributes
+
+
+class Resources:
+    """Those seen so far, in all files."""
+
+    def __init__(self) -> None:
+        self._by_bytes: dict[bytes, Resource] = {}
+        self._by_content: dict[str, Resource] = {}
+
+    def get(self, raw: bytes, read: Callable[[], Attributes]) -> Resource:
+        """The resource that was encoded as ``raw``; ``read`` takes it apart the first time."""
+        known = self._by_bytes.get(raw)
+        if known is None:
+            attributes = read()
+            content = repr(sorted(attributes.items()))
+            known = self._by_bytes[raw] = self._by_content.setdefault(content, Resource(attributes))
+        return known
+
+
+@dataclass(eq=False, slots=True)
+class Span:
+    """What is read of a span: times in ns since the epoch, ids in lower-case hex.
+
+    ``bad``: attributes that were left out, since their values are nothing that OTLP allows here.
+    """
+
+    name: str
+    trace_id: str
+    trace_state: str
+    start: int
+    end: int
+    attributes: Attributes
+    bad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpanGroup:
+    """Spans that came together from one resource. ``source`` is the file, ``at`` the place in it (":4", " message 4").
+
+    ``malformed``: how many more there were, without sound name, times or attributes.
+    """
+
+    resource: Resource
+    spans: list[Span]
+    source: str
+    at: str
+    malformed: int = 0
