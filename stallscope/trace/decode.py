@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from stallscope.trace.clients import ClientSpan
 from stallscope.trace.findings import Findings
-from stallscope.trace.foreign import claimed_tenant, sampled_share
 from stallscope.trace.otlp import Attributes, Resource, Span, SpanGroup, Value
 from stallscope.trace.otlp.spans import MALFORMED
+from stallscope.trace.plain_spans import claimed_tenant, sampled_share
 from stallscope_telemetry import names
 from stallscope_telemetry.records import RequestInfo, RequestSnapshot, RequestState, WaitReason
 

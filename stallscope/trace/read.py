@@ -27,10 +27,10 @@ from stallscope.trace.decode import (
     collect,
 )
 from stallscope.trace.findings import Findings
-from stallscope.trace.foreign import engine_of
 from stallscope.trace.gpu import gpu_table
 from stallscope.trace.model import Trace
 from stallscope.trace.otlp import Progress, Reader, Resource, find_files
+from stallscope.trace.plain_spans import engine_of
 from stallscope.trace.rebuild import Rebuilt, rebuild
 from stallscope.trace.reconstruct import StepClock, estimate_clock, known_clock, reconstruct, step_sums
 from stallscope.trace.requests import (

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from stallscope.trace import reconstruct
 from stallscope.trace.decode import LATEST, UNKNOWN, Ints, RequestSpan
 from stallscope.trace.findings import Findings
-from stallscope.trace.foreign import Stations, stations
+from stallscope.trace.plain_spans import Stations, stations
 from stallscope.trace.rebuild import Phase, Rebuilt, SeenRequest
 from stallscope.trace.residency import ResidencyColumns
 from stallscope.trace.schema import TABLES

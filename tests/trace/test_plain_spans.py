@@ -7,7 +7,7 @@ import pytest
 from stallscope.diagnosis import diagnose
 from stallscope.diagnosis.model import Confidence, Verdict
 from stallscope.trace import read_trace
-from stallscope.trace.foreign import PREFILL_TIME, Stations, claimed_tenant, sampled_share, stations
+from stallscope.trace.plain_spans import PREFILL_TIME, Stations, claimed_tenant, sampled_share, stations
 from stallscope_telemetry import names
 
 CAPTURES = Path(__file__).parents[3] / "shared" / "captures" / "vllm-0.32-cpu"
