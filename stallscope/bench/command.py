@@ -41,6 +41,9 @@ def stall(
     fidelity: Annotated[
         int, typer.Option(min=1, max=3, help="2: judge by sums of steps; 1: by request spans alone; with decoys.")
     ] = 3,
+    kept: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of request spans that are kept, below fidelity 3.")
+    ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="All scores and runs, for machines.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Of this machine's cores; all by default.")] = None,
     cache: Annotated[
@@ -91,7 +94,7 @@ def stall(
         if score is not None:
             work = partial(runner.judge_answer, folder=folder, executor=name, answers=read_answers(score))
         else:
-            work = partial(runner.judge, folder=folder, executor=name, fidelity=fidelity)
+            work = partial(runner.judge, folder=folder, executor=name, fidelity=fidelity, kept=kept)
         judged = runner.run(work, files, chosen, many, advance)
     if as_json:
         typer.echo(to_json(judged))

@@ -15,6 +15,7 @@ import orjson
 import zstandard
 
 from stallscope.bench.truth import Truth
+from stallscope.workloads.draws import chance
 from stallscope_telemetry import names
 
 ELSEWHERE = "elsewhere"  # the replica of a decoy
@@ -32,8 +33,11 @@ _AFTER_S = 3.0
 Json = dict[str, object]
 
 
-def degrade(trace: Path, fidelity: int, truth: Truth, out: Path) -> Path:
-    """Writes the recording to ``out`` at a fidelity of 1 or 2, with decoys where there was harm."""
+def degrade(trace: Path, fidelity: int, truth: Truth, out: Path, kept: float = 1.0) -> Path:
+    """Writes the recording to ``out`` at a fidelity of 1 or 2, with decoys where there was harm.
+
+    ``kept``: the share of requests that there are spans of; which ones depends on their arrival alone.
+    """
     with out.open("wb") as stream, zstandard.ZstdCompressor().stream_writer(stream) as writer:
         innocent: dict[str, int] = {}
         for data in _lines(trace):
@@ -41,7 +45,8 @@ def degrade(trace: Path, fidelity: int, truth: Truth, out: Path) -> Path:
                 attributes = resource["resource"]["attributes"]
                 resource["resource"]["attributes"] = _only(attributes, _OF_RESOURCE)
                 for scope in resource["scopeSpans"]:
-                    scope["spans"] = [kept for span in scope["spans"] if (kept := _span(span, fidelity, innocent))]
+                    spans = (_span(span, fidelity, innocent) for span in scope["spans"] if _stays(span, kept))
+                    scope["spans"] = [span for span in spans if span is not None]
             writer.write(orjson.dumps(data) + b"\n")
         for decoy in _decoys(truth, innocent, data):
             writer.write(orjson.dumps(decoy) + b"\n")
@@ -52,6 +57,10 @@ def _lines(trace: Path) -> Iterator[Json]:
     with trace.open("rb") as stream:
         plain = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
         yield from map(orjson.loads, BytesIO(plain.read()))
+
+
+def _stays(span: Json, kept: float) -> bool:
+    return span["name"] != names.REQUEST_SPAN or chance(0, "kept", str(span["startTimeUnixNano"])) < kept
 
 
 def _only(attributes: list[Json], kept: set[str]) -> list[Json]:

@@ -33,15 +33,16 @@ def case_name(job: Job) -> str:
     return blake2b(f"{file.stem}/{seed}".encode(), digest_size=5).hexdigest()
 
 
-def judge(job: Job, folder: Path, executor: ExecutorName, fidelity: int = 3) -> Judged:
+def judge(job: Job, folder: Path, executor: ExecutorName, fidelity: int = 3, kept: float = 1.0) -> Judged:
     """Makes a case, or finds it in the cache ``folder``, has its trace diagnosed as a user would, and compares.
 
-    Below ``fidelity`` 3, what poorer telemetry leaves of the trace, with decoys.
+    Below ``fidelity`` 3, what poorer telemetry leaves of the trace, with decoys, and spans of the share ``kept`` of its
+    requests.
     """
     made = make(make_case(*job), folder, executor)
     truth = made.truth
     try:
-        trace = read_trace(made.trace) if fidelity == 3 else _read_degraded(made, fidelity)
+        trace = read_trace(made.trace) if fidelity == 3 else _read_degraded(made, fidelity, kept)
         diagnosis = diagnose(trace)
     except Exception as error:  # whatever ends an analyzer is a wrong answer to one case, and not the end of the others
         return Judged(case_name(job), truth, Answer(f"{CRASHED}: {type(error).__name__}: {error}"), {})
@@ -50,9 +51,9 @@ def judge(job: Job, folder: Path, executor: ExecutorName, fidelity: int = 3) -> 
     return Judged(case_name(job), truth, answer, rivals, calibration_error(truth, made.pairs, answer))
 
 
-def _read_degraded(made: Made, fidelity: int) -> Trace:
+def _read_degraded(made: Made, fidelity: int, kept: float) -> Trace:
     with TemporaryDirectory() as scratch:
-        return read_trace(degrade(made.trace, fidelity, made.truth, Path(scratch) / "degraded.otlp.jsonl.zst"))
+        return read_trace(degrade(made.trace, fidelity, made.truth, Path(scratch) / "degraded.otlp.jsonl.zst", kept))
 
 
 def judge_answer(job: Job, folder: Path, executor: ExecutorName, answers: Mapping[str, Answer]) -> Judged:

@@ -287,7 +287,7 @@ def _reconstructed_tables(
     gaps = gap_table(life.name, known, [told], times, mean_gaps(requests, told))
     seen = len(life.steps)
     if not len(stations):
-        return {"steps": _step_table(life), "gaps": gaps, "coverage": _sums_coverage(life, times)}
+        return {"steps": _step_table(life), "gaps": gaps, "coverage": _sums_coverage(life, times, requests)}
     if seen:
         numbers, prefill_tokens = times.steps, life.steps.columns["prefill_tokens"]
         clock = known_clock(stations, times.scheduled, times.ready)
@@ -303,7 +303,7 @@ def _reconstructed_tables(
         "steps": steps,
         "residency": _residency_table(life, times, rows, known),
         "gaps": gaps,
-        "coverage": _sums_coverage(life, times) if seen else _requests_coverage(life, requests),
+        "coverage": _sums_coverage(life, times, requests) if seen else _requests_coverage(life, requests),
     }
 
 
@@ -411,14 +411,19 @@ def _coverage_table(replica: str, rebuilt: Rebuilt, times: StepTimes, dropped: I
     return plain_table("coverage", columns, len(rows))
 
 
-def _sums_coverage(life: _Life, times: StepTimes) -> pa.Table:
-    """One stretch, of steps whose batches are not told."""
+def _sums_coverage(life: _Life, times: StepTimes, requests: pa.Table) -> pa.Table:
+    """One stretch, of steps whose batches are not told; ``sampled_share``: of the tokens that the steps decoded, those
+    that requests tell of."""
     if not len(times.steps):
         return plain_table("coverage", {}, 0)
     lost = int(times.steps[-1] - times.steps[0]) + 1 - len(times.steps)
     dropped = int(np.ptp(life.steps.columns["dropped"]))
     start, end = int(times.scheduled[0]), int(times.ready[-1])
-    row = (life.name, start, end, FIDELITY_SUMS, len(times.steps), lost, dropped, 1.0)
+    decoded = int(life.steps.columns["decode_tokens"].sum())
+    # A request's first token comes with its prompt. Where steps are missing, so are tokens of theirs.
+    told = int(np.maximum(requests["output_tokens"].fill_null(0).to_numpy() - 1, 0).sum())
+    kept = min(told / decoded, 1.0) if decoded else 1.0
+    row = (life.name, start, end, FIDELITY_SUMS, len(times.steps), lost, dropped, kept)
     return plain_table(
         "coverage", {name: [value] for name, value in zip(TABLES["coverage"].names, row, strict=True)}, 1
     )
