@@ -2,7 +2,8 @@
 
 Fidelity 2 keeps the sums of each step, fidelity 1 nothing of the steps. Of a request either keeps what a plain vLLM
 says: durations, tokens, and a tenant in its tracestate. Decoys are long prompts that hurt nobody of the recording: one
-on another replica while the victims waited, one on their own after it was over; both are of innocent tenants.
+on another replica while the victims waited and, at fidelity 1, one on their own after it was over; both are of innocent
+tenants.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def degrade(trace: Path, fidelity: int, truth: Truth, out: Path, kept: float = 1
                     spans = (_span(span, fidelity, innocent) for span in scope["spans"] if _stays(span, kept))
                     scope["spans"] = [span for span in spans if span is not None]
             writer.write(orjson.dumps(data) + b"\n")
-        for decoy in _decoys(truth, innocent, data):
+        for decoy in _decoys(truth, innocent, data, fidelity):
             writer.write(orjson.dumps(decoy) + b"\n")
     return out
 
@@ -79,7 +80,8 @@ def _span(span: Json, fidelity: int, tenants: dict[str, int]) -> Json | None:
     return span | {"attributes": _only(attributes, _OF_REQUEST), "traceState": f"stallscope={tenant}"}
 
 
-def _decoys(truth: Truth, tenants: dict[str, int], like: Json) -> Iterator[Json]:
+def _decoys(truth: Truth, tenants: dict[str, int], like: Json, fidelity: int) -> Iterator[Json]:
+    """Requests that were never there: on the recording's own replica only where no sums of steps belie it."""
     harm = truth.harm
     innocent = sorted(set(tenants) - {"", *truth.culprits, *truth.excused, harm.tenant if harm else ""})
     if harm is None or not innocent:
@@ -87,6 +89,8 @@ def _decoys(truth: Truth, tenants: dict[str, int], like: Json) -> Iterator[Json]
     resource = like["resourceSpans"][-1]["resource"]  # type: ignore[index]
     elsewhere = {"attributes": [{"key": names.REPLICA, "value": {"stringValue": ELSEWHERE}}]}
     yield _request("decoy-1", elsewhere, innocent[0], truth.start_ns + int(harm.from_s * 1e9))
+    if fidelity > 1:
+        return
     yield _request("decoy-2", resource, innocent[-1], truth.start_ns + int((harm.to_s + harm.with_s + _AFTER_S) * 1e9))
 
 

@@ -284,9 +284,9 @@ def _reconstructed_tables(
 ) -> Plain:
     """Where only requests tell of batches, and steps of their sums, if there are any."""
     rows_of, stations = told_stations(requests)
-    gaps = gap_table(life.name, known, [told], times, mean_gaps(requests, told))
     seen = len(life.steps)
     if not len(stations):
+        gaps = gap_table(life.name, known, [told], times, mean_gaps(requests, told))
         return {"steps": _step_table(life), "gaps": gaps, "coverage": _sums_coverage(life, times, requests)}
     if seen:
         numbers, prefill_tokens = times.steps, life.steps.columns["prefill_tokens"]
@@ -299,6 +299,14 @@ def _reconstructed_tables(
     if not seen:
         steps = _estimated_steps(life.name, clock, step_sums(rows, numbers))
     rows = replace(rows, request=rows_of[rows.request])
+    untold = np.ones(len(known), dtype=np.bool_)
+    untold[told.request] = False
+    # Where steps are known, so is when tokens came: with each step from the first on.
+    gaps = (
+        gap_table(life.name, known, [told, seen_token_times(rows, untold, times)], times)
+        if seen
+        else gap_table(life.name, known, [told], times, mean_gaps(requests, told))
+    )
     return {
         "steps": steps,
         "residency": _residency_table(life, times, rows, known),

@@ -188,6 +188,7 @@ def reconstruct(told: Stations, clock: StepClock, numbers: Ints, prefill_tokens:
     ]
     order = np.lexsort((columns[0], columns[3]))
     who, phase, reason, begin, last, tokens, context = (column[order] for column in columns)
+    samples = (phase == Phase.PREFILL) & (context + tokens >= told.prompt_tokens[who])
     nobody = np.full(len(who), -1)
     return ResidencyColumns(
         request=who,
@@ -199,7 +200,7 @@ def reconstruct(told: Stations, clock: StepClock, numbers: Ints, prefill_tokens:
         tokens=tokens,
         context_start=context,
         holder=nobody,
-        samples=np.zeros(len(who), dtype=np.bool_),
+        samples=samples,
         stretch=np.zeros(len(who), dtype=np.int64),
     )
 
