@@ -1,7 +1,7 @@
 """Tables that others wrote (CSV, JSON lines, Parquet; plain, gzip, zstd) to columns of text, only those asked for.
 
 With this ``tenants`` reads gateway logs, and ``mapping`` tables of requests. What a file is, its first bytes say, not
-its name. Columns are found by name, in any case, with ``-`` as ``_``, and with or without a colon before it; a dot leads
+its name. Columns are found by name, in any case, with ``-`` as ``_``, with or without a colon before it; a dot leads
 into an object, a Parquet struct, or a cell that holds JSON.
 """
 
@@ -83,6 +83,12 @@ def read_foreign(path: Path, wanted: Iterable[str], findings: Findings) -> Forei
 def normal(name: str) -> str:
     """A column's name in the form in which names are compared."""
     return name.strip().lower().replace("-", "_").removeprefix(":")
+
+
+def said(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Text without space around it; null where there is nothing else, or the dash that Envoy and nginx write then."""
+    text = pc.utf8_trim_whitespace(column)
+    return pc.if_else(pc.is_in(text, value_set=pa.array(["", "-"])), pa.scalar(None, pa.string()), text)
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------
@@ -292,7 +298,7 @@ def _columns(cells: _Cells, length: int) -> dict[str, pa.Array]:
 def _whole(source: _Source) -> bytes:
     content = source.stream.read(_MOST_WHOLE_BYTES + 1)
     if len(content) > _MOST_WHOLE_BYTES:
-        raise UsageError(f"{source.path}: more than 2 GiB in one piece; write JSON lines, or Parquet that is not packed")
+        raise UsageError(f"{source.path}: more than 2 GiB in one piece; write JSON lines, or plain Parquet")
     return content
 
 

@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 
 from stallscope.errors import UsageError
 from stallscope.trace.findings import Finding, Findings
-from stallscope.trace.foreign import ForeignTable, read_foreign
+from stallscope.trace.foreign import ForeignTable, read_foreign, said
 from stallscope.trace.model import Trace
 from stallscope.trace.references import Ints, request_rows
 from stallscope.trace.rename import UNKNOWN
@@ -258,9 +258,9 @@ def _read_log(file: _LogFile, number: int, findings: Findings) -> tuple[pa.Table
         raise _no_column(file.path, table, "no column that names requests")
     if not found["tenant"]:
         raise _no_column(file.path, table, "no column that names tenants")
-    tenant = pc.coalesce(*(_tenant(table.columns[name]) for name in found["tenant"]))
-    keys = [("request", _said(table.columns[name])) for name in found["request"]]
-    keys += [("trace", _trace_id(table.columns[name])) for name in found["trace"]]
+    tenant = pc.coalesce(*(tenant_names(table.columns[name]) for name in found["tenant"]))
+    keys = [("request", said(table.columns[name])) for name in found["request"]]
+    keys += [("trace", trace_ids(table.columns[name])) for name in found["trace"]]
     nameless = pc.is_null(pc.coalesce(*(key for _, key in keys)))
     missing = pc.sum(pc.or_(nameless, pc.is_null(tenant))).as_py()
     text = "rows of the gateway's log that name no request or no tenant"
@@ -276,21 +276,15 @@ def _rows(role: str, key: pa.ChunkedArray, tenant: pa.ChunkedArray, file: int) -
     )
 
 
-def _said(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text without space around it; null where there is nothing else, or the dash that Envoy and nginx write then."""
-    text = pc.utf8_trim_whitespace(column)
-    return pc.if_else(pc.is_in(text, value_set=pa.array(["", "-"])), pa.scalar(None, pa.string()), text)
-
-
-def _tenant(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    text = _said(column)
+def tenant_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    text = said(column)
     known = pc.if_else(pc.equal(text, UNKNOWN), pa.scalar(None, pa.string()), text)
     return pc.utf8_slice_codeunits(known, 0, MOST_CHARACTERS)
 
 
-def _trace_id(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def trace_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The id of a ``traceparent``, or one that stands alone; the id of zeros is none."""
-    text = pc.utf8_lower(_said(column))
+    text = pc.utf8_lower(said(column))
     found = pc.replace_substring_regex(text, _TRACEPARENT, r"\1")
     sound = pc.and_(pc.match_substring_regex(found, "^[0-9a-f]{32}$"), pc.not_equal(found, "0" * 32))
     return pc.if_else(sound, found, pa.scalar(None, pa.string()))
