@@ -280,7 +280,7 @@ def _numbers(text: pa.Array, factor: int) -> Ints:
 
 
 def _dates(text: pa.Array) -> Ints:
-    """Dates of ISO 8601, of UTC where they name no zone, in ns since the epoch; -1 where the text is none, or before."""
+    """Dates of ISO 8601, of UTC where they name no zone, in ns since the epoch; -1 where a text is none."""
     dates = pd.to_datetime(text.to_pandas().astype(object), utc=True, format="ISO8601", errors="coerce")
     sound = dates.between(pd.Timestamp(0, tz="UTC"), pd.Timestamp(LATEST, tz="UTC"))
     ns = dates.where(sound).dt.as_unit("ns").dt.tz_localize(None).to_numpy().astype(np.int64)

@@ -1,4 +1,4 @@
-"""Who sent which request, by the logs of the gateway that checked their keys: a trace in, the same with its tenants out.
+"""Who sent which request, by the logs of the gateway that checked the keys: a trace in, a trace with its tenants out.
 
 Stands between ``read`` and all analysis. A gateway knows the key, a client can claim anything: what the log says counts
 more than what the engine was told, and where they differ that is a finding. Requests that the log doesn't know keep
@@ -109,7 +109,7 @@ class _LogFile:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """Tenants by key: ``tenant`` is a number, or ``_CONFLICT`` where the rows of a key name several; ``file`` the log's."""
+    """Tenants by key: ``tenant`` is a number, or ``_CONFLICT`` where a key's rows name several; ``file`` the log's."""
 
     keys: pa.Array
     tenant: Ints
@@ -188,7 +188,7 @@ def log_paths(logs: Sequence[str]) -> list[Path]:
 
 
 def with_tenants(trace: Trace, logs: TenantLogs) -> Trace:
-    """The trace with the tenants that the logs know, in all its tables; their source is ``gateway:`` and the log's name.
+    """The trace with the tenants that the logs know, in all its tables; the source of these is ``gateway:LOG``.
 
     Findings say how many requests the logs don't know, how many they name several tenants for, and how many claimed
     what is not so. Raises UsageError where they know none: then it is another log, or another column.
@@ -266,8 +266,10 @@ def _read_log(file: _LogFile, number: int, findings: Findings) -> tuple[pa.Table
     text = "rows of the gateway's log that name no request or no tenant"
     findings.add("gateway_row", str(file.path), "", text, missing)
     rows = pa.concat_tables([_rows(role, key, tenant, number) for role, key in keys])
-    columns = f"{', '.join(found['request'] + found['trace'])} to {', '.join(found['tenant'])}"
-    return rows.filter(pc.and_(pc.is_valid(rows["key"]), pc.is_valid(rows["tenant"]))), columns
+    rows = rows.filter(pc.and_(pc.is_valid(rows["key"]), pc.is_valid(rows["tenant"])))
+    if not rows.num_rows:
+        raise _no_column(file.path, table, "no row that names a request and its tenant")
+    return rows, f"{', '.join(found['request'] + found['trace'])} to {', '.join(found['tenant'])}"
 
 
 def _rows(role: str, key: pa.ChunkedArray, tenant: pa.ChunkedArray, file: int) -> pa.Table:
