@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import orjson
@@ -27,6 +27,7 @@ from stallscope.errors import UsageError
 from stallscope.trace.findings import Findings
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
     from pyarrow.csv import InvalidRow
 
 MOST_ROW_BYTES = 1 << 24  # a log may hold the bodies of requests; a longer row is damage
@@ -36,6 +37,7 @@ _MOST_SHAPES = 4096  # kept at a time, of objects with other keys
 _MOST_NAMES = 20
 _BLOCK_ROWS = 1 << 16
 _START_BYTES = 4096
+_CHUNK_BYTES = 1 << 18
 _EXPECTED = "expected CSV with a header, JSON lines or Parquet, plain, gzip or zstd"
 _UNREADABLE = "rows that are no JSON object, or not as long as the CSV's header, are left out"
 _DAMAGED = (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError)
@@ -61,7 +63,7 @@ def read_foreign(path: Path, wanted: Iterable[str], findings: Findings) -> Forei
     """
     finder = _Finder([(normal(name), name) for name in wanted])
     try:
-        with _opened(path) as stream:
+        with _opened(path, findings) as stream:
             names, blocks = _reader(path, _start(path, stream))(_Source(path, stream, findings), finder)
             kept = list(_until_damaged(blocks, path, findings))
     except _DAMAGED as error:
@@ -102,8 +104,8 @@ class _Source:
     stream: io.BufferedReader
     findings: Findings
 
-    def unreadable(self, row: int | None) -> None:
-        self.findings.add("unreadable_row", str(self.path), "" if row is None else f":{row}", _UNREADABLE)
+    def unreadable(self, row: int) -> None:
+        self.findings.add("unreadable_row", str(self.path), f":{row}", _UNREADABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +120,51 @@ _Reader = Callable[["_Source", "_Finder"], tuple[Sequence[str], Iterator[_Block]
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedReader]:
+def _opened(path: Path, findings: Findings) -> Iterator[io.BufferedReader]:
     with path.open("rb") as file:
         magic = file.peek(4)[:4]
         if magic.startswith(b"\x1f\x8b"):
-            yield io.BufferedReader(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
+            packed: _Packed = gzip.GzipFile(fileobj=file)
         elif magic == b"\x28\xb5\x2f\xfd":
-            yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+            packed = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
         else:
             yield file
+            return
+        yield io.BufferedReader(_Unpacked(packed, lambda error: _note_damage(path, error, findings)), _CHUNK_BYTES)
+
+
+class _Packed(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a packed file up to where it is damaged; raises what is wrong only where that is at once."""
+
+    def __init__(self, packed: _Packed, damaged: Callable[[Exception], None]) -> None:
+        self._packed = packed
+        self._damaged = damaged
+        self._began = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        room = memoryview(buffer).cast("B")
+        try:
+            content = self._packed.read(len(room))
+        except _DAMAGED as error:
+            if not self._began:
+                raise
+            self._damaged(error)
+            return 0
+        self._began = True
+        room[: len(content)] = content
+        return len(content)
+
+
+def _note_damage(path: Path, error: Exception, findings: Findings) -> None:
+    reason = " ".join(str(error).split())
+    findings.add("damaged_file", str(path), "", f"the file is damaged ({reason}); what came before is used")
 
 
 def _start(path: Path, stream: io.BufferedReader) -> bytes:
@@ -154,8 +192,7 @@ def _until_damaged(blocks: Iterator[_Block], path: Path, findings: Findings) -> 
     try:
         yield from blocks
     except (*_DAMAGED, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        findings.add("damaged_file", str(path), "", f"the file is damaged ({reason}); what came before is used")
+        _note_damage(path, error, findings)
 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
@@ -312,14 +349,14 @@ def _read_csv(source: _Source, finder: _Finder) -> tuple[Sequence[str], Iterator
     numbers = [str(number) for number in range(len(header))]  # names may be there twice
 
     def invalid(row: InvalidRow) -> str:
-        source.unreadable(row.number)
+        source.unreadable(row.number + 1)  # Arrow does not see the header
         return "skip"
 
     def blocks() -> Iterator[_Block]:
         kept = [number for number, name in zip(numbers, header, strict=True) if _is_wanted(finder, name)]
         reader = arrow.open_csv(
             pa.PythonFile(source.stream, "r"),
-            arrow.ReadOptions(column_names=numbers, block_size=MOST_ROW_BYTES),
+            arrow.ReadOptions(column_names=numbers, block_size=MOST_ROW_BYTES, use_threads=False),
             arrow.ParseOptions(newlines_in_values=True, invalid_row_handler=invalid),
             arrow.ConvertOptions(
                 include_columns=kept,

@@ -289,7 +289,8 @@ def _dates(text: pa.Array) -> Ints:
 
 def _unread(text: pa.Array, numbers: Ints) -> Mask:
     """Where there is a text, but no number in it."""
-    return pc.is_valid(text).to_numpy(zero_copy_only=False) & (numbers < 0)
+    said: Mask = pc.is_valid(text).to_numpy(zero_copy_only=False)
+    return said & (numbers < 0)
 
 
 def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:

@@ -23,8 +23,8 @@ HOSTILE = "a\nb|\x1b[2J`<script>alert(1)</script>\"'&$x$\u202e,;"
 
 def crowded(requests: int = 12) -> Trace:
     """Two tenants, short of KV blocks, so that there are residency, preemptions and evictions of both."""
-    arrivals = [Arrival(500_000, 20, 30, ["chat", "batch"][number % 2]) for number in range(requests)]
-    config = EngineConfig(block_size=4, kv_blocks=40, max_num_seqs=6)
+    arrivals = [Arrival(500_000, 40, 30, ["chat", "batch"][number % 2]) for number in range(requests)]
+    config = EngineConfig(block_size=4, kv_blocks=30, max_num_seqs=6, prefix_caching=True)
     return read(run(Workload(config, arrivals, 20, 10_000)).lines())
 
 
@@ -74,7 +74,7 @@ def test_every_table_has_the_tenant_that_the_log_knows(tmp_path: Path) -> None:
         for row in told.tables[table].to_pylist():
             assert row[tenant] == expected.get(row[request])
     assert told.validate() == []
-    assert found(told) == {}
+    assert found(told).keys() == {"claimed_unknown"}  # the engine called them chat and batch
 
 
 def test_what_the_log_does_not_know_stays_as_it_was_and_is_counted(tmp_path: Path) -> None:
