@@ -27,17 +27,16 @@ from stallscope.errors import UsageError
 from stallscope.trace.findings import Findings
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
     from pyarrow.csv import InvalidRow
 
 MOST_ROW_BYTES = 1 << 24  # a log may hold the bodies of requests; a longer row is damage
 MOST_TEXT = 1024  # characters kept of a value: ids, names, times and numbers have fewer
 _MOST_WHOLE_BYTES = 1 << 31  # of what can only be read as a whole
-_MOST_SHAPES = 4096  # kept at a time, of objects with other keys
 _MOST_NAMES = 20
 _BLOCK_ROWS = 1 << 16
 _START_BYTES = 4096
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES = 1 << 22
+_BLANK: dict[str, object] = {}
 _EXPECTED = "expected CSV with a header, JSON lines or Parquet, plain, gzip or zstd"
 _UNREADABLE = "rows that are no JSON object, or not as long as the CSV's header, are left out"
 _DAMAGED = (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError)
@@ -56,15 +55,15 @@ class ForeignTable:
     names: tuple[str, ...]
 
 
-def read_foreign(path: Path, wanted: Iterable[str], findings: Findings) -> ForeignTable:
-    """The wanted columns of a file. What can't be read of it is a finding.
+def read_foreign(path: Path, names: Iterable[str], findings: Findings) -> ForeignTable:
+    """The columns of a file that have these names. What can't be read of it is a finding.
 
     Raises UsageError where there is no file, no row in it, or what is no table.
     """
-    finder = _Finder([(normal(name), name) for name in wanted])
+    wanted = [(normal(name), name) for name in names]
     try:
         with _opened(path, findings) as stream:
-            names, blocks = _reader(path, _start(path, stream))(_Source(path, stream, findings), finder)
+            has, blocks = _reader(path, _start(path, stream))(_Source(path, stream, findings), wanted)
             kept = list(_until_damaged(blocks, path, findings))
     except _DAMAGED as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -72,14 +71,19 @@ def read_foreign(path: Path, wanted: Iterable[str], findings: Findings) -> Forei
     rows = pa.chunked_array([block.rows for block in kept], pa.int64())
     if not len(rows):
         raise UsageError(f"{path}: no row in it that can be read; {_EXPECTED}")
-    found = dict.fromkeys(name for block in kept for name in block.columns)
+    found = dict.fromkeys(name for block in kept for name, column in block.columns.items() if _says_anything(column))
     columns = {
         name: pa.chunked_array(
             [block.columns.get(name, pa.nulls(len(block.rows), pa.string())) for block in kept], pa.string()
         )
         for name in found
     }
-    return ForeignTable(columns, rows, tuple(names))
+    return ForeignTable(columns, rows, tuple(has))
+
+
+def _says_anything(column: pa.Array) -> bool:
+    said: bool = column.null_count < len(column)
+    return said
 
 
 def normal(name: str) -> str:
@@ -87,7 +91,7 @@ def normal(name: str) -> str:
     return name.strip().lower().replace("-", "_").removeprefix(":")
 
 
-def said(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def tidy(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Text without space around it; null where there is nothing else, or the dash that Envoy and nginx write then."""
     text = pc.utf8_trim_whitespace(column)
     return pc.if_else(pc.is_in(text, value_set=pa.array(["", "-"])), pa.scalar(None, pa.string()), text)
@@ -116,7 +120,8 @@ class _Block:
     rows: pa.Array
 
 
-_Reader = Callable[["_Source", "_Finder"], tuple[Sequence[str], Iterator[_Block]]]
+_Wanted = Sequence[tuple[str, str]]  # of each name: what is still to be found, in the ``normal`` form, and the name
+_Reader = Callable[["_Source", _Wanted], tuple[Sequence[str], Iterator[_Block]]]
 
 
 @contextmanager
@@ -134,7 +139,7 @@ def _opened(path: Path, findings: Findings) -> Iterator[io.BufferedReader]:
 
 
 class _Packed(Protocol):
-    def read(self, size: int, /) -> bytes: ...
+    def read1(self, size: int, /) -> bytes: ...
 
 
 class _Unpacked(io.RawIOBase):
@@ -148,10 +153,9 @@ class _Unpacked(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        room = memoryview(buffer).cast("B")
+    def readinto(self, room: memoryview) -> int:  # type: ignore[override]
         try:
-            content = self._packed.read(len(room))
+            content = self._packed.read1(len(room))
         except _DAMAGED as error:
             if not self._began:
                 raise
@@ -197,139 +201,122 @@ def _until_damaged(blocks: Iterator[_Block], path: Path, findings: Findings) -> 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
 
-_Cells = dict[str, tuple[list[int], list[str]]]  # of each name: positions, and their values
+Record = Mapping[str, object]
 
 
-class _Finder:
-    """Looks for names in objects; where the values are is worked out once for all objects of the same keys."""
+def _read_json_lines(source: _Source, wanted: _Wanted) -> tuple[Sequence[str], Iterator[_Block]]:
+    names: list[str] = []
 
-    def __init__(self, wanted: Sequence[tuple[str, str]]) -> None:
-        """``wanted``: of each name what is still to be found, in the ``normal`` form, and the name."""
-        self._wanted = wanted
-        self._shapes: dict[tuple[str, ...], tuple[list[tuple[str, str]], list[tuple[str, _Finder]]]] = {}
+    def blocks() -> Iterator[_Block]:
+        first = 1
+        for lines in _line_blocks(source.stream):
+            yield _block(source, names, wanted, first, map(_loaded, lines))
+            first += len(lines)
 
-    def fill(self, record: Mapping[str, object], position: int, cells: _Cells) -> None:
-        """Adds what is found to the cells of a row."""
-        shape = tuple(record)
-        places = self._shapes.get(shape)
-        if places is None:
-            if len(self._shapes) == _MOST_SHAPES:
-                self._shapes.clear()
-            places = self._shapes[shape] = ([*self.here(shape)], [*self.within(shape)])
-        for key, name in places[0]:
-            text = _text(record[key])
-            if text is not None:
-                positions, values = cells.setdefault(name, ([], []))
-                positions.append(position)
-                values.append(text)
-        for key, finder in places[1]:
-            inner = _object(record[key])
-            if inner is not None:
-                finder.fill(inner, position, cells)
+    return names, blocks()
 
-    def here(self, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """Keys whose values are wanted, with the names they are wanted by."""
-        for key in keys:
-            yield from ((key, name) for rest, name in self._wanted if rest == normal(key))
 
-    def within(self, keys: Iterable[str]) -> Iterator[tuple[str, _Finder]]:
-        """Keys in whose values there may be something that is wanted, and what finds it there."""
-        for key in keys:
-            before = f"{normal(key)}."
-            rests = [(rest.removeprefix(before), name) for rest, name in self._wanted if rest.startswith(before)]
-            if rests:
-                yield key, _Finder(rests)
+def _read_json_list(source: _Source, wanted: _Wanted) -> tuple[Sequence[str], Iterator[_Block]]:
+    values = orjson.loads(_whole(source))
+    names: list[str] = []
+    starts = range(0, len(values), _BLOCK_ROWS)
+    return names, (_block(source, names, wanted, start + 1, values[start : start + _BLOCK_ROWS]) for start in starts)
+
+
+def _line_blocks(stream: io.BufferedReader) -> Iterator[list[bytes]]:
+    """Lines, some at a time; of one that is too long there is only a beginning, which can't be read."""
+    rest = b""
+    while chunk := stream.read(_CHUNK_BYTES):
+        *whole, rest = (rest + chunk).split(b"\n")
+        if len(rest) > MOST_ROW_BYTES:
+            rest = b"\0"
+        yield whole
+    yield [rest]
+
+
+def _loaded(line: bytes) -> object:
+    """What a line holds; None where that is no JSON."""
+    try:
+        return orjson.loads(line)
+    except ValueError:
+        return None if line.strip() else _BLANK
+
+
+def _block(source: _Source, names: list[str], wanted: _Wanted, first: int, values: Iterable[object]) -> _Block:
+    """The rows of some values, the first of which has the number ``first``; notes the names that the first row has."""
+    rows: list[int] = []
+    records: list[Record] = []
+    for number, value in enumerate(values, first):
+        if value is _BLANK:
+            continue
+        if isinstance(value, dict):
+            rows.append(number)
+            records.append(value)
+        else:
+            source.unreadable(number)
+    if records and not names:
+        names += _names_of(records[0])
+    return _Block(_found(records, wanted), pa.array(rows, pa.int64()))
+
+
+def _names_of(record: Record) -> list[str]:
+    both = (
+        [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key] for key, value in record.items()
+    )
+    return [name for names in both for name in names][:_MOST_NAMES]
+
+
+def _found(records: Sequence[Record], wanted: _Wanted) -> dict[str, pa.Array]:
+    """The wanted columns of some objects."""
+    found: dict[str, pa.Array] = {}
+    for key in dict.fromkeys(key for record in records for key in record):
+        names, inner = _named(wanted, key), _within(wanted, key)
+        if not names and not inner:
+            continue
+        values = [record.get(key) for record in records]
+        columns = dict.fromkeys(names, _text_column(values)) if names else {}
+        if inner:
+            columns |= _found([_object(value) for value in values], inner)
+        for name, column in columns.items():
+            found[name] = pc.coalesce(found[name], column) if name in found else column
+    return found
+
+
+def _named(wanted: _Wanted, key: str) -> list[str]:
+    """What a key is wanted as."""
+    return [name for rest, name in wanted if rest == normal(key)]
+
+
+def _within(wanted: _Wanted, key: str) -> _Wanted:
+    """What is wanted of the objects that a key leads to."""
+    before = f"{normal(key)}."
+    return [(rest.removeprefix(before), name) for rest, name in wanted if rest.startswith(before)]
+
+
+def _text_column(values: Sequence[object]) -> pa.Array:
+    try:
+        column = pa.array(values, pa.string())
+    except (pa.ArrowTypeError, pa.ArrowInvalid):
+        column = pa.array(map(_text, values), pa.string())
+    return pc.utf8_slice_codeunits(column, 0, MOST_TEXT)
 
 
 def _text(value: object) -> str | None:
     if isinstance(value, str):
-        return value[:MOST_TEXT]
-    if isinstance(value, int | float):  # bool, too
-        return orjson.dumps(value).decode() if abs(value) < 1 << 63 else None
+        return value
+    if isinstance(value, int | float) and abs(value) < 1 << 63:  # bool, too
+        return orjson.dumps(value).decode()
     return None
 
 
-def _object(value: object) -> Mapping[str, object] | None:
-    """A value as an object, also where it is the JSON text of one."""
-    if isinstance(value, str | bytes) and value[:1] in ("{", b"{"):
+def _object(value: object) -> Record:
+    """A value as an object, also where it is the JSON text of one; an empty one where it is neither."""
+    if isinstance(value, str) and value.startswith("{"):
         try:
             value = orjson.loads(value)
         except ValueError:
-            return None
-    return value if isinstance(value, dict) else None
-
-
-def _read_json_lines(source: _Source, finder: _Finder) -> tuple[Sequence[str], Iterator[_Block]]:
-    names: list[str] = []
-    return names, _blocks(_objects(source, names), finder)
-
-
-def _read_json_list(source: _Source, finder: _Finder) -> tuple[Sequence[str], Iterator[_Block]]:
-    values = orjson.loads(_whole(source))
-    names: list[str] = []
-
-    def objects() -> Iterator[tuple[int, Mapping[str, object]]]:
-        for number, value in enumerate(values, 1):
-            if isinstance(value, dict):
-                _note_names(names, value)
-                yield number, value
-            else:
-                source.unreadable(number)
-
-    return names, _blocks(objects(), finder)
-
-
-def _objects(source: _Source, names: list[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """The objects of all lines with their numbers; ``names`` are noted from the first."""
-    for number, line in enumerate(_lines(source.stream), 1):
-        try:
-            value = orjson.loads(line)
-        except ValueError:
-            if line.strip():
-                source.unreadable(number)
-            continue
-        if isinstance(value, dict):
-            _note_names(names, value)
-            yield number, value
-        else:
-            source.unreadable(number)
-
-
-def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
-    """Lines; of one that is too long only the beginning, which can't be read."""
-    while line := stream.readline(MOST_ROW_BYTES):
-        yield line
-        while len(line) == MOST_ROW_BYTES and not line.endswith(b"\n"):
-            line = stream.readline(MOST_ROW_BYTES)
-
-
-def _note_names(names: list[str], record: Mapping[str, object]) -> None:
-    if names:
-        return
-    for key, value in record.items():
-        names += [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key]
-    del names[_MOST_NAMES:]
-
-
-def _blocks(objects: Iterable[tuple[int, Mapping[str, object]]], finder: _Finder) -> Iterator[_Block]:
-    cells: _Cells = {}
-    rows: list[int] = []
-    for row, record in objects:
-        finder.fill(record, len(rows), cells)
-        rows.append(row)
-        if len(rows) == _BLOCK_ROWS:
-            yield _Block(_columns(cells, len(rows)), pa.array(rows, pa.int64()))
-            cells, rows = {}, []
-    yield _Block(_columns(cells, len(rows)), pa.array(rows, pa.int64()))
-
-
-def _columns(cells: _Cells, length: int) -> dict[str, pa.Array]:
-    columns = {}
-    for name, (positions, values) in cells.items():
-        value_of = np.full(length, -1)
-        value_of[positions] = np.arange(len(values))
-        columns[name] = pa.array(values, pa.string()).take(pa.array(value_of, mask=value_of < 0))
-    return columns
+            return _BLANK
+    return value if isinstance(value, dict) else _BLANK
 
 
 def _whole(source: _Source) -> bytes:
@@ -342,7 +329,7 @@ def _whole(source: _Source) -> bytes:
 # --- CSV and Parquet ----------------------------------------------------------------------------------------------
 
 
-def _read_csv(source: _Source, finder: _Finder) -> tuple[Sequence[str], Iterator[_Block]]:
+def _read_csv(source: _Source, wanted: _Wanted) -> tuple[Sequence[str], Iterator[_Block]]:
     from pyarrow import csv as arrow
 
     header = next(csv.reader([source.stream.readline(MOST_ROW_BYTES).decode("utf-8", "replace")]), [])
@@ -353,7 +340,7 @@ def _read_csv(source: _Source, finder: _Finder) -> tuple[Sequence[str], Iterator
         return "skip"
 
     def blocks() -> Iterator[_Block]:
-        kept = [number for number, name in zip(numbers, header, strict=True) if _is_wanted(finder, name)]
+        kept = [number for number, name in zip(numbers, header, strict=True) if _is_wanted(wanted, name)]
         reader = arrow.open_csv(
             pa.PythonFile(source.stream, "r"),
             arrow.ReadOptions(column_names=numbers, block_size=MOST_ROW_BYTES, use_threads=False),
@@ -369,13 +356,13 @@ def _read_csv(source: _Source, finder: _Finder) -> tuple[Sequence[str], Iterator
         for batch in reader:
             rows = pa.array(np.arange(before, before + batch.num_rows))
             columns = [(header[int(number)], batch.column(number)) for number in kept]
-            yield _Block(_picked(columns, finder, batch.num_rows), rows)
+            yield _Block(_picked(columns, wanted), rows)
             before += batch.num_rows
 
     return header[:_MOST_NAMES], blocks()
 
 
-def _read_parquet(source: _Source, finder: _Finder) -> tuple[Sequence[str], Iterator[_Block]]:
+def _read_parquet(source: _Source, wanted: _Wanted) -> tuple[Sequence[str], Iterator[_Block]]:
     from pyarrow import parquet
 
     packed = not isinstance(source.stream.raw, io.FileIO)
@@ -386,13 +373,13 @@ def _read_parquet(source: _Source, finder: _Finder) -> tuple[Sequence[str], Iter
     names = _flat(file.schema_arrow.empty_table()).column_names
 
     def blocks() -> Iterator[_Block]:
-        kept = [name for name in names if _is_wanted(finder, name)]
+        kept = [name for name in names if _is_wanted(wanted, name)]
         before = 1
         for batch in file.iter_batches(_BLOCK_ROWS, columns=kept):
             table = _flat(pa.Table.from_batches([batch]))
             rows = pa.array(np.arange(before, before + batch.num_rows))
             columns = [(name, table.column(name).combine_chunks()) for name in table.column_names]
-            yield _Block(_picked(columns, finder, batch.num_rows), rows)
+            yield _Block(_picked(columns, wanted), rows)
             before += batch.num_rows
 
     return names[:_MOST_NAMES], blocks()
@@ -405,24 +392,21 @@ def _flat(table: pa.Table) -> pa.Table:
     return table
 
 
-def _is_wanted(finder: _Finder, name: str) -> bool:
-    return any(True for _ in finder.here([name])) or any(True for _ in finder.within([name]))
+def _is_wanted(wanted: _Wanted, name: str) -> bool:
+    return bool(_named(wanted, name) or _within(wanted, name))
 
 
-def _picked(columns: Iterable[tuple[str, pa.Array]], finder: _Finder, length: int) -> dict[str, pa.Array]:
+def _picked(columns: Iterable[tuple[str, pa.Array]], wanted: _Wanted) -> dict[str, pa.Array]:
     """The wanted columns as text: such that are columns, and such that are in cells with JSON."""
     found: dict[str, pa.Array] = {}
-    cells: _Cells = {}
     for key, column in columns:
         text = _as_text(column)
-        for _, name in finder.here([key]):
-            found.setdefault(name, pc.utf8_slice_codeunits(text, 0, MOST_TEXT))
-        for _, inner in finder.within([key]):
-            for position, cell in enumerate(text.to_pylist()):
-                record = _object(cell)
-                if record is not None:
-                    inner.fill(record, position, cells)
-    return _columns(cells, length) | {name: column for name, column in found.items() if column.null_count < length}
+        picked = dict.fromkeys(_named(wanted, key), pc.utf8_slice_codeunits(text, 0, MOST_TEXT))
+        if inner := _within(wanted, key):
+            picked |= _found([_object(cell) for cell in text.to_pylist()], inner)
+        for name, one in picked.items():
+            found[name] = pc.coalesce(found[name], one) if name in found else one
+    return found
 
 
 def _as_text(column: pa.Array) -> pa.Array:

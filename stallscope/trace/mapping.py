@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from stallscope.errors import UsageError
 from stallscope.nodes import Node, read_yaml
 from stallscope.trace.findings import Finding, Findings
-from stallscope.trace.foreign import ForeignTable, read_foreign, said
+from stallscope.trace.foreign import ForeignTable, read_foreign, tidy
 from stallscope.trace.references import Ints
 from stallscope.trace.rename import UNKNOWN
 from stallscope.trace.tables import Column, encode, plain_table, same
@@ -232,7 +232,7 @@ class _Rows:
     def _text(self, key: str) -> pa.Array:
         field = self.fields[key]
         return (
-            same(field.value, len(self.table.rows)) if field.value else _whole(said(self.table.columns[field.column]))
+            same(field.value, len(self.table.rows)) if field.value else _whole(tidy(self.table.columns[field.column]))
         )
 
     def _note(self, kind: str, rows: Mask, text: str, key: str = "") -> None:

@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 
 from stallscope.errors import UsageError
 from stallscope.trace.findings import Finding, Findings
-from stallscope.trace.foreign import ForeignTable, read_foreign, said
+from stallscope.trace.foreign import ForeignTable, read_foreign, tidy
 from stallscope.trace.model import Trace
 from stallscope.trace.references import Ints, request_rows
 from stallscope.trace.rename import UNKNOWN
@@ -206,10 +206,12 @@ def with_tenants(trace: Trace, logs: TenantLogs) -> Trace:
     tables = dict(trace.tables)
     tables["requests"] = with_columns(requests, changed)
     for table, column, named in _FOLLOWERS:
-        at = request_rows(tables, table, column)
         rows = tables[table]
-        tables[table] = with_columns(rows, {named: pc.coalesce(_names_at(tenant, at), _plain(rows[named]))})
-    tables["clients"] = _clients_of_none(tables, logs)
+        if rows.num_rows:
+            now = _names_at(tenant, request_rows(tables, table, column))
+            tables[table] = with_columns(rows, {named: pc.coalesce(now, _plain(rows[named]))})
+    if trace.clients.num_rows:
+        tables["clients"] = _clients_of_none(tables, logs)
     findings = Findings((*trace.findings, *logs.findings))
     _say(findings, logs, requests, number, told)
     return replace(trace, tables=tables, findings=findings.all())
@@ -259,7 +261,7 @@ def _read_log(file: _LogFile, number: int, findings: Findings) -> tuple[pa.Table
     if not found["tenant"]:
         raise _no_column(file.path, table, "no column that names tenants")
     tenant = pc.coalesce(*(tenant_names(table.columns[name]) for name in found["tenant"]))
-    keys = [("request", said(table.columns[name])) for name in found["request"]]
+    keys = [("request", tidy(table.columns[name])) for name in found["request"]]
     keys += [("trace", trace_ids(table.columns[name])) for name in found["trace"]]
     nameless = pc.is_null(pc.coalesce(*(key for _, key in keys)))
     missing = pc.sum(pc.or_(nameless, pc.is_null(tenant))).as_py()
@@ -279,14 +281,14 @@ def _rows(role: str, key: pa.ChunkedArray, tenant: pa.ChunkedArray, file: int) -
 
 
 def tenant_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    text = said(column)
+    text = tidy(column)
     known = pc.if_else(pc.equal(text, UNKNOWN), pa.scalar(None, pa.string()), text)
     return pc.utf8_slice_codeunits(known, 0, MOST_CHARACTERS)
 
 
 def trace_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The id of a ``traceparent``, or one that stands alone; the id of zeros is none."""
-    text = pc.utf8_lower(said(column))
+    text = pc.utf8_lower(tidy(column))
     found = pc.replace_substring_regex(text, _TRACEPARENT, r"\1")
     sound = pc.and_(pc.match_substring_regex(found, "^[0-9a-f]{32}$"), pc.not_equal(found, "0" * 32))
     return pc.if_else(sound, found, pa.scalar(None, pa.string()))

@@ -127,6 +127,7 @@ def test_a_line_without_an_end_takes_no_more_memory_than_a_row_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(foreign, "MOST_ROW_BYTES", 1000)
+    monkeypatch.setattr(foreign, "_CHUNK_BYTES", 100)
     content = b'{"id": "1"}\n{"id": "' + b"x" * 12_345 + b'"}\n{"id": "3"}\n'
     table, (finding,) = read(tmp_path / "t.jsonl", content, ("id",))
     assert as_lists(table) == {"id": ["1", "3"]}
