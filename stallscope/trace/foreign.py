@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,14 +32,16 @@ if TYPE_CHECKING:
 
 MOST_ROW_BYTES = 1 << 24  # a log may hold the bodies of requests; a longer row is damage
 MOST_TEXT = 1024  # characters kept of a value: ids, names, times and numbers have fewer
-_MOST_WHOLE_BYTES = 1 << 31  # of what can only be read as a whole
+_MOST_WHOLE_BYTES = 1 << 29  # of what can only be read as a whole
 _MOST_NAMES = 20
-_BLOCK_ROWS = 1 << 16
+_BLOCK_ROWS = 1 << 13
 _START_BYTES = 4096
 _CHUNK_BYTES = 1 << 22
+
+Record = Mapping[str, object]
 _BLANK: dict[str, object] = {}
 _EXPECTED = "expected CSV with a header, JSON lines or Parquet, plain, gzip or zstd"
-_UNREADABLE = "rows that are no JSON object, or not as long as the CSV's header, are left out"
+_UNREADABLE = "rows that are no JSON object, or not as long as the CSV's header"
 _DAMAGED = (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError)
 
 
@@ -68,17 +71,35 @@ def read_foreign(path: Path, names: Iterable[str], findings: Findings) -> Foreig
     except _DAMAGED as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UsageError(f"{path}: cannot be read ({reason}); check the path, its rights and the file") from error
-    rows = pa.chunked_array([block.rows for block in kept], pa.int64())
-    if not len(rows):
+    table = _table(kept, has)
+    if not len(table.rows):
         raise UsageError(f"{path}: no row in it that can be read; {_EXPECTED}")
-    found = dict.fromkeys(name for block in kept for name, column in block.columns.items() if _says_anything(column))
+    return table
+
+
+def table_of(records: Iterable[Record], names: Iterable[str]) -> ForeignTable:
+    """The values that have these names in some objects, as columns."""
+    wanted = [(normal(name), name) for name in names]
+    records = iter(records)
+    has: list[str] = []
+    blocks: list[_Block] = []
+    first = 1
+    while block := list(islice(records, _BLOCK_ROWS)):
+        has = has or _names_of(block[0])
+        blocks.append(_Block(_found(block, wanted), pa.array(np.arange(first, first + len(block)))))
+        first += len(block)
+    return _table(blocks, has)
+
+
+def _table(blocks: Sequence[_Block], names: Sequence[str]) -> ForeignTable:
+    found = dict.fromkeys(name for block in blocks for name, column in block.columns.items() if _says_anything(column))
     columns = {
         name: pa.chunked_array(
-            [block.columns.get(name, pa.nulls(len(block.rows), pa.string())) for block in kept], pa.string()
+            [block.columns.get(name, pa.nulls(len(block.rows), pa.string())) for block in blocks], pa.string()
         )
         for name in found
     }
-    return ForeignTable(columns, rows, tuple(has))
+    return ForeignTable(columns, pa.chunked_array([block.rows for block in blocks], pa.int64()), tuple(names))
 
 
 def _says_anything(column: pa.Array) -> bool:
@@ -201,8 +222,6 @@ def _until_damaged(blocks: Iterator[_Block], path: Path, findings: Findings) -> 
 
 # --- JSON ---------------------------------------------------------------------------------------------------------
 
-Record = Mapping[str, object]
-
 
 def _read_json_lines(source: _Source, wanted: _Wanted) -> tuple[Sequence[str], Iterator[_Block]]:
     names: list[str] = []
@@ -260,10 +279,10 @@ def _block(source: _Source, names: list[str], wanted: _Wanted, first: int, value
 
 
 def _names_of(record: Record) -> list[str]:
-    both = (
-        [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key] for key, value in record.items()
-    )
-    return [name for names in both for name in names][:_MOST_NAMES]
+    names: list[str] = []
+    for key, value in record.items():
+        names += [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key]
+    return names[:_MOST_NAMES]
 
 
 def _found(records: Sequence[Record], wanted: _Wanted) -> dict[str, pa.Array]:
@@ -322,7 +341,7 @@ def _object(value: object) -> Record:
 def _whole(source: _Source) -> bytes:
     content = source.stream.read(_MOST_WHOLE_BYTES + 1)
     if len(content) > _MOST_WHOLE_BYTES:
-        raise UsageError(f"{source.path}: more than 2 GiB in one piece; write JSON lines, or plain Parquet")
+        raise UsageError(f"{source.path}: more than 512 MiB in one piece; write JSON lines, or plain Parquet")
     return content
 
 

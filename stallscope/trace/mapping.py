@@ -1,4 +1,4 @@
-"""Any table of requests to the canonical one: a YAML file says which column is what, and in which unit its times are.
+"""Any table of requests, or any spans, to the canonical table: a YAML file says which column is what, in which unit.
 
 For engines and gateways that stallscope does not know. What comes out is the table ``requests`` alone, from which
 batches can't be told: fidelity 1. ``docs/tenants.md`` has the keys of a mapping.
@@ -6,7 +6,7 @@ batches can't be told: fidelity 1. ``docs/tenants.md`` has the keys of a mapping
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from stallscope.errors import UsageError
 from stallscope.nodes import Node, read_yaml
 from stallscope.trace.findings import Finding, Findings
-from stallscope.trace.foreign import ForeignTable, read_foreign, tidy
+from stallscope.trace.foreign import ForeignTable, Record, read_foreign, table_of, tidy
+from stallscope.trace.otlp import MALFORMED, Reader, SpanGroup, find_files, read_attributes
 from stallscope.trace.references import Ints
 from stallscope.trace.rename import UNKNOWN
 from stallscope.trace.tables import Column, encode, plain_table, same
@@ -38,7 +39,8 @@ TIMES = ("arrival", "queued", "scheduled", "first_token", "end", "delivered")
 # Durations from the arrival on, and the times that they tell.
 DURATIONS = {"time_in_queue": "scheduled", "ttft": "first_token", "duration": "end"}
 LATEST = 1 << 62  # ns since the epoch, or of a duration: one and another can be added
-SOURCE = "table:"  # before the column that named a tenant
+# Before the column, or the attribute of a span, that named a tenant. Whoever sends spans may be the client itself.
+TABLE_SOURCE, SPAN_SOURCE = "table:", "claim:"
 
 _FINISH_REASONS = pa.array([reason.name.lower() for reason in FinishReason])
 _DECIMAL = r"^(?P<whole>\d{1,19})(?:\.(?P<fraction>\d*))?$"
@@ -67,23 +69,32 @@ class Field:
     unit: Unit = Unit.NS
 
 
-Fields = Mapping[str, Field]
+@dataclass(frozen=True, slots=True)
+class RequestMapping:
+    """Where the values of requests are found, by canonical name. ``span``: in spans of this name; "": in a table."""
+
+    fields: Mapping[str, Field]
+    span: str = ""
+
+    @property
+    def columns(self) -> list[str]:
+        return [field.column for field in self.fields.values() if field.column]
 
 
 def read_mapped(path: Path, mapping: Path) -> tuple[pa.Table, tuple[Finding, ...]]:
-    """The requests in a table of others' making, as ``schema.REQUESTS``, and what could not be used of it.
+    """The requests in a table or in OTLP files (a file, or a folder) as ``schema.REQUESTS``, and what can't be used.
 
     Rows without sound times are left out; a row without an end is of a request that was still open. Raises UsageError
     where either file can't be read, the mapping says what the table has not, or no row is sound.
     """
-    fields = read_mapping(mapping)
+    said = read_mapping(mapping)
     findings = Findings()
-    table = read_foreign(path, [one.column for one in fields.values() if one.column], findings)
-    for key, one in fields.items():
+    table = _spans(path, said, findings) if said.span else read_foreign(path, said.columns, findings)
+    for key, one in said.fields.items():
         if one.column and one.column not in table.columns:
             has = ", ".join(map(repr, table.names))
-            raise UsageError(f"{mapping}: {key}: {path} has no column {one.column!r} with anything in it; it has {has}")
-    requests = _Rows(table, fields, str(path), findings).requests()
+            raise UsageError(f"{mapping}: {key}: {path} has no {one.column!r} with anything in it; it has {has}")
+    requests = _Rows(table, said, str(path), findings).requests()
     if not requests.num_rows:
         first = findings.all()[-1]
         raise UsageError(f"{path}: no row can be used: {first.text} ({first.where}); look at units in {mapping}")
@@ -93,18 +104,19 @@ def read_mapped(path: Path, mapping: Path) -> tuple[pa.Table, tuple[Finding, ...
 # --- the mapping --------------------------------------------------------------------------------------------------
 
 
-def read_mapping(path: Path) -> Fields:
-    """The fields of a mapping by canonical name. Raises UsageError, with file and key, where it is none."""
+def read_mapping(path: Path) -> RequestMapping:
+    """What a file says. Raises UsageError, with file and key, where it is no mapping."""
     root = Node(str(path), "", read_yaml(path))
-    nodes = root.mapping(["unit", *NAMES, *COUNTS, *TIMES, *DURATIONS])
+    nodes = root.mapping(["unit", "span", *NAMES, *COUNTS, *TIMES, *DURATIONS])
     unit = _unit(nodes.pop("unit")) if "unit" in nodes else None
+    span = nodes.pop("span").text() if "span" in nodes else ""
     fields = {key: _field(key, node, unit) for key, node in nodes.items()}
     for key, time in DURATIONS.items():
         if key in fields and time in fields and (key != "duration" or "arrival" in fields):
             raise nodes[key].error(f"{time} says that already; leave one of them out")
     if len(fields.keys() & {"arrival", "end", "duration"}) < 2:
         raise root.error("two of arrival, end and duration are needed to know when requests came and went")
-    return fields
+    return RequestMapping(fields, span)
 
 
 def _field(key: str, node: Node, unit: Unit | None) -> Field:
@@ -133,6 +145,32 @@ def _unit(node: Node) -> Unit:
     return Unit(node.text())
 
 
+# --- spans --------------------------------------------------------------------------------------------------------
+
+
+def _spans(path: Path, mapping: RequestMapping, findings: Findings) -> ForeignTable:
+    """Spans of the mapping's name as a table: a column for each attribute, those of the resource behind ``resource.``,
+    and ``start``, ``end`` (ns), ``trace_id``. Raises UsageError where there is none."""
+    reader = Reader(findings)
+    table = table_of(_span_records(reader.read(find_files(path)), mapping.span), mapping.columns)
+    if not len(table.rows):
+        raise UsageError(f"{path}: no span in it is called {mapping.span!r}; give OTLP files with such spans")
+    return table
+
+
+def _span_records(groups: Iterable[SpanGroup], name: str) -> Iterator[Record]:
+    for group in groups:
+        resource = {f"resource.{key}": value for key, value in group.resource.attributes.items()}
+        for span in group.spans:
+            try:
+                if span["name"] == name:
+                    times = {"start": int(span["startTimeUnixNano"]), "end": int(span["endTimeUnixNano"])}
+                    attributes, _ = read_attributes(span.get("attributes", []))
+                    yield resource | attributes | times | {"trace_id": span.get("traceId")}
+            except MALFORMED:
+                continue  # it has no time: nothing that could be left out of the requests
+
+
 # --- rows to requests ---------------------------------------------------------------------------------------------
 
 
@@ -141,14 +179,14 @@ class _Rows:
     """The rows of a foreign table, seen through a mapping."""
 
     table: ForeignTable
-    fields: Fields
+    mapping: RequestMapping
     path: str
     findings: Findings
 
     def requests(self) -> pa.Table:
         times, sound = self._times()
         columns: dict[str, Column] = {key: pa.array(time, mask=time < 0) for key, time in times.items()}
-        columns |= {key: self._count(key) for key in COUNTS if key in self.fields}
+        columns |= {key: self._count(key) for key in COUNTS if key in self.mapping.fields}
         columns |= self._names()
         finished = times["end"] >= 0
         columns["state"] = np.where(finished, "finished", "open")
@@ -188,10 +226,10 @@ class _Rows:
         said: dict[str, Ints] = {}
         unsound = np.zeros(len(self.table.rows), dtype=np.bool_)
         for key in (*TIMES, *DURATIONS):
-            if key not in self.fields:
+            if key not in self.mapping.fields:
                 continue
             text = self._text(key)
-            unit = self.fields[key].unit
+            unit = self.mapping.fields[key].unit
             said[key] = _dates(text) if unit is Unit.RFC3339 else _numbers(text, _NS[unit])
             wrong = _unread(text, said[key])
             if key in ("arrival", "end", "duration"):
@@ -211,16 +249,17 @@ class _Rows:
     def _names(self) -> dict[str, Column]:
         """The columns of names, with what takes the place of those that are missing."""
         rows = len(self.table.rows)
-        names = {key: self._text(key) for key in NAMES if key in self.fields}
+        names = {key: self._text(key) for key in NAMES if key in self.mapping.fields}
         nothing = pa.nulls(rows, pa.string())
         numbered = pc.binary_join_element_wise("row", _whole(self.table.rows).cast(pa.string()), "-")
         names["request"] = pc.coalesce(names.get("request", nothing), numbered)
         names["replica"] = pc.fill_null(names.get("replica", nothing), UNKNOWN)
         tenant = tenant_names(names.get("tenant", nothing))
         names["tenant"] = pc.fill_null(tenant, UNKNOWN)
-        if "tenant" in self.fields:
-            field = self.fields["tenant"]
-            source = same(f"{SOURCE}{field.column or 'mapping'}", rows)
+        if "tenant" in self.mapping.fields:
+            field = self.mapping.fields["tenant"]
+            kind = SPAN_SOURCE if self.mapping.span else TABLE_SOURCE
+            source = same(f"{kind}{field.column or 'mapping'}", rows)
             names["tenant_source"] = pc.if_else(pc.is_valid(tenant), source, nothing)
         if "trace_id" in names:
             names["trace_id"] = trace_ids(names["trace_id"])
@@ -230,7 +269,7 @@ class _Rows:
         return names
 
     def _text(self, key: str) -> pa.Array:
-        field = self.fields[key]
+        field = self.mapping.fields[key]
         return (
             same(field.value, len(self.table.rows)) if field.value else _whole(tidy(self.table.columns[field.column]))
         )

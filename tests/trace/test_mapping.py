@@ -10,9 +10,11 @@ import pytest
 from pyarrow import parquet
 
 from stallscope.errors import UsageError
+from stallscope.trace import read_trace
 from stallscope.trace.findings import Finding
 from stallscope.trace.mapping import read_mapped
 from stallscope.trace.schema import REQUESTS
+from tests.trace.recording import steady, write
 
 PLAIN = """
 unit: s
@@ -154,6 +156,39 @@ def test_a_table_in_parquet_has_its_own_types(tmp_path: Path) -> None:
     assert findings == ()
 
 
+SPANS = """
+span: llm_request
+request: gen_ai.request.id
+tenant: stallscope.tenant
+replica: resource.service.instance.id
+arrival: {column: start, unit: ns}
+end: {column: end, unit: ns}
+prompt_tokens: gen_ai.usage.prompt_tokens
+output_tokens: gen_ai.usage.completion_tokens
+trace_id: trace_id
+"""
+
+
+def test_spans_of_a_name_are_requests_as_reading_them_finds(tmp_path: Path) -> None:
+    recording = steady(requests=5)
+    path = write(
+        tmp_path / "t.otlp.jsonl", [*recording.lines(), b'{"resourceSpans": [{"scopeSpans": [{"spans": [7]}]}]}']
+    )
+    (tmp_path / "m.yaml").write_text(SPANS)
+    requests, _ = read_mapped(path, tmp_path / "m.yaml")
+    known = read_trace(path).requests
+    for name in ("replica", "request", "tenant", "arrival", "end", "prompt_tokens", "output_tokens", "trace_id"):
+        assert requests[name].to_pylist() == known[name].to_pylist()
+    assert set(requests["tenant_source"].to_pylist()) == {"claim:stallscope.tenant"}
+
+
+def test_where_no_span_has_the_name_that_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.otlp.jsonl", steady().lines())
+    (tmp_path / "m.yaml").write_text(SPANS.replace("llm_request", "generate"))
+    with pytest.raises(UsageError, match="no span in it is called 'generate'"):
+        read_mapped(path, tmp_path / "m.yaml")
+
+
 @pytest.mark.parametrize(
     ("mapping", "says"),
     [
@@ -167,7 +202,7 @@ def test_a_table_in_parquet_has_its_own_types(tmp_path: Path) -> None:
         ("unit: s\narrival: at\nend: done\nttft: x\nfirst_token: x\n", "m.yaml: ttft: first_token says that already"),
         (
             "unit: s\narrival: at\nend: gone\n",
-            "m.yaml: end: TABLE has no column 'gone' with anything in it; it has",
+            "m.yaml: end: TABLE has no 'gone' with anything in it; it has",
         ),
         ("unit: s\narrival: at\nend: {value: 5}\n", "m.yaml: end.value: unknown key"),
         ("unit: s\narrival: at\nend: {unit: s}\n", "m.yaml: end: say which column it is"),
