@@ -7,6 +7,7 @@ into an object, a Parquet struct, or a cell that holds JSON.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -187,6 +188,27 @@ class _Unpacked(io.RawIOBase):
         return len(content)
 
 
+class _SoundText(io.RawIOBase):
+    """A stream with a sign of replacement where it is not UTF-8, on which Arrow's reader of CSV would choke."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, room: memoryview) -> int:  # type: ignore[override]
+        content = b""
+        while not content:
+            raw = self._stream.read(len(room) // 4)  # a byte may become three, and three may have been kept
+            content = self._decoder.decode(raw, final=not raw).encode()
+            if not raw:
+                break
+        room[: len(content)] = content
+        return len(content)
+
+
 def _note_damage(path: Path, error: Exception, findings: Findings) -> None:
     reason = " ".join(str(error).split())
     findings.add("damaged_file", str(path), "", f"the file is damaged ({reason}); what came before is used")
@@ -351,7 +373,10 @@ def _whole(source: _Source) -> bytes:
 def _read_csv(source: _Source, wanted: _Wanted) -> tuple[Sequence[str], Iterator[_Block]]:
     from pyarrow import csv as arrow
 
-    header = next(csv.reader([source.stream.readline(MOST_ROW_BYTES).decode("utf-8", "replace")]), [])
+    try:
+        header = next(csv.reader([source.stream.readline(MOST_ROW_BYTES).decode("utf-8", "replace")]))
+    except csv.Error as error:
+        raise UsageError(f"{source.path}: the header can't be read as CSV ({error}); {_EXPECTED}") from error
     numbers = [str(number) for number in range(len(header))]  # names may be there twice
 
     def invalid(row: InvalidRow) -> str:
@@ -361,12 +386,12 @@ def _read_csv(source: _Source, wanted: _Wanted) -> tuple[Sequence[str], Iterator
     def blocks() -> Iterator[_Block]:
         kept = [number for number, name in zip(numbers, header, strict=True) if _is_wanted(wanted, name)]
         reader = arrow.open_csv(
-            pa.PythonFile(source.stream, "r"),
+            pa.PythonFile(io.BufferedReader(_SoundText(source.stream), _CHUNK_BYTES), "r"),
             arrow.ReadOptions(column_names=numbers, block_size=MOST_ROW_BYTES, use_threads=False),
             arrow.ParseOptions(newlines_in_values=True, invalid_row_handler=invalid),
             arrow.ConvertOptions(
                 include_columns=kept,
-                column_types=dict.fromkeys(kept, pa.binary()),
+                column_types=dict.fromkeys(kept, pa.string()),
                 null_values=[""],
                 strings_can_be_null=True,
             ),

@@ -12,12 +12,15 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from stallscope.errors import UsageError
 from stallscope.trace import foreign
 from stallscope.trace.findings import Finding, Findings
 from stallscope.trace.foreign import ForeignTable, read_foreign
+from tests.trace.recording import folder
 
 ROWS = [
     {"X-Request-Id": "a-1", "consumer": {"username": "chat"}, "size": 12, "share": 0.5},
@@ -161,6 +164,39 @@ def test_what_is_no_table_is_one_line_that_names_the_file(tmp_path: Path, conten
     assert says in str(raised.value)
     assert str(tmp_path / "t.csv") in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([as_csv, as_json_lines, as_parquet]),
+    st.sampled_from([unpacked, gzip.compress, zstandard.compress]),
+    st.floats(0, 1),
+    st.binary(max_size=40),
+    st.integers(0, 40),
+)
+def test_damage_anywhere_costs_rows_or_is_one_line(
+    made: Callable[[], bytes], pack: Callable[[bytes], bytes], where: float, instead: bytes, cut: int
+) -> None:
+    content = pack(made())
+    at = int(where * len(content))
+    with folder() as path:
+        try:
+            table, _ = read(path / "t", content[:at] + instead + content[at + cut :])
+        except UsageError as error:
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert {len(column) for column in table.columns.values()} <= {len(table.rows)}
+
+
+def test_a_header_that_is_no_csv_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the header can't be read as CSV"):
+        read(tmp_path / "t.csv", b"id,x\rmore\n1,2\n")
+
+
+def test_csv_rows_that_are_neither_utf_8_nor_of_the_right_length_are_counted(tmp_path: Path) -> None:
+    table, (finding,) = read(tmp_path / "t.csv", b"id,x\n\xff\xfe\n1,2\n", ("id",))
+    assert as_lists(table) == {"id": ["1"]}
+    assert (finding.kind, finding.count) == ("unreadable_row", 1)
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
