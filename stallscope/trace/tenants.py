@@ -71,9 +71,7 @@ TENANT_COLUMNS = (
     "remote_user",
 )
 MOST_CHARACTERS = 256  # of a tenant's name
-SOURCE = "gateway:"
-
-CLAIM = "claim"  # a source that begins like this is a mere claim
+SOURCE, CLAIM = "gateway:", "claim"  # how sources of tenants begin: a log's, and a mere claim's
 
 _UNKNOWN, _CONFLICT = -1, -2  # in place of a tenant's number
 _OPTIONS = re.compile(r":(?=(?:request|trace|tenant)=)")
