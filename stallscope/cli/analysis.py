@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stallscope.cli.shared import FOUND, INCONCLUSIVE, console, progress, read, warn
+from stallscope.cli.shared import FOUND, INCONCLUSIVE, TenantLog, console, progress, read, warn
 from stallscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class _Asked:
     redact_for: str | None
     slos: tuple[Slo, ...]
     replay: bool
+    tenants: tuple[str, ...]
 
 
 def analyze(
@@ -57,6 +58,7 @@ def analyze(
     replica: Annotated[str | None, typer.Option(help="Only this replica.")] = None,
     model: Annotated[str | None, typer.Option(help="Only replicas that serve this model.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Only incidents that this tenant was part of.")] = None,
+    tenants: TenantLog = None,
     slo: Annotated[
         list[str] | None, typer.Option(help="ttft=500ms@p99, or chat:itl=100ms@p99; may be given again.")
     ] = None,
@@ -82,7 +84,7 @@ def analyze(
 
     _check_output(output, out, force)
     slos = tuple(parse_slo(text) for text in slo or ())
-    asked = _Asked(since, until, replica, model, redact_for, slos, not no_replay)
+    asked = _Asked(since, until, replica, model, redact_for, slos, not no_replay, tuple(tenants or ()))
     diagnosis, selected = _diagnosis(trace, asked, out, save, with_trace=output is Format.html)
     if tenant is not None:
         diagnosis = concerning(diagnosis, tenant)
@@ -94,18 +96,20 @@ def analyze(
 def explain(
     trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
     request: Annotated[str, typer.Argument(help="The request's id, as `stallscope analyze` shows it.")],
+    tenants: TenantLog = None,
 ) -> None:
     """Show where each millisecond of one request went, and to whom."""
     from stallscope.reports.text import print_waterfall
     from stallscope.views.waterfall import waterfall
 
-    loaded = read(trace)
+    loaded = read(trace, tenants)
     warn(loaded)
     print_waterfall(waterfall(loaded, request), console())
 
 
 def doctor(
     trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    tenants: TenantLog = None,
     output: Annotated[TableFormat, typer.Option("--format", help="text for people, json for machines.")] = (
         TableFormat.text
     ),
@@ -118,7 +122,7 @@ def doctor(
     from stallscope.reports.json import to_json
     from stallscope.views.checkup import check_up
 
-    checkup = check_up(read(trace))
+    checkup = check_up(read(trace, tenants))
     if output is TableFormat.json:
         typer.echo(to_json(checkup), nl=False)
     else:
@@ -130,6 +134,7 @@ def doctor(
 def compare(
     before: Annotated[Path, typer.Argument(help="The trace from before a change.")],
     after: Annotated[Path, typer.Argument(help="The trace from after it.")],
+    tenants: TenantLog = None,
     output: Annotated[TableFormat, typer.Option("--format", help="text for people, json for machines.")] = (
         TableFormat.text
     ),
@@ -143,7 +148,7 @@ def compare(
     from stallscope.reports.json import to_json
     from stallscope.views.comparison import compare as compared
 
-    first, second = read(before), read(after)
+    first, second = read(before, tenants), read(after, tenants)
     warn(first)
     warn(second)
     comparison = compared((first, diagnose(first, replay=False)), (second, diagnose(second, replay=False)))
@@ -179,7 +184,7 @@ def _diagnosis(
     read."""
     from stallscope.reports.saved import Saved
 
-    saved = Saved(path, repr(asked), out)
+    saved = Saved(path, repr(asked), out, _logs(asked))
     kept = saved.load()
     if kept is not None:
         diagnosis, place = kept
@@ -192,11 +197,20 @@ def _diagnosis(
     return diagnosis, selected
 
 
+def _logs(asked: _Asked) -> list[Path]:
+    if not asked.tenants:
+        return []
+    from stallscope.trace.tenants import log_paths
+
+    return log_paths(asked.tenants)
+
+
 def _selected(path: Path, asked: _Asked) -> Trace:
     from stallscope.trace.rename import redacted
     from stallscope.trace.select import select
 
-    trace = select(read(path), since=asked.since, until=asked.until, replica=asked.replica, model=asked.model)
+    trace = read(path, asked.tenants)
+    trace = select(trace, since=asked.since, until=asked.until, replica=asked.replica, model=asked.model)
     if asked.redact_for is not None:
         trace = redacted(trace, asked.redact_for)
     warn(trace)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,16 @@ PIPE_WIDTH = 120
 FOUND = 3
 INCONCLUSIVE = 4
 INTERRUPTED = 130  # as a shell says it of SIGINT
+
+TenantLog = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tenants",
+        metavar="FILE",
+        help="A gateway's log of whose request is whose (CSV, JSON lines, Parquet): FILE, or "
+        "FILE:request=COLUMN,tenant=COLUMN; may be given again.",
+    ),
+]
 
 
 class ExecutorChoice(StrEnum):
@@ -72,15 +82,26 @@ def choose(executor: ExecutorChoice) -> ExecutorName:
     return "virtual"
 
 
-def read(path: Path) -> Trace:
-    """The trace at a path, with progress; what reading left out is for ``warn`` to say."""
+def read(path: Path, tenants: Sequence[str] | None) -> Trace:
+    """The trace at a path, with tenants from gateways' logs where there are any; shows progress.
+
+    What reading left out is for ``warn`` to say.
+    """
     from stallscope.trace import read_trace
 
     with progress(f"reading {path.name}") as advance:
-        return read_trace(path, lambda done, total: advance(done / max(total, 1)))
+        trace = read_trace(path, lambda done, total: advance(done / max(total, 1)))
+    if not tenants:
+        return trace
+    from stallscope.trace.tenants import read_tenant_logs, with_tenants
+
+    with progress("reading who sent what"):
+        return with_tenants(trace, read_tenant_logs(tenants))
 
 
 def warn(trace: Trace) -> None:
     """Says on stderr what reading left out."""
+    from stallscope.views.words import printable
+
     for finding in trace.findings:
-        typer.echo(f"warning: {finding.text} ({finding.where}, {finding.count} times)", err=True)
+        typer.echo(f"warning: {printable(f'{finding.text} ({finding.where}, {finding.count} times)')}", err=True)

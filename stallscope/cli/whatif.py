@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from stallscope.cli.analysis import TableFormat
-from stallscope.cli.shared import console, progress, read, warn
+from stallscope.cli.shared import TenantLog, console, progress, read, warn
 from stallscope.errors import UsageError
 
 
@@ -30,6 +30,7 @@ def whatif(
     since: Annotated[str | None, typer.Option(help="From when on, as for analyze.")] = None,
     until: Annotated[str | None, typer.Option(help="Until when; as --since.")] = None,
     replica: Annotated[str | None, typer.Option(help="Only this replica.")] = None,
+    tenants: TenantLog = None,
     output: Annotated[TableFormat, typer.Option("--format", help="text for people, json for machines.")] = (
         TableFormat.text
     ),
@@ -47,7 +48,7 @@ def whatif(
     question = Question(*asked, tuple(_setting(text) for text in settings or ()))
     if sum(map(bool, (*asked, question.settings))) != 1:
         raise UsageError(ASK_ONE)
-    selected = select(read(trace), since=since, until=until, replica=replica, model=None)
+    selected = select(read(trace, tenants), since=since, until=until, replica=replica, model=None)
     warn(selected)
     with progress("replaying") as advance:
         answer = what_if(selected, question, advance)

@@ -65,7 +65,10 @@ def _headline(checkup: Checkup) -> Text:
 
 
 def _evidence(checkup: Checkup) -> str:
-    sources = [f"{words.printable(one.source)} {one.requests:,}" for one in checkup.tenant_sources]
+    sources = [
+        f"{words.printable(one.source)} {one.requests:,} of {words.counted(one.tenants, 'tenant')}"
+        for one in checkup.tenant_sources
+    ]
     parts = [
         words.counted(len(checkup.replicas), "replica"),
         words.counted(checkup.requests, "request"),

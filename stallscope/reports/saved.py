@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import orjson
@@ -22,12 +22,13 @@ _CHUNK = 1 << 20
 class Saved:
     """Where the diagnosis of a trace is kept: beside the trace or, where one is written, beside the report.
 
-    ``asked``: all that the diagnosis depends on but the trace.
+    ``asked``: all that the diagnosis depends on but the trace, and ``others``: files that were read with it.
     """
 
-    def __init__(self, trace: Path, asked: str, report: Path | None = None) -> None:
+    def __init__(self, trace: Path, asked: str, report: Path | None = None, others: Sequence[Path] = ()) -> None:
         self._trace = trace
         self._asked = asked
+        self._others = others
         self._folders = [one.parent for one in (report, trace) if one is not None]
 
     def load(self) -> tuple[Diagnosis, Path] | None:
@@ -62,7 +63,7 @@ class Saved:
 
     def _name(self) -> str:
         digest = hashlib.blake2b(f"{__version__} {SCHEMA_VERSION} {self._asked}".encode(), digest_size=8)
-        for file in _files(self._trace):
+        for file in (file for path in (self._trace, *self._others) for file in _files(path)):
             digest.update(f"\0{file.name} {file.stat().st_size}\0".encode())
             with file.open("rb") as content:
                 while chunk := content.read(_CHUNK):
@@ -70,8 +71,8 @@ class Saved:
         return f"{self._trace.name}.diagnosis-{digest.hexdigest()}.json"
 
 
-def _files(trace: Path) -> Iterable[Path]:
-    """The files of a trace, in order; none where it does not exist, which is for its reader to say."""
-    if trace.is_dir():
-        return sorted(one for one in trace.rglob("*") if one.is_file())
-    return [trace] if trace.is_file() else []
+def _files(path: Path) -> Iterable[Path]:
+    """A file, or the files of a folder in order; none where it does not exist, which is for its reader to say."""
+    if path.is_dir():
+        return sorted(one for one in path.rglob("*") if one.is_file())
+    return [path] if path.is_file() else []

@@ -3,7 +3,8 @@
 Flow: files → spans (``otlp``) → steps, joins, request spans and samples (``decode``) → every batch, by a state machine
 per replica (``rebuild``) → requests and gaps (``requests``), GPU samples (``gpu``) → Arrow tables (``tables``, declared
 in ``schema``) → `Trace` (``model``), which checks itself (``validate``) and is kept as Parquet (``parquet``). ``read``
-ties them together; ``batches`` expands residency to the batch of each step.
+ties them together; ``batches`` expands residency to the batch of each step. What others wrote comes in beside it: who
+sent what, by a gateway's log (``tenants``), and any table of requests (``mapping``), both read by ``foreign``.
 """
 
 from stallscope.trace.batches import batches

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from stallscope.errors import UsageError
 from stallscope.trace.model import Trace
+from stallscope.trace.tables import with_columns
 
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -222,7 +223,7 @@ def _cut_residency(trace: Trace, first: int, last: int) -> pa.Table:
         "context_start": pa.array(context),
         "kv_blocks": pa.array(blocks, mask=_nulls(rows["kv_blocks"])),
     }
-    return _with(rows, changed)
+    return with_columns(rows, changed)
 
 
 def _cut_requests(trace: Trace, residency: pa.Table, start: int, end: int) -> pa.Table:
@@ -241,7 +242,7 @@ def _cut_requests(trace: Trace, residency: pa.Table, start: int, end: int) -> pa
     nothing = pa.scalar(None, pa.string())
     changed["state"] = pc.if_else(cut, "open", table["state"].cast(pa.string()))
     changed["finish_reason"] = pc.if_else(cut, nothing, table["finish_reason"].cast(pa.string()))
-    return _with(table, changed)
+    return with_columns(table, changed)
 
 
 _STATIONS = ("queued", "scheduled", "first_token", "end", "delivered")
@@ -288,20 +289,10 @@ def _cut_coverage(trace: Trace, steps: pa.Table, start: int, end: int) -> pa.Tab
         "steps_seen": pa.array(np.bincount(stretch, minlength=len(begin))),
         "steps_lost": pa.array(np.where(whole, _ints(table["steps_lost"]), lost)),
     }
-    return _with(table, changed)
+    return with_columns(table, changed)
 
 
 # --- columns ------------------------------------------------------------------------------------------------------
-
-
-def _with(table: pa.Table, changed: dict[str, pa.Array]) -> pa.Table:
-    """The table with other columns, of the types that they had."""
-    for name, column in changed.items():
-        at = table.schema.get_field_index(name)
-        field = table.schema.field(at)
-        coded = _flat(column).dictionary_encode() if pa.types.is_dictionary(field.type) else column
-        table = table.set_column(at, field, coded)
-    return table
 
 
 def _ints(column: pa.ChunkedArray) -> Ints:

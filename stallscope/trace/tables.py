@@ -46,3 +46,13 @@ def encode(name: str, parts: Iterable[pa.Table]) -> pa.Table:
         column = whole.column(field.name).combine_chunks()
         columns.append(column.dictionary_encode() if pa.types.is_dictionary(field.type) else column)
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def with_columns(table: pa.Table, changed: Mapping[str, pa.Array | pa.ChunkedArray]) -> pa.Table:
+    """The table with other columns, of the types that they had."""
+    for name, column in changed.items():
+        at = table.schema.get_field_index(name)
+        field = table.schema.field(at)
+        whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        table = table.set_column(at, field, whole.dictionary_encode() if pa.types.is_dictionary(field.type) else whole)
+    return table

@@ -66,10 +66,11 @@ class ReplicaCheckup:
 
 @dataclass(frozen=True)
 class TenantSource:
-    """Where tenants' names came from, and how many requests have theirs from there."""
+    """Where tenants' names came from: how many requests have theirs from there, and how many tenants that are."""
 
     source: str
     requests: int
+    tenants: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,6 @@ def check_up(trace: Trace) -> Checkup:
     requests = trace.requests.select(["tenant", "tenant_source", "state", "delivered", "session", "predecessor"])
     table = requests.to_pandas()
     tenant, state = table["tenant"].astype(str), table["state"].astype(str)
-    sources = table["tenant_source"].astype(object).fillna("not said").value_counts()
     found = tuple(_replicas(trace))
     questions = tuple(_questions(trace, table, found))
     return Checkup(
@@ -105,11 +105,19 @@ def check_up(trace: Trace) -> Checkup:
         requests_lost=int((state == "lost").sum()),
         tenants=int(tenant[tenant != UNKNOWN].nunique()),
         known_tenant_share=float((tenant != UNKNOWN).mean()) if len(table) else 0.0,
-        tenant_sources=tuple(TenantSource(str(name), int(count)) for name, count in sources.items()),
+        tenant_sources=tuple(_sources(table)),
         questions=questions,
         usable=all(one.answer is not Answer.NO for one in questions if one.main),
         notes=tuple(f"{finding.text} ({finding.where}, {finding.count} times)" for finding in trace.findings),
     )
+
+
+def _sources(requests: pd.DataFrame) -> Iterator[TenantSource]:
+    """The sources of tenants' names, the commonest first."""
+    source = requests["tenant_source"].astype(object).fillna("not said")
+    known = requests["tenant"].astype(str).where(lambda tenant: tenant != UNKNOWN)
+    for name, count in source.value_counts().items():
+        yield TenantSource(str(name), int(count), int(known[source == name].nunique()))
 
 
 def _replicas(trace: Trace) -> Iterator[ReplicaCheckup]:
@@ -167,7 +175,7 @@ def _who(requests: pd.DataFrame, known: float, fidelity: int, kept: float) -> Qu
     tenant = requests["tenant"].astype(str)
     unknown = float((tenant == UNKNOWN).mean()) if len(requests) else 1.0
     nameless = f"{unknown:.0%} of the requests are of no known tenant"
-    name_them = "let the engine know tenants: API keys, or a header that it reads"
+    name_them = "give the gateway's log (--tenants), or let the engine know tenants: API keys, a header that it reads"
     if tenant[tenant != UNKNOWN].nunique() < 2 and unknown > 0:
         return Question(question, Answer.NO, nameless, name_them, True)
     if kept < LEAST_KEPT:

@@ -13,9 +13,9 @@ import httpx
 import orjson
 
 from stallscope.errors import UsageError
+from stallscope.nodes import Node, read_yaml, suggest
 from stallscope.workloads.clients import ABANDONED, DISCONNECTED, ERROR, OK, REJECTED, UNREACHABLE
 from stallscope.workloads.http import Disconnected, HttpClient, Response, Unreachable
-from stallscope.workloads.nodes import Node, read_yaml, suggest
 from stallscope.workloads.prompts import VOCABULARY, token_ids, words
 from stallscope.workloads.traffic import PlannedRequest
 from stallscope_telemetry.clients import Caller

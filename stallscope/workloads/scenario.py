@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import get_type_hints
 
 from stallscope.errors import UsageError
+from stallscope.nodes import Node, read_yaml, suggest
 from stallscope.workloads.draws import Choice, Draw, Literal, Lognormal, Uniform, read_column
-from stallscope.workloads.nodes import Node, read_yaml, suggest
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.executors.virtual import MODEL_PROFILES
 
