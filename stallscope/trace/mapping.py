@@ -21,7 +21,7 @@ from stallscope.errors import UsageError
 from stallscope.nodes import Node, read_yaml
 from stallscope.trace.findings import Finding, Findings
 from stallscope.trace.foreign import ForeignTable, Record, read_foreign, table_of, tidy
-from stallscope.trace.otlp import MALFORMED, Reader, SpanGroup, find_files, read_attributes
+from stallscope.trace.otlp import Reader, SpanGroup, find_files
 from stallscope.trace.references import Ints
 from stallscope.trace.rename import UNKNOWN
 from stallscope.trace.tables import Column, encode, plain_table, same
@@ -162,13 +162,9 @@ def _span_records(groups: Iterable[SpanGroup], name: str) -> Iterator[Record]:
     for group in groups:
         resource = {f"resource.{key}": value for key, value in group.resource.attributes.items()}
         for span in group.spans:
-            try:
-                if span["name"] == name:
-                    times = {"start": int(span["startTimeUnixNano"]), "end": int(span["endTimeUnixNano"])}
-                    attributes, _ = read_attributes(span.get("attributes", []))
-                    yield resource | attributes | times | {"trace_id": span.get("traceId")}
-            except MALFORMED:
-                continue  # it has no time: nothing that could be left out of the requests
+            if span.name == name:
+                own = {"start": span.start, "end": span.end, "trace_id": span.trace_id}
+                yield resource | span.attributes | own
 
 
 # --- rows to requests ---------------------------------------------------------------------------------------------
