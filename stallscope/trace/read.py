@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stallscope.errors import UsageError
 from stallscope.trace import parquet
@@ -26,13 +25,14 @@ from stallscope.trace.decode import (
     Steps,
     collect,
 )
+from stallscope.trace.estimated import FIDELITY_REQUESTS, estimated_tables
 from stallscope.trace.findings import Findings
 from stallscope.trace.gpu import gpu_table
 from stallscope.trace.model import Trace
 from stallscope.trace.otlp import Progress, Reader, Resource, find_files
 from stallscope.trace.plain_spans import engine_of
 from stallscope.trace.rebuild import Rebuilt, rebuild
-from stallscope.trace.reconstruct import StepClock, estimate_clock, known_clock, reconstruct, step_sums
+from stallscope.trace.reconstruct import known_clock, reconstruct
 from stallscope.trace.requests import (
     KnownRequest,
     StepTimes,
@@ -51,7 +51,7 @@ from stallscope.trace.tables import Column, encode, names_at, plain_table, same
 from stallscope.trace.validate import check_times
 from stallscope_telemetry import names
 
-FIDELITY_BATCHES, FIDELITY_SUMS, FIDELITY_REQUESTS = 3, 2, 1
+FIDELITY_BATCHES, FIDELITY_SUMS = 3, 2
 
 _RESOURCE_COLUMNS = {
     "group": names.GROUP,
@@ -256,7 +256,11 @@ def _tables_of(life: _Life, findings: Findings) -> Plain:
     }
     if any(one is not None for one in life.steps.composition):
         return {**tables, **_rebuilt_tables(life, times, rebuilt, known, told)}
-    return {**tables, **_reconstructed_tables(life, times, requests, known, told)}
+    if len(life.steps):
+        return {**tables, **_summed_tables(life, times, requests, known, told)}
+    kept = len(life.requests) / sum(1.0 / one.kept for one in life.requests)
+    block_size = _integer(life.resources[life.requests[0].resource], names.BLOCK_SIZE) or 0
+    return {**tables, **estimated_tables(life.name, requests, told, kept=kept, block_size=block_size)}
 
 
 def _rebuilt_tables(
@@ -273,56 +277,35 @@ def _rebuilt_tables(
     return {
         "steps": _step_table(life),
         "residency": _residency_table(life, times, rows, known),
-        "gaps": gap_table(life.name, known, [told, seen_token_times(rows, untold, times)], times),
+        "gaps": gap_table(life.name, [one.name for one in known], [told, seen_token_times(rows, untold, times)], times),
         "evictions": _eviction_table(life.name, rebuilt, positions, known),
         "coverage": _coverage_table(life.name, rebuilt, times, life.steps.columns["dropped"]),
     }
 
 
-def _reconstructed_tables(
+def _summed_tables(
     life: _Life, times: StepTimes, requests: pa.Table, known: Sequence[KnownRequest], told: TokenTimes
 ) -> Plain:
-    """Where only requests tell of batches, and steps of their sums, if there are any."""
+    """Where steps tell no more of batches than their sums, and requests who may have been in them."""
     rows_of, stations = told_stations(requests)
-    seen = len(life.steps)
+    names_of = [one.name for one in known]
+    tables = {"steps": _step_table(life), "coverage": _sums_coverage(life, times, requests)}
     if not len(stations):
-        gaps = gap_table(life.name, known, [told], times, mean_gaps(requests, told))
-        return {"steps": _step_table(life), "gaps": gaps, "coverage": _sums_coverage(life, times, requests)}
-    if seen:
-        numbers, prefill_tokens = times.steps, life.steps.columns["prefill_tokens"]
-        clock = known_clock(stations, times.scheduled, times.ready)
-        steps = _step_table(life)
-    else:
-        clock = estimate_clock(stations)
-        numbers, prefill_tokens = np.arange(len(clock.start)), None
-    rows = reconstruct(stations, clock, numbers, prefill_tokens)
-    if not seen:
-        steps = _estimated_steps(life.name, clock, step_sums(rows, numbers))
-    rows = replace(rows, request=rows_of[rows.request])
+        return {**tables, "gaps": gap_table(life.name, names_of, [told], times, mean_gaps(requests, told))}
+    clock = known_clock(stations, times.scheduled, times.ready)
+    rows = reconstruct(stations, clock, times.steps, life.steps.columns["prefill_tokens"]).of_requests(rows_of)
     untold = np.ones(len(known), dtype=np.bool_)
     untold[told.request] = False
-    # Where steps are known, so is when tokens came: with each step from the first on.
-    gaps = (
-        gap_table(life.name, known, [told, seen_token_times(rows, untold, times)], times)
-        if seen
-        else gap_table(life.name, known, [told], times, mean_gaps(requests, told))
-    )
     return {
-        "steps": steps,
+        **tables,
         "residency": _residency_table(life, times, rows, known),
-        "gaps": gaps,
-        "coverage": _sums_coverage(life, times, requests) if seen else _requests_coverage(life, requests),
+        "gaps": gap_table(life.name, names_of, [told, seen_token_times(rows, untold, times)], times),
     }
 
 
 def _residency_table(life: _Life, times: StepTimes, rows: ResidencyColumns, known: Sequence[KnownRequest]) -> pa.Table:
     block_sizes = np.array([_integer(one, names.BLOCK_SIZE) or 0 for one in life.resources], dtype=np.int64)
-    resource = life.steps.columns["resource"]
-    block_size = (
-        block_sizes[resource[np.searchsorted(times.steps, rows.first_step)]]
-        if len(resource)
-        else np.full(len(rows.request), block_sizes[life.requests[0].resource])
-    )
+    block_size = block_sizes[life.steps.columns["resource"][np.searchsorted(times.steps, rows.first_step)]]
     return residency_table(life.name, rows, [one.name for one in known], [one.tenant for one in known], block_size)
 
 
@@ -362,22 +345,6 @@ def _step_table(life: _Life) -> pa.Table:
     for column, name in (("kv_total", names.KV_TOTAL), ("budget", names.MAX_NUM_BATCHED_TOKENS)):
         given[column] = pa.array([_integer(one, name) for one in life.resources], pa.int64()).take(pa.array(resource))
     return plain_table("steps", given, len(life.steps))
-
-
-def _estimated_steps(replica: str, clock: StepClock, sums: dict[str, Ints]) -> pa.Table:
-    """Steps that nobody saw; the engine was idle between two that do not touch."""
-    idle = np.zeros(len(clock.start), dtype=np.int64)
-    idle[1:] = clock.start[1:] - clock.ready[:-1]
-    columns: dict[str, Column] = {
-        "replica": same(replica, len(clock.start)),
-        "step": np.arange(len(clock.start)),
-        "scheduled": clock.start,
-        "dispatched": clock.start,
-        "ready": clock.ready,
-        "idle_ns": idle,
-        **sums,
-    }
-    return plain_table("steps", columns, len(clock.start))
 
 
 def _eviction_table(replica: str, rebuilt: Rebuilt, positions: Ints, known: Sequence[KnownRequest]) -> pa.Table:
@@ -432,16 +399,6 @@ def _sums_coverage(life: _Life, times: StepTimes, requests: pa.Table) -> pa.Tabl
     told = int(np.maximum(requests["output_tokens"].fill_null(0).to_numpy() - 1, 0).sum())
     kept = min(told / decoded, 1.0) if decoded else 1.0
     row = (life.name, start, end, FIDELITY_SUMS, len(times.steps), lost, dropped, kept)
-    return plain_table(
-        "coverage", {name: [value] for name, value in zip(TABLES["coverage"].names, row, strict=True)}, 1
-    )
-
-
-def _requests_coverage(life: _Life, requests: pa.Table) -> pa.Table:
-    """One stretch, of requests alone; ``sampled_share``: of how many the spans were kept."""
-    start, end = pc.min(requests["arrival"]).as_py(), pc.max(requests["end"]).as_py()
-    kept = len(life.requests) / sum(1.0 / one.kept for one in life.requests)
-    row = (life.name, start, end, FIDELITY_REQUESTS, 0, 0, 0, kept)
     return plain_table(
         "coverage", {name: [value] for name, value in zip(TABLES["coverage"].names, row, strict=True)}, 1
     )

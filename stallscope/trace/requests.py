@@ -228,6 +228,11 @@ class TokenTimes:
     stretch: Ints
 
 
+_NONE: Ints = np.zeros(0, dtype=np.int64)
+NO_TOKENS = TokenTimes(_NONE, _NONE, _NONE, _NONE)
+NO_STEPS = StepTimes(_NONE, _NONE, _NONE)
+
+
 def told_token_times(replica: str, known: Sequence[KnownRequest], findings: Findings) -> TokenTimes:
     """Token times that request spans carry. Those that are no list of durations are left out."""
     texts = pa.array([one.span.text(names.TOKEN_TIMES) or None if one.span else None for one in known], pa.string())
@@ -282,14 +287,14 @@ def mean_gaps(requests: pa.Table, told: TokenTimes) -> Gaps:
 
 def gap_table(
     replica: str,
-    known: Sequence[KnownRequest],
+    names_of: Sequence[str],
     tokens: Sequence[TokenTimes],
     times: StepTimes,
     means: Gaps | None = None,
 ) -> pa.Table:
     """Gaps from the floor on one by one; of each request the shorter ones by octave: first start, mean and count.
 
-    ``means`` are added as they are.
+    ``names_of`` the requests; ``means`` are added as they are.
     """
     parts = [*([] if means is None else [means]), *map(_gaps_between, tokens)]
     request, start, length, count = (np.concatenate(columns) for columns in zip(*parts, strict=True))
@@ -312,7 +317,7 @@ def gap_table(
     order = np.lexsort((length, start, request))
     columns: dict[str, Column] = {
         "replica": same(replica, len(order)),
-        "request": names_at([one.name for one in known], request[order]),
+        "request": names_at(names_of, request[order]),
         "start": start[order],
         "length_ns": length[order],
         "count": count[order],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,10 @@ class ResidencyColumns:
     holder: Ints
     samples: npt.NDArray[np.bool_]
     stretch: Ints
+
+    def of_requests(self, positions: Ints) -> ResidencyColumns:
+        """The same where request i stands at ``positions[i]``."""
+        return replace(self, request=positions[self.request])
 
 
 def residency_columns(rebuilt: Rebuilt, positions: Ints, steps: Ints) -> ResidencyColumns:
