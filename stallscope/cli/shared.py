@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from stallscope.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -70,6 +72,16 @@ def choose(executor: ExecutorChoice) -> ExecutorName:
         err=True,
     )
     return "virtual"
+
+
+def check_new(out: Path, force: bool) -> None:
+    """Says before any work that a file could not be written after it."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file in it")
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists; give another name, or --force to overwrite it")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: there is no folder {out.parent}; make it first")
 
 
 def read(path: Path) -> Trace:

@@ -24,7 +24,6 @@ from stallscope.trace import Trace
 from stallscope.views import words
 from stallscope.views.tracks import Stalls, Stays, Steps, engine, lanes, stalls, stays
 
-SUFFIXES = (".pftrace", ".perfetto-trace")
 _PACKETS = 4096  # held before they are written
 _ROWS = 1 << 16  # of columns, turned into Python's numbers at a time
 _LONGEST_NAME, _LONGEST_TITLE = 64, 200

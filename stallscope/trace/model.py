@@ -39,6 +39,10 @@ class Trace:
             return self.tables.columns(table, names)
         return self.tables[table].select(names)
 
+    def scannable(self, table: str) -> pa.Table:
+        """A table for who reads Arrow: itself, or, where it is stored, the dataset that is read as it is asked."""
+        return self.tables.dataset(table) if isinstance(self.tables, StoredTables) else self.tables[table]
+
     def request_rows(self, table: str, column: str) -> Ints:
         """For each row of a table, the row of ``requests`` that ``column`` names (``references.REFERENCES``), or -1."""
         if isinstance(self.tables, StoredTables):

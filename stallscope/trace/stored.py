@@ -15,6 +15,7 @@ from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import encode, plain_schema
 
 if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
     from pyarrow.parquet import ParquetFile
 
 # Names that hardly ever occur twice are stored as they are.
@@ -48,6 +49,12 @@ class StoredTables(Mapping[str, pa.Table]):
     def columns(self, name: str, columns: Sequence[str]) -> pa.Table:
         """Some columns of a table. Names come as they are stored: plain, or coded with a dictionary for each chunk."""
         return self._read(name, lambda file, _: file.read(list(columns)).select(list(columns)))
+
+    def dataset(self, name: str) -> Dataset:
+        """A table as Arrow's dataset with plain names, of which a reader takes the columns and rows that it needs."""
+        from pyarrow import dataset
+
+        return dataset.dataset(self._folder / f"{name}.parquet", schema=plain_schema(TABLES[name]), format="parquet")
 
     def request_rows(self, name: str, column: str) -> Ints:
         """As ``references.request_rows`` found them when the tables were written."""
