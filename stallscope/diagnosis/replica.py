@@ -178,7 +178,7 @@ class Replica:
 def replicas(trace: Trace) -> Iterator[Replica]:
     """Each replica that has steps, one after the other."""
     for name in pc.unique(trace.columns("steps", ["replica"])["replica"].cast(pa.string())).to_pylist():
-        yield _read(trace, name)
+        yield _read(trace.narrowed([name]), name)
 
 
 def _rows_of(trace: Trace, table: str, replica: str) -> Mask | None:
