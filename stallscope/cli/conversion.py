@@ -51,6 +51,9 @@ def convert(
         bool, typer.Option("--no-analysis", help="Perfetto: without incidents, and arrows to their victims.")
     ] = False,
     no_replay: Annotated[bool, typer.Option("--no-replay", help="Perfetto: faster, and less sure who did it.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the dataset OUT: what is later, or of another replica.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT if it exists.")] = False,
 ) -> None:
     """Write a trace in another form: a file for ui.perfetto.dev, or a dataset in Parquet, which is read faster."""
@@ -58,15 +61,17 @@ def convert(
     perfetto = _is_perfetto(target, out)
     if not perfetto and (no_analysis or no_replay):
         raise UsageError("--no-analysis and --no-replay are for Perfetto: a dataset has no diagnosis in it")
+    if append and (perfetto or force or anonymize):
+        raise UsageError("--append adds to a dataset: it goes with neither Perfetto nor --force nor --anonymize")
     if perfetto:
         check_new(target, force)
     else:
-        _check_new_dataset(target, force)
+        _check_dataset(target, force, append)
     selected = _selected(trace, since, until, replica, anonymize)
     if perfetto:
         _write_perfetto(selected, target, analysis=not no_analysis, replay=not no_replay)
     else:
-        _write_dataset(selected, target)
+        _write_dataset(selected, target, append)
 
 
 def sql(
@@ -107,7 +112,7 @@ def _is_perfetto(target: Path, written: str) -> bool:
     )
 
 
-def _check_new_dataset(target: Path, force: bool) -> None:
+def _check_dataset(target: Path, force: bool, append: bool) -> None:
     """Says before any work that the folder could not be written after it."""
     from stallscope.trace.parquet import is_trace_folder
 
@@ -117,8 +122,8 @@ def _check_new_dataset(target: Path, force: bool) -> None:
         check_new(target, force)
     elif any(target.iterdir()) and not is_trace_folder(target):
         raise UsageError(f"{target} has something other in it than a dataset; give another name")
-    elif any(target.iterdir()) and not force:
-        raise UsageError(f"{target} exists; give another name, or --force to overwrite it")
+    elif any(target.iterdir()) and not force and not append:
+        raise UsageError(f"{target} exists; give another name, --append to add to it, or --force to overwrite it")
 
 
 def _selected(path: Path, since: str | None, until: str | None, replica: str | None, anonymize: bool) -> Trace:
@@ -143,12 +148,15 @@ def _write_perfetto(trace: Trace, target: Path, *, analysis: bool, replay: bool)
     typer.echo(f"{target}: {target.stat().st_size / 1e6:.2f} MB; open it in https://ui.perfetto.dev", err=True)
 
 
-def _write_dataset(trace: Trace, target: Path) -> None:
-    from stallscope.trace import write_parquet
+def _write_dataset(trace: Trace, target: Path, append: bool) -> None:
+    from stallscope.trace import append_parquet, write_parquet
+    from stallscope.trace.parquet import is_trace_folder
 
-    with _made_whole(target) as part, progress(f"writing {target.name}") as advance:
-        write_parquet(trace, part)
-        advance(1.0)
+    if append and is_trace_folder(target):
+        append_parquet(trace, target)
+    else:
+        with _made_whole(target) as part:
+            write_parquet(trace, part)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     typer.echo(f"{target}: {size / 1e6:.2f} MB, {trace.columns('steps', ['step']).num_rows:,} steps", err=True)
 

@@ -21,6 +21,7 @@ from stallscope.trace.model import Trace
 from stallscope.trace.references import REFERENCES, Ints, request_rows
 from stallscope.trace.schema import TABLES
 from stallscope.trace.stored import ALWAYS_READ, Part, StoredTables, coded_columns, row_column
+from stallscope.trace.tables import plain_schema
 
 FORMAT_VERSION = 3
 METADATA = "trace.json"
@@ -68,13 +69,13 @@ def write_parquet(trace: Trace, folder: str | Path) -> None:
         if any(folder.iterdir()):
             raise UsageError(f"{folder}: the folder is not empty; name a new one")
         known = np.full(trace.columns("requests", ["arrival"]).num_rows, -1)
-        parts = list(_write_parts(dict(trace.tables), folder, 0, {}, known))
-        _write_metadata(folder, trace.source, trace.findings, parts)
+        parts = list(write_parts(dict(trace.tables), folder, 0, {}, known))
+        write_metadata(folder, trace.source, trace.findings, parts)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); check the path and its rights") from error
 
 
-def _write_metadata(folder: Path, source: str, findings: tuple[Finding, ...], parts: list[Part]) -> None:
+def write_metadata(folder: Path, source: str, findings: tuple[Finding, ...], parts: list[Part]) -> None:
     metadata = {
         "format": FORMAT_VERSION,
         "source": source,
@@ -99,7 +100,7 @@ class _Rows:
     hour: Ints
 
 
-def _write_parts(
+def write_parts(
     tables: Mapping[str, pa.Table], folder: Path, number: int, taken: Mapping[str | None, int], known: Ints
 ) -> Iterator[Part]:
     """Writes all rows of the tables, and says where.
@@ -136,8 +137,6 @@ def _write_part(
     placed: Mapping[str, _Rows], folder: Path, replica: str | None, hour: int, number: int, first: int
 ) -> Part:
     """Writes a replica's rows of one hour."""
-    from pyarrow import parquet
-
     chosen = {name: np.flatnonzero(one.hour == hour) for name, one in placed.items()}
     chosen = {name: found for name, found in chosen.items() if len(found)}
     # What tells of all that comes after it says nothing of how long that is, if there is anything else.
@@ -152,12 +151,19 @@ def _write_part(
         rows={name: len(found) for name, found in chosen.items()},
     )
     for name, found in chosen.items():
-        table = placed[name].table.drop_columns("replica")
-        table = table if len(found) == len(table) else table.take(found)
-        path = folder / part.path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(table, path, **_encoding(name, table.schema))
+        write_table(placed[name].table.take(found).drop_columns("replica"), folder, part, name)
     return part
+
+
+def write_table(table: pa.Table, folder: Path, part: Part, name: str) -> None:
+    """Writes the file of a part's table, which has all of its columns but the replica."""
+    from pyarrow import parquet
+
+    path = folder / part.path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A dictionary of Arrow's has the names of all parts in it.
+    table = table.cast(plain_schema(table.schema))
+    parquet.write_table(table, path, **_encoding(name, table.schema))
 
 
 def _encoding(table: str, schema: pa.Schema) -> dict[str, object]:

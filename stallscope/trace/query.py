@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _BATCH = 4096  # rows at hand at a time
 # A trace's reader must not become one of the machine's files, or of anything else.
-_SHUT_IN = {
+_SHUT_IN: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",
     "autoload_known_extensions": "false",
     "autoinstall_known_extensions": "false",
