@@ -143,7 +143,7 @@ def _write_part(
     timed = [name for name in chosen if name not in ALWAYS_READ] or list(chosen)
     part = Part(
         replica=replica,
-        hour=f"{datetime.fromtimestamp(hour * _HOUR_NS // 1_000_000_000, tz=UTC):%Y-%m-%dT%H}",
+        hour=_named_hour(hour),
         number=number,
         start=min(int(placed[name].begin[chosen[name]].min()) for name in timed),
         end=max(int(placed[name].end[chosen[name]].max()) for name in timed),
@@ -153,6 +153,11 @@ def _write_part(
     for name, found in chosen.items():
         write_table(placed[name].table.take(found).drop_columns("replica"), folder, part, name)
     return part
+
+
+def _named_hour(hour: int) -> str:
+    """An hour since the epoch by its date."""
+    return f"{datetime.fromtimestamp(hour * 3600, tz=UTC):%Y-%m-%dT%H}"
 
 
 def write_table(table: pa.Table, folder: Path, part: Part, name: str) -> None:

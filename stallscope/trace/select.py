@@ -128,7 +128,8 @@ def _shown(time_ns: int) -> str:
 
 def _known(trace: Trace, column: str, name: str) -> str:
     """``name``, if one of the replicas has it."""
-    known = sorted(one for one in pc.unique(trace.replicas[column].cast(pa.string())).to_pylist() if one is not None)
+    names = trace.columns("replicas", [column])[column].cast(pa.string())
+    known = sorted(one for one in pc.unique(names).to_pylist() if one is not None)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
         raise UsageError(f"{trace.source}: no {column} {name!r}; it has {', '.join(sorted(near)) or 'none'}")

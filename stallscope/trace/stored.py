@@ -47,8 +47,9 @@ class Part:
 
     def path(self, table: str) -> Path:
         """Where the file of a table lies in the dataset."""
-        number = self.rewritten.get(table, self.number)
-        return Path(table) / f"replica={_as_folder(self.replica)}" / f"hour={self.hour}" / f"{number}.parquet"
+        again = f"-{self.rewritten[table]}" if table in self.rewritten else ""
+        name = f"{self.number}{again}.parquet"
+        return Path(table) / f"replica={_as_folder(self.replica)}" / f"hour={self.hour}" / name
 
 
 def _as_folder(name: str | None) -> str:
