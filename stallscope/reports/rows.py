@@ -11,6 +11,7 @@ from decimal import Decimal
 from itertools import islice
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,16 +23,38 @@ _LONGEST_CELL = 200
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]], console: Console) -> bool:
-    """A table of the first ``MOST_ROWS`` rows; returns whether there are more."""
+    """The first ``MOST_ROWS`` rows as a table, or, where that is too wide, their columns one below the other; returns
+    whether there are more rows."""
     taken = list(islice(rows, MOST_ROWS + 1))
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for position, name in enumerate(columns):
-        numbers = any(isinstance(row[position], int | float | Decimal) for row in taken)
-        table.add_column(Text(words.printable(name)), justify="right" if numbers else "left", overflow="fold")
-    for row in taken[:MOST_ROWS]:
-        table.add_row(*(Text(words.shortened(_cell(value), _LONGEST_CELL)) for value in row))
-    console.print(table)
+    cells = [[words.shortened(_cell(value), _LONGEST_CELL) for value in row] for row in taken[:MOST_ROWS]]
+    if not cells:
+        console.print("no rows")
+        return False
+    names = [words.printable(name) for name in columns]
+    widths = [max(cell_len(text) for text in column) for column in zip(names, *cells, strict=True)]
+    if sum(widths) + 2 * len(widths) <= console.width:
+        numbers = [any(isinstance(row[at], int | float | Decimal) for row in taken) for at in range(len(names))]
+        console.print(_table(names, numbers, cells))
+    else:
+        _print_records(names, cells, console)
     return len(taken) > MOST_ROWS
+
+
+def _table(names: Sequence[str], numbers: Sequence[bool], cells: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, number in zip(names, numbers, strict=True):
+        table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(text) for text in row))
+    return table
+
+
+def _print_records(names: Sequence[str], cells: Sequence[Sequence[str]], console: Console) -> None:
+    longest = max(cell_len(name) for name in names)
+    for number, row in enumerate(cells, start=1):
+        console.print(Text(f"row {number}", style="bold"))
+        for name, text in zip(names, row, strict=True):
+            console.print(Text.assemble((name.rjust(longest), "dim"), "  ", text), soft_wrap=True)
 
 
 def write_csv(columns: Sequence[str], rows: Iterable[Sequence[object]], file: TextIO) -> None:

@@ -37,7 +37,7 @@ def append_parquet(trace: Trace, folder: str | Path) -> None:
     if not is_trace_folder(folder):
         raise UsageError(f"{folder} is no dataset that could be added to; without --append, one is made")
     stored = read_parquet(folder)
-    trace = _with_lives(trace, stored)
+    trace = _with_lives(trace, stored, folder)
     tables = dict(trace.tables)
     known = _known_requests(stored, tables)
     old = stored.tables.parts if isinstance(stored.tables, StoredTables) else ()
@@ -73,7 +73,7 @@ class _Life:
     end: int
 
 
-def _with_lives(trace: Trace, stored: Trace) -> Trace:
+def _with_lives(trace: Trace, stored: Trace, folder: Path) -> Trace:
     """The trace with its replicas named as the lives that they go on with, or as new ones."""
     known = _lives(stored, trace)
     names: dict[str, str] = {}
@@ -85,7 +85,7 @@ def _with_lives(trace: Trace, stored: Trace) -> Trace:
         if latest is not None:
             if life.start < latest.end:
                 raise UsageError(
-                    f"{stored.source} has steps of {latest.name!r} that are as late as those of {trace.source}: "
+                    f"{folder} has steps of {latest.name!r} that are as late as those of {trace.source}: "
                     "what is added must be later, or of another replica"
                 )
             name = latest.name if life.first_step > latest.last_step else f"{base} #{len(earlier) + 1}"

@@ -47,10 +47,7 @@ def ask(trace: Trace, sql: str) -> Answer:
     connection.execute("set lock_configuration = true")
     try:
         statements = connection.extract_statements(sql)
-        if len(statements) != 1 or statements[0].type not in (
-            duckdb.StatementType.SELECT,
-            duckdb.StatementType.EXPLAIN,
-        ):
+        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
             raise UsageError("only one SELECT can be asked: a trace is not changed by it")
         connection.execute(statements[0])
         columns = _each_once([str(column[0]) for column in connection.description or ()])

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from stallscope.trace import read_trace
 from tests.cli.conftest import Run
 from tests.reports.perfetto_file import read_perfetto
 
+ROOT = Path(__file__).parents[2]
 Answers = Callable[..., list[dict[str, object]]]
 
 
@@ -222,8 +224,34 @@ def test_a_long_answer_is_cut_on_a_terminal_only_and_says_so(run: Run, trace: Pa
     assert len(run("sql", trace, "select step from steps", "--format", "csv")[1].splitlines()) == steps + 1
 
 
+def test_a_row_too_wide_for_a_table_has_its_columns_one_below_the_other(run: Run, trace: Path) -> None:
+    code, out, _ = run("sql", trace, "select * from steps order by step limit 2")
+    first = read_trace(trace).steps.to_pylist()[0]
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "row 1"
+    assert f"scheduled  {first['scheduled']}" in out
+    assert len(lines) == 2 * (1 + len(first))
+
+
 def test_hostile_text_is_no_command_to_the_terminal(run: Run, trace: Path) -> None:
     code, out, _ = run("sql", trace, "select chr(27) || '[31mred[bold]' || chr(10) as x")
     assert code == 0
     assert "\x1b" not in out
     assert out.splitlines()[1].strip() == "\\x1b[31mred[bold]\\n"
+
+
+QUERIES = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "convert.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_the_queries_of_the_page_are_answered(run: Run, query: str) -> None:
+    code, out, _ = run("sql", ROOT / "sample_traces" / "pinned.otlp.jsonl.zst", query, "--format", "json")
+    assert code == 0
+    assert json.loads(out)
+
+
+def test_the_page_has_queries_that_name_the_culprit(ask: Answers) -> None:
+    assert len(QUERIES) == 3
+    longest = ask(QUERIES[1])[0]
+    assert (longest["phase"], longest["tenant"]) == ("prefill", "reasoner")
