@@ -83,7 +83,7 @@ def stays(replica: Replica) -> tuple[Stays, Stays]:
     tokens = np.append(rows.tokens * (rows.last.astype(np.int64) - rows.first + 1), 0)[stretch]
     kind = state * 2 + (prefill & (state == State.RUNNING))
     first = np.flatnonzero(_changes(request) | _changes(kind) | _changes(inside.astype(np.int64)))
-    last = np.append(first[1:], len(request)) - 1
+    last = np.append(first[1:], len(request))[: len(first)] - 1
     _, example, which = np.unique(kind, return_index=True, return_inverse=True)
     doing = np.array(doing_in(replica, state[example], stretch[example]), dtype=object)[which[first]]
     sums = np.add.reduceat(tokens, first) if len(first) else tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from functools import cache
@@ -12,8 +13,10 @@ from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from stallscope.diagnosis import Diagnosis
+from stallscope.diagnosis import Diagnosis, diagnose
 from stallscope.reports import perfetto
 from stallscope.reports.perfetto import write_perfetto
 from stallscope.trace import Trace
@@ -22,6 +25,7 @@ from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import encode, plain_schema, same
 from tests.reports.examples import hostile_diagnosis, hostile_trace
 from tests.reports.perfetto_file import Read, read_perfetto
+from tests.trace.recording import Workload, read, run, workloads
 from tests.views.recordings import diagnosed, recorded, replica
 
 TENANT = {"kv_pinning": "archive", "reasoning_prompt": "reasoner"}
@@ -210,3 +214,21 @@ def test_perfettos_own_trace_processor_reads_it(tmp_path: Path) -> None:
         errors = "select coalesce(sum(value), 0) as value from stats where severity in ('error', 'data_loss')"
         assert value(errors) == 0
         assert value("select count(*) as value from counter") == sum(map(len, read.counters.values()))
+
+
+@settings(max_examples=20)
+@given(workloads(), st.integers(0, 2**32), st.sampled_from([0.0, 0.2, 0.6]))
+def test_whatever_was_lost_slices_nest_and_lives_are_whole(workload: Workload, seed: int, lost: float) -> None:
+    rng = random.Random(seed)
+    lines = [line for line in run(workload).lines() if rng.random() >= lost]
+    assume(any(b"engine.step" in line for line in lines))
+    trace = read(lines)
+    found = written(trace, diagnose(trace, replay=False))
+    assert len(found.on("steps")) == trace.steps.num_rows
+    ends: dict[str, int] = {}
+    for one in [*found.on("waiting"), *found.on("batch")]:
+        request = one.notes["request"]
+        ends[request] = max(ends.get(request, 0), one.end)
+    for row in trace.requests.to_pylist():
+        if row["end"] is not None and row["end"] > row["arrival"]:
+            assert ends[row["request"]] == row["end"]
