@@ -152,11 +152,12 @@ def _write_dataset(trace: Trace, target: Path, append: bool) -> None:
     from stallscope.trace import append_parquet, write_parquet
     from stallscope.trace.parquet import is_trace_folder
 
-    if append and is_trace_folder(target):
-        append_parquet(trace, target)
-    else:
-        with _made_whole(target) as part:
-            write_parquet(trace, part)
+    with progress(f"writing {target.name}") as advance:
+        if append and is_trace_folder(target):
+            append_parquet(trace, target, lambda done, total: advance(done / max(total, 1)))
+        else:
+            with _made_whole(target) as part:
+                write_parquet(trace, part, lambda done, total: advance(done / max(total, 1)))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     typer.echo(f"{target}: {size / 1e6:.2f} MB, {trace.columns('steps', ['step']).num_rows:,} steps", err=True)
 

@@ -13,7 +13,14 @@ import pyarrow.compute as pc
 
 from stallscope.errors import UsageError
 from stallscope.trace.model import Trace
-from stallscope.trace.parquet import is_trace_folder, read_parquet, write_metadata, write_parts, write_table
+from stallscope.trace.parquet import (
+    Progress,
+    is_trace_folder,
+    read_parquet,
+    write_metadata,
+    write_parts,
+    write_table,
+)
 from stallscope.trace.references import Ints, request_rows
 from stallscope.trace.rename import renamed
 from stallscope.trace.schema import TABLES
@@ -26,9 +33,10 @@ _NOBODY: Ints = np.zeros(0, dtype=np.int64)
 _GROWING = ("cached_tokens", "output_tokens", "preemptions")
 
 
-def append_parquet(trace: Trace, folder: str | Path) -> None:
+def append_parquet(trace: Trace, folder: str | Path, progress: Progress | None = None) -> None:
     """Writes a trace's rows beside those of a dataset; a request that had not ended there goes on in its row.
 
+    ``progress`` is called with the rows written and the rows in all.
     A replica whose steps begin anew is another life of its process, and is named as within one trace ("NAME #2").
     Raises UsageError where there is no dataset, where a replica's steps are not later than those that it has, and where
     the folder can't be written.
@@ -49,7 +57,7 @@ def append_parquet(trace: Trace, folder: str | Path) -> None:
         again = _told_again(tables, known)
         new = [_with_later(part, folder, number, tables, known) for part in old]
         new = [_without_gaps(part, folder, number, again.get(part.replica, _NOBODY)) for part in new]
-        added = write_parts(tables, folder, number, taken, known)
+        added = write_parts(tables, folder, number, taken, known, progress)
         write_metadata(folder, str(folder), (*stored.findings, *trace.findings), [*new, *added])
         for before, after in zip(old, new, strict=True):
             for name in after.rewritten:

@@ -6,7 +6,7 @@ the partitions and what they span. That is replaced last: what a write that brok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from stallscope.trace.tables import plain_schema
 
 FORMAT_VERSION = 3
 METADATA = "trace.json"
+Progress = Callable[[int, int], None]  # rows written so far, rows there are
 _HOUR_NS = 3_600_000_000_000
 # When a row begins, and what may come last of what it tells; rows with numbers of steps are looked up among the steps.
 _BEGINS = {
@@ -61,15 +62,18 @@ def read_parquet(folder: Path) -> Trace:
     return Trace(StoredTables(folder, parts), source, findings)
 
 
-def write_parquet(trace: Trace, folder: str | Path) -> None:
-    """Writes a dataset. Raises UsageError where the folder holds anything already, or can't be written."""
+def write_parquet(trace: Trace, folder: str | Path, progress: Progress | None = None) -> None:
+    """Writes a dataset. ``progress`` is called with the rows written and the rows in all.
+
+    Raises UsageError where the folder holds anything already, or can't be written.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UsageError(f"{folder}: the folder is not empty; name a new one")
         known = np.full(trace.columns("requests", ["arrival"]).num_rows, -1)
-        parts = list(write_parts(dict(trace.tables), folder, 0, {}, known))
+        parts = list(write_parts(dict(trace.tables), folder, 0, {}, known, progress))
         write_metadata(folder, trace.source, trace.findings, parts)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); check the path and its rights") from error
@@ -101,7 +105,12 @@ class _Rows:
 
 
 def write_parts(
-    tables: Mapping[str, pa.Table], folder: Path, number: int, taken: Mapping[str | None, int], known: Ints
+    tables: Mapping[str, pa.Table],
+    folder: Path,
+    number: int,
+    taken: Mapping[str | None, int],
+    known: Ints,
+    progress: Progress | None,
 ) -> Iterator[Part]:
     """Writes all rows of the tables, and says where.
 
@@ -113,6 +122,7 @@ def write_parts(
     }
     rows = {name: _by_replica(tables[name]["replica"]) for name in TABLES}
     numbers = np.append(known, -1)
+    done, total = 0, sum(len(table) for table in tables.values())
     for replica in dict.fromkeys(one for of in rows.values() for one in of):
         mine = {name: of[replica] for name, of in rows.items() if replica in of}
         if "requests" in mine:
@@ -130,6 +140,9 @@ def write_parts(
         for hour in np.unique(np.concatenate([one.hour for one in placed.values()])).tolist():
             part = _write_part(placed, folder, replica, hour, number, first)
             first += part.rows.get("requests", 0)
+            done += sum(part.rows.values())
+            if progress is not None:
+                progress(done, total)
             yield part
 
 
