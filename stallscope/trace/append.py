@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,10 +25,11 @@ from stallscope.trace.references import Ints, request_rows
 from stallscope.trace.rename import renamed
 from stallscope.trace.schema import TABLES
 from stallscope.trace.stored import Part, StoredTables, row_column
-from stallscope.trace.tables import encode, plain_schema
+from stallscope.trace.tables import Column, encode, plain_schema, plain_table
 
 # Of a request that goes on in another trace: what is known better later, and what only grows. The rest was known first.
 _KNOWN_LATER = ("end", "delivered", "state", "finish_reason")
+_FIDELITY_REQUESTS = 1  # of a stretch of which no step is known
 _NOBODY: Ints = np.zeros(0, dtype=np.int64)
 _GROWING = ("cached_tokens", "output_tokens", "preemptions")
 
@@ -82,9 +83,11 @@ class _Life:
 
 
 def _with_lives(trace: Trace, stored: Trace, folder: Path) -> Trace:
-    """The trace with its replicas named as the lives that they go on with, or as new ones."""
+    """The trace with its replicas named as the lives that they go on with, or as new ones, and with what is missing
+    between a life's last step there and the first one here."""
     known = _lives(stored, trace)
     names: dict[str, str] = {}
+    missing: list[tuple[str, int, int, int]] = []
     for life in sorted(_lives(trace, trace), key=lambda one: one.start):
         base = _base(life.name)
         earlier = [one for one in known if _base(one.name) == base]
@@ -97,11 +100,26 @@ def _with_lives(trace: Trace, stored: Trace, folder: Path) -> Trace:
                     "what is added must be later, or of another replica"
                 )
             name = latest.name if life.first_step > latest.last_step else f"{base} #{len(earlier) + 1}"
+            if life.first_step > latest.last_step + 1:
+                missing.append((name, latest.end, life.start, life.first_step - latest.last_step - 1))
         names[life.name] = name
         known.append(replace(life, name=name))
-    if all(old == new for old, new in names.items()):
-        return trace
-    return renamed(trace, {"replica": lambda name: names.get(name, name)})
+    if any(old != new for old, new in names.items()):
+        trace = renamed(trace, {"replica": lambda name: names.get(name, name)})
+    return _with_missing(trace, missing) if missing else trace
+
+
+def _with_missing(trace: Trace, missing: Sequence[tuple[str, int, int, int]]) -> Trace:
+    """With coverage that says, of each replica, from when to when (ns) so many steps are lost."""
+    replica, start, end, lost = (list(column) for column in zip(*missing, strict=True))
+    count = len(missing)
+    columns: dict[str, Column] = {
+        "replica": replica, "start": start, "end": end, "fidelity": [_FIDELITY_REQUESTS] * count,
+        "steps_seen": [0] * count, "steps_lost": lost, "spans_dropped": [0] * count, "sampled_share": [1.0] * count,
+    }  # fmt: skip
+    known = trace.coverage.cast(plain_schema(TABLES["coverage"]))
+    coverage = encode("coverage", [plain_table("coverage", columns, count), known])
+    return replace(trace, tables={**trace.tables, "coverage": coverage})
 
 
 def _base(name: str) -> str:

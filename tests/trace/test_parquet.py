@@ -225,6 +225,17 @@ def test_a_request_that_goes_on_is_one_and_its_row_is_found_from_both_sides(tmp_
     assert later.validate() == []
 
 
+def test_steps_that_neither_file_has_are_lost(tmp_path: Path) -> None:
+    recording = over_hours()
+    first, second = cut(recording, 60)[0], cut(recording, 70)[1]
+    both = grown(tmp_path / "data", (first, second))
+    assert sum(both.coverage["steps_lost"].to_pylist()) == 10
+    (hole,) = (row for row in both.coverage.to_pylist() if row["steps_lost"])
+    assert (hole["start"], hole["end"]) == (recording.steps[59].ready_ns, recording.steps[70].scheduled_ns)
+    assert both.validate() == []
+    assert diagnose(both, replay=False).coverage.steps_lost == 10
+
+
 def test_another_replica_is_added_as_it_is(tmp_path: Path) -> None:
     one, other = read(over_hours().lines("r0")), read(over_hours(80).lines("r1"))
     assert same(grown(tmp_path / "data", (one, other)), two_replicas())
