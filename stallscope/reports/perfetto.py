@@ -21,6 +21,7 @@ from stallscope.diagnosis.model import Diagnosis, Incident
 from stallscope.diagnosis.replica import Replica, replicas
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
+from stallscope.trace.select import span
 from stallscope.views import words
 from stallscope.views.tracks import Stalls, Stays, Steps, engine, lanes, stalls, stays
 
@@ -51,6 +52,7 @@ def write_perfetto(
     if find_spec("perfetto") is None:
         raise UsageError("a Perfetto trace needs the package perfetto, which is not installed: pip install perfetto")
     packets = Packets(file)
+    packets.clock(span(trace)[0])
     count = len(set(trace.columns("steps", ["replica"])["replica"].to_pylist()))
     for number, replica in enumerate(replicas(trace)):
         incidents = _of_replica(diagnosis, replica.name) if diagnosis is not None else None
@@ -213,7 +215,6 @@ class Tracks:
 
     def __init__(self, packets: Packets, replica: Replica, number: int) -> None:
         self._packets = packets
-        packets.clock(int(replica.timeline.bounds[0]))
         self._process = packets.track(_named(replica.name), process=number)
         self._rank = 0
 
@@ -254,7 +255,7 @@ class Packets:
         self._builder, self._held = self._new_builder(), 0
 
     def clock(self, time_ns: int) -> None:
-        """Says that times are ns since the epoch, so that a viewer can show the time of day."""
+        """Says, once, that times are ns since the epoch, so that a viewer can show the time of day."""
         snapshot = self._packet().clock_snapshot
         for clock in (_BOOT_TIME, _REAL_TIME):
             snapshot.clocks.add(clock_id=clock, timestamp=time_ns)

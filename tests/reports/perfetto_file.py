@@ -30,6 +30,7 @@ class Slice:
 class Read:
     """What a viewer sees; tracks are named by their path from the process down."""
 
+    clocks: list[dict[int, int]] = field(default_factory=list)
     processes: list[str] = field(default_factory=list)
     slices: list[Slice] = field(default_factory=list)
     counters: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -51,6 +52,8 @@ def read_perfetto(path: Path) -> Read:
             words[table] |= {entry.iid: entry.name for entry in getattr(packet.interned_data, table)}
         for table in ("debug_annotation_string_values", "correlation_id_str"):
             words[table] |= {entry.iid: entry.str.decode() for entry in getattr(packet.interned_data, table)}
+        if packet.HasField("clock_snapshot"):
+            found.clocks.append({clock.clock_id: clock.timestamp for clock in packet.clock_snapshot.clocks})
         if packet.HasField("track_descriptor"):
             track = packet.track_descriptor
             assert track.uuid not in names

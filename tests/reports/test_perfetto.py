@@ -127,6 +127,8 @@ def test_replicas_are_processes_of_their_own() -> None:
     both = Trace({key: encode(key, [*_named(trace, key, name, "engine-b")]) for key in TABLES}, "both")
     read = written(both, None)
     assert sorted(read.processes) == sorted([name, "engine-b"])
+    (clock,) = read.clocks  # a second one could only go backwards
+    assert set(clock.values()) == {trace.steps["scheduled"][0].as_py()}
     for process in read.processes:
         mine = [one for one in read.on("steps") if one.track.startswith(f"/{process}/")]
         assert len(mine) == trace.steps.num_rows
