@@ -9,7 +9,8 @@ Each size is written to Parquet once (a made-up engine with a batch of 64 and 20
 ``Trace.validate``) and then read and analysed in a process of its own, held to one core, so that its peak memory is
 that of this trace alone. Seconds are CPU time, since others may use the machine too. Without replays. ``partition`` is
 Parquet to segments of lives, cost model and running totals; ``incidents`` is every wait's delay, the charges and the
-stretches with stalled waits; ``verdicts`` is who is named.
+stretches with stalled waits; ``verdicts`` is who is named. Bytes a step are those of steps and residency in Parquet,
+and of all tables.
 
 Replays are measured on recordings of the bundled engine in virtual time with a batch of about 16, which grow with the
 steps: each is read, and replayed as a whole.
@@ -504,7 +505,7 @@ def main() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         print(json.dumps(asdict(replayed(chosen.folder, chosen.replay))))
         return
-    console = Console(width=140)
+    console = Console(width=160)
     if chosen.sizes:
         console.print(_analyses(chosen))
     if chosen.replays:
@@ -513,7 +514,7 @@ def main() -> None:
 
 def _analyses(chosen: argparse.Namespace) -> Table:
     table = Table("steps", "requests", "rows", "stalled waits", "incidents", "partition s", "incidents s", "verdicts s",
-                  "steps/s", "peak MB", "of it imports")  # fmt: skip
+                  "steps/s", "peak MB", "of it imports", "bytes a step", "of all tables")  # fmt: skip
     for steps in chosen.sizes:
         folder = chosen.folder / f"{steps}-{chosen.stall_every}"
         if not folder.exists():
@@ -525,8 +526,14 @@ def _analyses(chosen: argparse.Namespace) -> Table:
             *(f"{value:,}" for value in (one.steps, one.requests, one.rows, one.stalled_waits, one.incidents)),
             *(f"{value:.2f}" for value in (one.partition_s, one.incidents_s, one.verdicts_s)),
             *(f"{value:,.0f}" for value in (one.steps_per_s, max(run.peak_mb for run in runs), one.imported_mb)),
+            f"{_stored_bytes(folder, 'steps', 'residency') / one.steps:.1f}",
+            f"{_stored_bytes(folder, *TABLES) / one.steps:.1f}",
         )
     return table
+
+
+def _stored_bytes(folder: Path, *tables: str) -> int:
+    return sum(file.stat().st_size for table in tables for file in (folder / table).rglob("*.parquet"))
 
 
 def _replays(chosen: argparse.Namespace) -> Table:

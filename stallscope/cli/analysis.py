@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stallscope.cli.shared import FOUND, INCONCLUSIVE, TenantLog, console, progress, read, warn
+from stallscope.cli.shared import FOUND, INCONCLUSIVE, TenantLog, check_new, console, progress, read, warn
 from stallscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -169,12 +169,7 @@ def _check_output(output: Format, out: Path | None, force: bool) -> None:
         if output is Format.html and sys.stdout.isatty():
             raise UsageError("an HTML report is 5 MB: give -o REPORT.html")
         return
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder; name a file in it")
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists; give another name, or --force to overwrite it")
-    if not out.parent.is_dir():
-        raise UsageError(f"{out}: there is no folder {out.parent}; make it first")
+    check_new(out, force)
 
 
 def _diagnosis(

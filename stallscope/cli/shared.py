@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stallscope.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -82,7 +84,17 @@ def choose(executor: ExecutorChoice) -> ExecutorName:
     return "virtual"
 
 
-def read(path: Path, tenants: Sequence[str] | None) -> Trace:
+def check_new(out: Path, force: bool) -> None:
+    """Says before any work that a file could not be written after it."""
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; name a file in it")
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists; give another name, or --force to overwrite it")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: there is no folder {out.parent}; make it first")
+
+
+def read(path: Path, tenants: Sequence[str] | None = None) -> Trace:
     """The trace at a path, with tenants from gateways' logs where there are any; shows progress.
 
     What reading left out is for ``warn`` to say.
@@ -91,6 +103,11 @@ def read(path: Path, tenants: Sequence[str] | None) -> Trace:
 
     with progress(f"reading {path.name}") as advance:
         trace = read_trace(path, lambda done, total: advance(done / max(total, 1)))
+    return with_logs(trace, tenants)
+
+
+def with_logs(trace: Trace, tenants: Sequence[str] | None) -> Trace:
+    """The trace with tenants from gateways' logs, where there are any."""
     if not tenants:
         return trace
     from stallscope.trace.tenants import read_tenant_logs, with_tenants

@@ -99,6 +99,16 @@ class Replica:
         """``gaps``, for who needs them only once: they are not kept."""
         return _gaps(self.trace, self.name, self.request_codes)
 
+    def read_requests(self, columns: Sequence[str]) -> pa.Table:
+        """Other columns of the table of requests, a row for each of ``requests``; they are not kept."""
+        mine = _rows_of(self.trace, "requests", self.name)
+        rows = _columns(self.trace, "requests", ("arrival", *columns), mine)
+        return rows.take(np.argsort(_ints(rows["arrival"]), kind="stable"))
+
+    def read_steps(self, columns: Sequence[str]) -> pd.DataFrame:
+        """Other columns of the table of steps, in order, 0 where null; they are not kept."""
+        return _steps(self.trace, self.name, ("step", *columns))
+
     @cached_property
     def steps(self) -> pd.DataFrame:
         """Some columns of the table of steps, in order: those of its times, and how many did what."""
@@ -108,9 +118,7 @@ class Replica:
     def clients(self) -> pd.DataFrame:
         """Of each of ``requests``: max_tokens, cached_tokens, prefix, priority (0 where unknown), and finish_reason,
         session, predecessor, retry_of ("" where there is none)."""
-        mine = _rows_of(self.trace, "requests", self.name)
-        rows = _columns(self.trace, "requests", ("arrival", *_CLIENT_NUMBERS, *_CLIENT_NAMES), mine)
-        rows = rows.take(np.argsort(_ints(rows["arrival"]), kind="stable"))
+        rows = self.read_requests((*_CLIENT_NUMBERS, *_CLIENT_NAMES))
         names = {name: rows[name].cast(pa.string()).fill_null("").to_pandas().astype(object) for name in _CLIENT_NAMES}
         return pd.DataFrame({name: _ints(rows[name]) for name in _CLIENT_NUMBERS} | names)
 
@@ -162,9 +170,7 @@ class Replica:
     @cached_property
     def first_tries(self) -> Mask:
         """Which of ``requests`` were not sent because one before them had failed."""
-        mine = _rows_of(self.trace, "requests", self.name)
-        rows = _columns(self.trace, "requests", ("arrival", "retry_of"), mine)
-        rows = rows.take(np.argsort(_ints(rows["arrival"]), kind="stable"))
+        rows = self.read_requests(["retry_of"])
         first: Mask = pc.equal(rows["retry_of"].cast(pa.string()).fill_null(""), "").to_numpy()
         return first
 
@@ -177,7 +183,7 @@ class Replica:
 def replicas(trace: Trace) -> Iterator[Replica]:
     """Each replica that has steps, one after the other."""
     for name in pc.unique(trace.columns("steps", ["replica"])["replica"].cast(pa.string())).to_pylist():
-        yield _read(trace, name)
+        yield _read(trace.narrowed([name]), name)
 
 
 def _rows_of(trace: Trace, table: str, replica: str) -> Mask | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -38,6 +38,23 @@ class Trace:
         if isinstance(self.tables, StoredTables):
             return self.tables.columns(table, names)
         return self.tables[table].select(names)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether its tables are read only as they are asked for."""
+        return isinstance(self.tables, StoredTables)
+
+    def narrowed(
+        self, replicas: Collection[str] | None = None, start_ns: int | None = None, end_ns: int | None = None
+    ) -> Trace:
+        """The same trace, of which less is read where it is stored: only what may tell of these replicas and times."""
+        if not isinstance(self.tables, StoredTables):
+            return self
+        return replace(self, tables=self.tables.narrowed(replicas, start_ns, end_ns))
+
+    def scannable(self, table: str) -> pa.Table:
+        """A table for who reads Arrow: itself, or, where it is stored, the dataset that is read as it is asked."""
+        return self.tables.dataset(table) if isinstance(self.tables, StoredTables) else self.tables[table]
 
     def request_rows(self, table: str, column: str) -> Ints:
         """For each row of a table, the row of ``requests`` that ``column`` names (``references.REFERENCES``), or -1."""

@@ -1,4 +1,4 @@
-"""Other names in a trace, the same everywhere: how a recording is shown to one tenant without naming the others."""
+"""Other names in a trace, the same everywhere: how it is shown to one tenant without naming the others, or shared."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ UNKNOWN = "(unknown)"
 REDACTED_SOURCE = "the trace"
 Rename = Callable[[str], str]
 
-# Columns by what they name; replicas, phases and the like are nobody's.
+# Columns by what they name; phases and the like are nobody's.
 _KINDS = {
     "tenant": ("tenant", "owner_tenant"),
     "request": ("request", "holder", "predecessor", "retry_of", "evicting_request", "owner_request"),
     "session": ("session",),
     "adapter": ("adapter",),
     "trace": ("trace_id",),
+    "replica": ("replica",),
+    "group": ("group",),
+    "device": ("device",),
 }
+_OF_TENANTS = ("tenant", "request", "session", "adapter", "trace")
 
 
 def renamed(trace: Trace, names: dict[str, Rename]) -> Trace:
-    """The trace with other names; ``names``: one function for each kind (tenant, request, session, adapter, trace).
+    """The trace with other names; ``names``: one function for each kind (tenant, request, session, adapter, trace,
+    replica, group, device) that is to change.
 
     Different names must stay different.
     """
@@ -51,9 +56,28 @@ def redacted(trace: Trace, tenant: str) -> Trace:
     such tenant.
     """
     _find_tenant(trace, tenant)
-    names = {kind: _labels(trace, kind, tenant) for kind in _KINDS}
+    kept = {kind: _own_names(trace, kind, tenant) for kind in _OF_TENANTS} | {"tenant": {tenant, UNKNOWN}}
+    return _nameless(renamed(trace, {kind: _labels(trace, kind, kept[kind]) for kind in _OF_TENANTS}))
+
+
+def anonymized(trace: Trace) -> Trace:
+    """What may be shared: all names and ids are labels by the order in which they appear, the same one everywhere.
+
+    Models, settings, times and amounts stay. Nothing in it leads back to a name.
+    """
+    labels = {kind: _labels(trace, kind, {UNKNOWN} if kind == "tenant" else set()) for kind in _KINDS}
+    tables = dict(renamed(trace, labels).tables)
+    # Which prompts begin alike is kept, but nothing that a known prompt could be compared with.
+    at = tables["requests"].schema.get_field_index("prefix")
+    prefix = tables["requests"].column("prefix").combine_chunks().dictionary_encode().indices.cast(pa.int64())
+    tables["requests"] = tables["requests"].set_column(at, TABLES["requests"].field(at), prefix)
+    return _nameless(replace(trace, tables=tables))
+
+
+def _nameless(trace: Trace) -> Trace:
+    """Without the source and the places of findings, which may name anything."""
     findings = tuple(replace(finding, where="in the trace") for finding in trace.findings)
-    return replace(renamed(trace, names), source=REDACTED_SOURCE, findings=findings)
+    return replace(trace, source=REDACTED_SOURCE, findings=findings)
 
 
 def _find_tenant(trace: Trace, tenant: str) -> None:
@@ -63,9 +87,8 @@ def _find_tenant(trace: Trace, tenant: str) -> None:
         raise UsageError(f"{trace.source}: no tenant {tenant!r}; it has {', '.join(near)}")
 
 
-def _labels(trace: Trace, kind: str, tenant: str) -> Rename:
-    """Keeps a tenant's own names of this kind, and labels all others by the order in which they appear."""
-    kept = {tenant, UNKNOWN} if kind == "tenant" else _own_names(trace, kind, tenant)
+def _labels(trace: Trace, kind: str, kept: set[str]) -> Rename:
+    """Keeps some names of this kind, and labels all others by the order in which they appear."""
     labels: dict[str, str] = {}
     number = 0
     for name in _names(trace, kind):

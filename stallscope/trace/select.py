@@ -31,7 +31,8 @@ _EXAMPLES = "give 2026-01-31T14:05:00, 14:05, +30s (after the start) or -5m (bef
 
 def span(trace: Trace) -> tuple[int, int]:
     """When the first step was scheduled and the last one ready, ns; zeros without steps."""
-    return pc.min(trace.steps["scheduled"]).as_py() or 0, pc.max(trace.steps["ready"]).as_py() or 0
+    steps = trace.columns("steps", ["scheduled", "ready"])
+    return pc.min(steps["scheduled"]).as_py() or 0, pc.max(steps["ready"]).as_py() or 0
 
 
 def select(
@@ -128,7 +129,8 @@ def _shown(time_ns: int) -> str:
 
 def _known(trace: Trace, column: str, name: str) -> str:
     """``name``, if one of the replicas has it."""
-    known = sorted(one for one in pc.unique(trace.replicas[column].cast(pa.string())).to_pylist() if one is not None)
+    names = trace.columns("replicas", [column])[column].cast(pa.string())
+    known = sorted(one for one in pc.unique(names).to_pylist() if one is not None)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:5]
         raise UsageError(f"{trace.source}: no {column} {name!r}; it has {', '.join(sorted(near)) or 'none'}")
@@ -137,6 +139,8 @@ def _known(trace: Trace, column: str, name: str) -> str:
 
 def _of_replicas(trace: Trace, replicas: pa.Array) -> Trace:
     """Rows of these replicas, in every table; what clients sent elsewhere is left out."""
+    if trace.is_stored:
+        return trace.narrowed(replicas.to_pylist())
     tables = {
         name: table.filter(pc.is_in(table["replica"].cast(pa.string()), value_set=replicas))
         for name, table in trace.tables.items()
@@ -156,6 +160,8 @@ def between(trace: Trace, start_ns: int, end_ns: int) -> Trace:
 
     Raises UsageError where there is no such step.
     """
+    trace = trace.narrowed(start_ns=start_ns, end_ns=end_ns)
+    trace = replace(trace, tables=dict(trace.tables))
     kept = trace.steps.filter(
         pc.and_(pc.greater_equal(trace.steps["scheduled"], start_ns), pc.less_equal(trace.steps["ready"], end_ns))
     )

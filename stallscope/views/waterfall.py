@@ -126,7 +126,7 @@ def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFr
     """The life cut where its state changes and around each single gap: query, request, begin, end, doing, stalled."""
     whole = pd.DataFrame({"query": [0], "request": [code], "begin": [arrival], "end": [end]})
     pieces = replica.partition.cut(whole)
-    doing = _doing(replica, pieces["state"].to_numpy(np.int64), pieces["stretch"].to_numpy(np.int64))
+    doing = doing_in(replica, pieces["state"].to_numpy(np.int64), pieces["stretch"].to_numpy(np.int64))
     # A short gap that has its bin for itself is single, too; and hundreds of rows that nobody noticed hide the one.
     floor = max(GAP_FLOOR_STEPS * np.median(replica.steps["ready"] - replica.steps["scheduled"]), NOTICEABLE_NS)
     single = (replica.gaps["count"] == 1) & (replica.gaps["length_ns"] >= floor)
@@ -156,10 +156,11 @@ def _stretches(replica: Replica, code: int, arrival: int, end: int) -> pd.DataFr
 def doing_of(replica: Replica, stretches: Ints) -> list[str]:
     """What the request of each of these stretches (rows of the ledger's) was doing in it."""
     states = np.append(replica.partition.lives.state.astype(np.int64), int(State.UNSEEN))
-    return _doing(replica, states[stretches], stretches)
+    return doing_in(replica, states[stretches], stretches)
 
 
-def _doing(replica: Replica, states: Ints, stretches: Ints) -> list[str]:
+def doing_in(replica: Replica, states: Ints, stretches: Ints) -> list[str]:
+    """What a request was doing in each of these segments of lives (``Partition.cut``)."""
     prefill = np.append(replica.ledger.stretches.prefill, False)  # what lies outside all stretches has row -1
     return [
         _DOING.get(State(state), "prefill" if prefill[stretch] else "decoding")

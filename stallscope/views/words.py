@@ -58,6 +58,8 @@ def printable(text: str) -> str:
     """Text from a trace on one line, in which nothing is invisible and nothing is a command to a terminal."""
     if not text:
         return "(no name)"
+    if text.isprintable():
+        return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 

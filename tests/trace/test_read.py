@@ -291,7 +291,7 @@ def test_parquet_returns_the_same_trace(tmp_path: Path) -> None:
 
 def test_damage_within_a_stored_table_is_found_when_it_is_read(tmp_path: Path) -> None:
     write_parquet(read(busy().lines()), tmp_path / "tables")
-    file = tmp_path / "tables" / "steps.parquet"
+    (file,) = (tmp_path / "tables" / "steps").rglob("*.parquet")
     damaged = bytearray(file.read_bytes())
     damaged[40:80] = bytes(40)
     file.write_bytes(damaged)
@@ -306,10 +306,15 @@ def test_parquet_is_neither_written_over_nor_guessed(tmp_path: Path) -> None:
     write_parquet(trace, tmp_path / "tables")
     with pytest.raises(UsageError, match="not empty"):
         write_parquet(trace, tmp_path / "tables")
-    (tmp_path / "tables" / "steps.parquet").write_bytes(b"PAR1 or what")
+    (file,) = (tmp_path / "tables" / "steps").rglob("*.parquet")
+    file.write_bytes(b"PAR1 or what")
+    stored = read_trace(tmp_path / "tables")
     with pytest.raises(UsageError, match="not readable as the table steps"):
-        read_trace(tmp_path / "tables")
+        _ = stored.steps
+    file.unlink()
+    with pytest.raises(UsageError, match="not readable as the table steps"):
+        stored.columns("steps", ["ready"])
     metadata = tmp_path / "tables" / "trace.json"
-    metadata.write_bytes(metadata.read_bytes().replace(b'"format": 2', b'"format": 9'))
+    metadata.write_bytes(metadata.read_bytes().replace(b'"format": 3', b'"format": 9'))
     with pytest.raises(UsageError, match="format 9"):
         read_trace(tmp_path / "tables")

@@ -1,6 +1,8 @@
-"""Redaction: nothing of the other tenants is left in any table, and nothing else changes."""
+"""Redaction and anonymity: no name that must not be told is left in any table, and nothing else changes."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -8,7 +10,7 @@ import pytest
 
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
-from stallscope.trace.rename import redacted, renamed
+from stallscope.trace.rename import anonymized, redacted, renamed
 from stallscope_engine.config import EngineConfig
 from tests.trace.recording import Arrival, Workload, read, run
 
@@ -73,3 +75,43 @@ def test_an_unknown_tenant_is_told_the_nearest_names() -> None:
 def test_names_may_be_anything() -> None:
     shown = renamed(crowded(), {"tenant": lambda name: f"{HOSTILE}{name}"})
     assert set(shown.requests.column("tenant").to_pylist()) == {f"{HOSTILE}{n}" for n in ("chat", "tenant-1", "batch")}
+
+
+def test_a_trace_to_share_names_nobody_and_nothing_but_models() -> None:
+    trace = crowded()
+    shared = anonymized(trace)
+    kinds = ("tenant", "request", "session", "adapter", "trace_id", "replica", "group", "device")
+    named = {
+        name
+        for table in trace.tables.values()
+        for kind in kinds
+        if kind in table.schema.names
+        for name in table.column(kind).drop_null().to_pylist()
+    }
+    assert {"chat", "batch", "r0"} <= named
+    assert not texts(shared) & (named - {"tenant-1"})
+    assert set(shared.requests.column("model").to_pylist()) == set(trace.requests.column("model").to_pylist())
+    assert trace.source not in shared.source
+    assert shared.validate() == []
+
+
+def test_a_shared_trace_has_one_alias_for_one_name_and_another_for_another() -> None:
+    trace = crowded()
+    shared = anonymized(trace)
+    for table, column in (("requests", "tenant"), ("residency", "request"), ("residency", "holder")):
+        before, after = (one.tables[table].column(column).to_pylist() for one in (trace, shared))
+        pairs = set(zip(before, after, strict=True))
+        assert len(pairs) == len({old for old, _ in pairs}) == len({new for _, new in pairs})
+    assert shared.tables["steps"].drop(["replica"]).equals(trace.tables["steps"].drop(["replica"]))
+
+
+def test_which_prompts_begin_alike_stays_but_not_how() -> None:
+    trace = crowded()
+    at = trace.requests.schema.get_field_index("prefix")
+    hashes = pa.array([(7919, None, 104_729)[number % 3] for number in range(trace.requests.num_rows)])
+    told = replace(
+        trace,
+        tables={**trace.tables, "requests": trace.requests.set_column(at, trace.requests.schema.field(at), hashes)},
+    )
+    shared = anonymized(told).requests.column("prefix").to_pylist()
+    assert shared == [(0, None, 1)[number % 3] for number in range(len(shared))]

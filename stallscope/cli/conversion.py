@@ -1,0 +1,196 @@
+"""Commands that give a trace another form: convert, for other programs and to share, and sql, for any question."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stallscope.cli.shared import TenantLog, check_new, console, progress, read, warn, with_logs
+from stallscope.errors import UsageError
+
+if TYPE_CHECKING:
+    from stallscope.trace import Trace
+
+PERFETTO_SUFFIXES = (".pftrace", ".perfetto-trace")
+
+
+class RowFormat(StrEnum):
+    """How rows are written."""
+
+    text = "text"
+    csv = "csv"
+    json = "json"
+
+
+def convert(
+    trace: Annotated[Path, typer.Argument(metavar="IN", help="A trace file, or a folder of them.")],
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT", help="NAME.pftrace for ui.perfetto.dev, or the name of a folder for a dataset in Parquet."
+        ),
+    ],
+    since: Annotated[
+        str | None, typer.Option(help="From when on: 2026-01-31T14:05:00, 14:05, +30s (after the start), -5m.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Until when; as --since.")] = None,
+    replica: Annotated[str | None, typer.Option(help="Only this replica.")] = None,
+    tenants: TenantLog = None,
+    mapping: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML that says which columns of a table, or attributes of spans, make IN a list of requests."
+        ),
+    ] = None,
+    anonymize: Annotated[
+        bool,
+        typer.Option("--anonymize", help="For sharing: tenants, requests, sessions, replicas become tenant-1, ..."),
+    ] = False,
+    no_analysis: Annotated[
+        bool, typer.Option("--no-analysis", help="Perfetto: without incidents, and arrows to their victims.")
+    ] = False,
+    no_replay: Annotated[bool, typer.Option("--no-replay", help="Perfetto: faster, and less sure who did it.")] = False,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the dataset OUT: what is later, or of another replica.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT if it exists.")] = False,
+) -> None:
+    """Write a trace in another form: a file for ui.perfetto.dev, or a dataset in Parquet, which is read faster."""
+    target = Path(out)
+    perfetto = _is_perfetto(target, out)
+    if not perfetto and (no_analysis or no_replay):
+        raise UsageError("--no-analysis and --no-replay are for Perfetto: a dataset has no diagnosis in it")
+    if append and (perfetto or force or anonymize):
+        raise UsageError("--append adds to a dataset: it goes with neither Perfetto nor --force nor --anonymize")
+    if perfetto:
+        check_new(target, force)
+    else:
+        _check_dataset(target, force, append)
+    loaded = read(trace, tenants) if mapping is None else _mapped(trace, mapping, tenants)
+    selected = _selected(loaded, since, until, replica, anonymize)
+    if perfetto:
+        _write_perfetto(selected, target, analysis=not no_analysis, replay=not no_replay)
+    else:
+        _write_dataset(selected, target, append)
+
+
+def sql(
+    trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    query: Annotated[str, typer.Argument(metavar="SELECT", help='Such as "select tenant, count(*) from requests ..."')],
+    output: Annotated[
+        RowFormat, typer.Option("--format", help="text for people (500 rows), csv and json for all rows.")
+    ] = RowFormat.text,
+) -> None:
+    """Ask a trace's tables in SQL, as DuckDB has it: steps, residency, requests, gaps and others.
+
+    "show tables" and "describe steps" list them and their columns. Times are ns since the epoch.
+    """
+    from stallscope.reports.rows import MOST_ROWS, print_rows, write_csv, write_json
+    from stallscope.trace.query import ask
+
+    answer = ask(read(trace), query)
+    if output is RowFormat.csv:
+        write_csv(answer.columns, answer.rows, sys.stdout)
+    elif output is RowFormat.json:
+        write_json(answer.columns, answer.rows, sys.stdout)
+    elif print_rows(answer.columns, answer.rows, console()):
+        typer.echo(f"the first {MOST_ROWS} rows; --format csv has them all", err=True)
+
+
+# --- convert ------------------------------------------------------------------------------------------------------
+
+
+def _is_perfetto(target: Path, written: str) -> bool:
+    """Whether OUT is a file for Perfetto; else it is a folder. Raises UsageError for any other kind of file."""
+    if target.suffix in PERFETTO_SUFFIXES:
+        return True
+    if target.suffix in ("", ".parquet") or written.endswith("/") or target.is_dir():
+        return False
+    raise UsageError(
+        f"{target}: nothing is written as {target.suffix}; give NAME{' or NAME'.join(PERFETTO_SUFFIXES)} for Perfetto, "
+        "or NAME/ for a folder in Parquet"
+    )
+
+
+def _check_dataset(target: Path, force: bool, append: bool) -> None:
+    """Says before any work that the folder could not be written after it."""
+    from stallscope.trace.parquet import is_trace_folder
+
+    if target.is_file():
+        raise UsageError(f"{target} is a file; give the name of a folder")
+    if not target.is_dir():
+        check_new(target, force)
+    elif any(target.iterdir()) and not is_trace_folder(target):
+        raise UsageError(f"{target} has something other in it than a dataset; give another name")
+    elif any(target.iterdir()) and not force and not append:
+        raise UsageError(f"{target} exists; give another name, --append to add to it, or --force to overwrite it")
+
+
+def _mapped(path: Path, mapping: Path, tenants: Sequence[str] | None) -> Trace:
+    """A trace of a table of requests, or of spans that are none of ours."""
+    from stallscope.trace.estimated import trace_of_requests
+    from stallscope.trace.mapping import read_mapped
+
+    with progress(f"reading {path.name}"):
+        requests, findings = read_mapped(path, mapping)
+        return with_logs(trace_of_requests(requests, str(path), findings), tenants)
+
+
+def _selected(loaded: Trace, since: str | None, until: str | None, replica: str | None, anonymize: bool) -> Trace:
+    from stallscope.trace.rename import anonymized
+    from stallscope.trace.select import select
+
+    trace = select(loaded, since=since, until=until, replica=replica)
+    warn(trace)
+    return anonymized(trace) if anonymize else trace
+
+
+def _write_perfetto(trace: Trace, target: Path, *, analysis: bool, replay: bool) -> None:
+    from stallscope.diagnosis import diagnose
+    from stallscope.reports.perfetto import write_perfetto
+
+    diagnosis = None
+    if analysis:
+        with progress("looking for who did it") as advance:
+            diagnosis = diagnose(trace, replay=replay, progress=advance)
+    with _made_whole(target) as part, progress(f"writing {target.name}") as advance, part.open("wb") as file:
+        write_perfetto(trace, diagnosis, file, advance)
+    typer.echo(f"{target}: {target.stat().st_size / 1e6:.2f} MB; open it in https://ui.perfetto.dev", err=True)
+
+
+def _write_dataset(trace: Trace, target: Path, append: bool) -> None:
+    from stallscope.trace import append_parquet, write_parquet
+    from stallscope.trace.parquet import is_trace_folder
+
+    with progress(f"writing {target.name}") as advance:
+        if append and is_trace_folder(target):
+            append_parquet(trace, target, lambda done, total: advance(done / max(total, 1)))
+        else:
+            with _made_whole(target) as part:
+                write_parquet(trace, part, lambda done, total: advance(done / max(total, 1)))
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    typer.echo(f"{target}: {size / 1e6:.2f} MB, {trace.columns('steps', ['step']).num_rows:,} steps", err=True)
+
+
+@contextmanager
+def _made_whole(target: Path) -> Iterator[Path]:
+    """Where to write what is to be ``target``: it takes that name, and the place of what had it, once it is whole."""
+    part, old = (target.with_name(f".{target.name}.{os.getpid()}.{what}") for what in ("part", "old"))
+    try:
+        yield part
+        if target.is_dir():
+            target.rename(old)
+        part.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be written ({error.strerror}); check the path and its rights") from error
+    finally:
+        part.unlink(missing_ok=True) if part.is_file() else shutil.rmtree(part, ignore_errors=True)
