@@ -75,12 +75,12 @@ def serve(case: Case, kind: Any, trace: Path | None) -> dict[str, Any]:
     scheduler = make_scheduler(kind, room, asynchronous=case.asynchronous)
     if trace is not None:
         scheduler.record_to(trace)
-    traffic, watch, steps = Traffic(), Stopwatch(), 0
+    traffic, watch = Traffic(), Stopwatch()
     in_flight: deque[tuple[Any, list[bool]]] = deque()
-    present, finished = 0, 0
+    is_full, steps, present, finished = False, 0, 0, 0
     while steps < case.steps:
-        if len(scheduler.running) == case.running and not steps:  # all is filled: now it counts
-            watch, steps, finished = Stopwatch(), 1, 0
+        if not is_full and len(scheduler.running) == case.running:  # from here on it counts
+            is_full, watch, finished = True, Stopwatch(), 0
         joining = [traffic.next() for _ in range(case.running + case.waiting - present)]
         present += len(joining)
         with watch:
@@ -96,7 +96,7 @@ def serve(case: Case, kind: Any, trace: Path | None) -> dict[str, Any]:
                 outputs = scheduler.update_from_output(output, said)
             ended = sum(one.finish_reason is not None for client in outputs.values() for one in client.outputs)
             present, finished = present - ended, finished + ended
-        steps += bool(steps)
+        steps += is_full
     waits = len(scheduler.waiting)
     dropped = scheduler._watch._emitter.dropped if trace is not None else 0
     scheduler.shutdown()

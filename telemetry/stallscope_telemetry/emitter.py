@@ -269,14 +269,17 @@ def exporters_from_environment() -> list[SpanExporter]:
     https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/ has the variables: endpoint,
     headers, timeout and compression are read by the exporter itself.
     """
-    environment = os.environ
     endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    if (
-        not any(environment.get(name) for name in endpoints)
-        or environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-        or environment.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none"
-    ):
+    if is_export_off() or not any(os.environ.get(name) for name in endpoints):
         return []
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return [OTLPSpanExporter()]
+
+
+def is_export_off() -> bool:
+    """Whether OpenTelemetry's standard environment variables forbid to send spans."""
+    return (
+        os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+        or os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none"
+    )

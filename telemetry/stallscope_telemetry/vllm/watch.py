@@ -88,10 +88,9 @@ def watch(scheduler: Any, path: str | Path | None = None) -> Watch | None:
     """Telemetry of a vLLM scheduler, to a new file or to where the environment says; None, with a line in the log,
     where that is nowhere, or where this vLLM can't be watched."""
     try:
-        rank = scheduler.parallel_config.data_parallel_rank
-        ways = [OtlpFileExporter(path)] if path is not None else exporters(rank)
+        ways = [OtlpFileExporter(path)] if path is not None else exporters(scheduler)
         if not ways:
-            log.warning("stallscope: no telemetry: set OTEL_EXPORTER_OTLP_ENDPOINT or STALLSCOPE_TRACE_DIR")
+            log.warning("stallscope: no telemetry: set STALLSCOPE_TRACE_DIR or OTEL_EXPORTER_OTLP_ENDPOINT")
             return None
         with ExitStack() as stack:
             emitter = stack.enter_context(Emitter(resource_attributes(describe(scheduler)), ways, random.Random()))
