@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from opentelemetry.sdk.resources import Resource
@@ -158,16 +158,23 @@ class Emitter:
         self._finish()
 
     def _finish(self) -> None:
-        self._drain()
+        # One after the other to its end: a file need not wait for a collector that hangs.
+        rest = list(self._batches())
         for exporter in self._exporters:
+            for spans in rest:
+                exporter.export(spans)
             exporter.shutdown()
 
     def _drain(self) -> None:
-        queue = self._queue
-        while queue:
-            spans = [self._span(*queue.popleft()) for _ in range(min(len(queue), SPANS_PER_EXPORT))]
+        for spans in self._batches():
             for exporter in self._exporters:
                 exporter.export(spans)
+
+    def _batches(self) -> Iterator[list[ReadableSpan]]:
+        """What waits for export, until nothing does."""
+        queue = self._queue
+        while queue:
+            yield [self._span(*queue.popleft()) for _ in range(min(len(queue), SPANS_PER_EXPORT))]
 
     def _span(self, record: _Record, dropped: int) -> ReadableSpan:
         if isinstance(record, StepRecord):

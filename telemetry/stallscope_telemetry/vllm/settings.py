@@ -37,19 +37,19 @@ Tenants = Callable[[Any], tuple[str, str]]
 
 
 def exporters(scheduler: Any) -> list[SpanExporter]:
-    """Where spans go to; nothing where neither the environment nor vLLM's flag says anything."""
-    found = exporters_from_environment()
-    if (endpoint := scheduler.observability_config.otlp_traces_endpoint) and not is_export_off():
-        from vllm.tracing.otel import get_span_exporter
-
-        # By vLLM's own exporter: where no protocol is named, vLLM means gRPC, and OpenTelemetry HTTP.
-        found = [get_span_exporter(endpoint)]
+    """Where spans go to, files first; nothing where neither the environment nor vLLM's flag says anything."""
+    files: list[SpanExporter] = []
     if folder := os.environ.get("STALLSCOPE_TRACE_DIR"):
         # A name of its own for each process that ever wrote here: a recording is never written over.
         replica, now = replica_name(scheduler.parallel_config.data_parallel_rank), time.gmtime()
         name = f"{replica}-{time.strftime('%Y%m%dT%H%M%SZ', now)}-{os.getpid()}.otlp.jsonl{_compression()}"
-        found.append(OtlpFileExporter(Path(folder) / re.sub(r"[^\w.-]", "_", name)))
-    return found
+        files = [OtlpFileExporter(Path(folder) / re.sub(r"[^\w.-]", "_", name))]
+    if (endpoint := scheduler.observability_config.otlp_traces_endpoint) and not is_export_off():
+        from vllm.tracing.otel import get_span_exporter
+
+        # By vLLM's own exporter: where no protocol is named, vLLM means gRPC, and OpenTelemetry HTTP.
+        return [*files, get_span_exporter(endpoint)]
+    return [*files, *exporters_from_environment()]
 
 
 def replica_name(rank: int) -> str:
@@ -117,7 +117,7 @@ def info_of(request: Any, handle: int, tenant_of: Tenants) -> RequestInfo:
 
 
 def _known_id(request: Any) -> str:
-    """A request's id as its client and vLLM's own spans have it; within, vLLM adds digits that tell equal ones apart."""
+    """A request's id as clients and vLLM's own spans have it; within, vLLM adds digits that tell equal ones apart."""
     return _ADDED_TO_ID.sub("", request.request_id)
 
 
