@@ -133,7 +133,7 @@ class Emitter:
             self._finish()
             return
         self._thread.join(timeout)
-        if self._thread.is_alive():
+        if timeout and self._thread.is_alive():
             log.warning("telemetry: an exporter hangs; gave up on %d records after %g s", len(self._queue), timeout)
 
     def __enter__(self) -> Emitter:

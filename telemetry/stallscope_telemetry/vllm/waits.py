@@ -79,10 +79,11 @@ class Waits:
         scarce = (
             WaitReason.SLOTS if running >= self._most_running else WaitReason.BUDGET if budget <= 0 else WaitReason.KV
         )
-        self._adapters = self._scarce_adapters() if self._deferred else set()
+        adapters, self._adapters = self._adapters, self._scarce_adapters() if scarce is WaitReason.KV else set()
         head = self._first() if scarce is WaitReason.KV else None
         changed = []
-        for life in self._to_judge(scarce, free, head):
+        is_other = scarce is not self._scarce or adapters != self._adapters
+        for life in self._to_judge(scarce, free, head, is_other):
             reason, lacking = self._lacks(life, scarce, budget, free, head)
             if reason is not life.wait_reason:
                 life.wait_reason, life.lacking = reason, lacking
@@ -91,11 +92,11 @@ class Waits:
         self._new = []
         return changed
 
-    def _to_judge(self, scarce: WaitReason, free: int, head: Life | None) -> Iterable[Life]:
+    def _to_judge(self, scarce: WaitReason, free: int, head: Life | None, is_other: bool) -> Iterable[Life]:
         """Everybody whose reason may be another one now."""
         unusual = self._unusual
         self._unusual = [life for one in self._deferred if (life := self._lives.get(one.request_id)) is not None]
-        if scarce is not self._scarce or not self._chunked:
+        if is_other or not self._chunked:
             return self._waiting.values()
         suspects = [*self._new, *unusual, *self._unusual]
         if scarce is WaitReason.KV:
@@ -131,6 +132,8 @@ class Waits:
 
     def _scarce_adapters(self) -> set[int]:
         """Those that run, where no other may join them."""
+        if self._most_adapters == NEVER:
+            return set()
         running = {one.lora_request.lora_int_id for one in self._scheduler.running if one.lora_request}
         return running if len(running) >= self._most_adapters else set()
 
