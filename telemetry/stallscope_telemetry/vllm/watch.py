@@ -171,7 +171,6 @@ class Watch:
         self._in_flight: dict[int, tuple[Any, StepRecord]] = {}  # by the identity of vLLM's output, which is kept
         self._ready = ReadyTimes()
         self._idle_since_ns = now_ns()
-        self._scheduling_ns = 0
 
     def close(self, timeout: float = 15.0) -> None:
         """Ends the telemetry; waits for what is not written yet. May be called again."""
@@ -260,36 +259,26 @@ class Watch:
     # --- a step -----------------------------------------------------------------------------------------------------
 
     @_harmless
-    def scheduling(self) -> None:
-        """Before a batch is chosen."""
-        self._scheduling_ns = now_ns()
-
-    @_harmless
-    def scheduled(self, output: Any) -> None:
-        """After a batch was chosen; vLLM has counted its tokens as computed by then."""
+    def scheduled(self, output: Any, began_ns: int) -> None:
+        """After a batch was chosen, which began then; vLLM has counted its tokens as computed by now."""
         if not output.total_num_scheduled_tokens:
             return
-        step = self._note(output)
+        step = self._note(output, began_ns)
         step.dispatched_ns = now_ns()
-        step.sched_ns = step.dispatched_ns - step.scheduled_ns
+        step.sched_ns = step.dispatched_ns - began_ns
         self._in_flight[id(output)] = output, step
 
     @_harmless
-    def ready(self, output: Any) -> None:
-        """When a batch's outputs are there."""
-        if id(output) in self._in_flight:
-            self._in_flight[id(output)][1].ready_ns = now_ns()
-
-    @_harmless
-    def delivered(self, output: Any, outputs: Mapping[int, Any] | None) -> None:
-        """After vLLM has taken a batch's outputs."""
+    def delivered(self, output: Any, outputs: Mapping[int, Any] | None, ready_ns: int) -> None:
+        """After vLLM has taken a batch's outputs, which were there at ``ready_ns``."""
         _, step = self._in_flight.pop(id(output), (None, None))
         if step is None:
             return
-        self._ready.add(step.step, step.ready_ns)
+        step.ready_ns = ready_ns
+        self._ready.add(step.step, ready_ns)
         if self._counts_tokens:
-            self._count_tokens(outputs or {}, step.ready_ns)
-        left = self._finish(step.ready_ns)
+            self._count_tokens(outputs or {}, ready_ns)
+        left = self._finish(ready_ns)
         step.left = [*step.left, *left]
         self._emitter.step(step)
         if left and self._in_flight:
@@ -316,13 +305,13 @@ class Watch:
                 left.append((life.info.handle, reason))
         return sorted(left)
 
-    def _note(self, output: Any) -> StepRecord:
+    def _note(self, output: Any, scheduled_ns: int) -> StepRecord:
         """The record of a step that was just scheduled."""
         wants_keyframe = self._emitter.wants_keyframe(self._steps)
         if wants_keyframe:
             self._forget_lost()
             self._ready.keep_for(self._lives.values())
-        scheduler, scheduled_ns = self._scheduler, self._scheduling_ns
+        scheduler = self._scheduler
         news, self._news = self._news, _News()
         for life in news.joined:
             life.queued_ns = scheduled_ns
