@@ -6,8 +6,8 @@ count in. Between scheduling and its outputs a step sleeps for 2 ms, as an engin
 
     vllm_hook.py --vllm-python VENV/bin/python      (vLLM 0.32)
 
-Medians over passes: processor time of the engine's thread, and time by the clock, which has in it what other threads
-and other programs take.
+Medians over passes, a step: processor time of the engine's thread for vLLM's own scheduling and what the hook adds to
+it, as a share, too; what it adds by the clock, which has in it what other threads and programs take; bytes of the file.
 """
 
 from __future__ import annotations
@@ -60,17 +60,7 @@ def _last_line(path: Path) -> str:
 
 
 def table(cases: Sequence[dict[str, Any]], passes: Sequence[dict[str, Any]]) -> Table:
-    shown = Table(
-        "running",
-        "waiting",
-        "ends a step",
-        "vLLM us",
-        "hook us",
-        "of it",
-        "budget us",
-        "by the clock us",
-        "bytes a step",
-    )
+    shown = Table("running", "waiting", "vLLM us", "hook us", "share", "budget us", "clock us", "bytes")
     for place, case in enumerate(cases):
         bare, hooked = (
             [one for one in passes if one["case"] == place and one["hooked"] is is_hooked]
@@ -85,7 +75,6 @@ def table(cases: Sequence[dict[str, Any]], passes: Sequence[dict[str, Any]]) -> 
         shown.add_row(
             str(case["running"]),
             str(statistics.median(one["waiting"] for one in hooked)),
-            f"{statistics.fmean(one['finished'] for one in hooked):.1f}",
             f"{own:.0f}",
             f"{adds:.1f}",
             f"{adds / own:.1%}",

@@ -77,10 +77,10 @@ def serve(case: Case, kind: Any, trace: Path | None) -> dict[str, Any]:
         scheduler.record_to(trace)
     traffic, watch = Traffic(), Stopwatch()
     in_flight: deque[tuple[Any, list[bool]]] = deque()
-    is_full, steps, present, finished = False, 0, 0, 0
+    is_full, steps, present = False, 0, 0
     while steps < case.steps:
         if not is_full and len(scheduler.running) == case.running:  # from here on it counts
-            is_full, watch, finished = True, Stopwatch(), 0
+            is_full, watch = True, Stopwatch()
         joining = [traffic.next() for _ in range(case.running + case.waiting - present)]
         present += len(joining)
         with watch:
@@ -94,8 +94,7 @@ def serve(case: Case, kind: Any, trace: Path | None) -> dict[str, Any]:
             said = made_up(output, samples, lambda: 7)
             with watch:
                 outputs = scheduler.update_from_output(output, said)
-            ended = sum(one.finish_reason is not None for client in outputs.values() for one in client.outputs)
-            present, finished = present - ended, finished + ended
+            present -= sum(one.finish_reason is not None for client in outputs.values() for one in client.outputs)
         steps += is_full
     waits = len(scheduler.waiting)
     dropped = scheduler._watch._emitter.dropped if trace is not None else 0
@@ -103,7 +102,6 @@ def serve(case: Case, kind: Any, trace: Path | None) -> dict[str, Any]:
     return {
         "cpu_us": watch.cpu_ns / 1e3 / steps,
         "wall_us": watch.wall_ns / 1e3 / steps,
-        "finished": finished / steps,
         "waiting": waits,
         "dropped": dropped,
         "bytes": trace.stat().st_size / steps if trace is not None else 0,

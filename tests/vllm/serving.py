@@ -124,7 +124,7 @@ class Served:
     def stop(self) -> None:
         """As an operator does."""
         self.process.terminate()
-        self.exit_code = self.process.wait(60)
+        self.exit_code = self.process.wait(180)
 
 
 @contextmanager
