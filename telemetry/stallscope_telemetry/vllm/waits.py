@@ -81,7 +81,7 @@ class Waits:
         )
         adapters, self._adapters = self._adapters, self._scarce_adapters() if scarce is WaitReason.KV else set()
         head = self._first() if scarce is WaitReason.KV else None
-        changed = []
+        changed: list[tuple[int, int, int]] = []
         is_other = scarce is not self._scarce or adapters != self._adapters
         for life in self._to_judge(scarce, free, head, is_other):
             reason, lacking = self._lacks(life, scarce, budget, free, head)
