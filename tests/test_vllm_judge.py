@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,25 +14,10 @@ from stallscope.errors import UsageError
 from stallscope.trace import Trace, read_trace
 from stallscope.workloads.recording import record
 from stallscope.workloads.scenario import load_scenario
+from tests.vllm.serving import tiny_llama
 
 VLLM = os.environ.get("STALLSCOPE_VLLM_PYTHON", "")
 SCENARIO = Path("benchmarks/vllm_judge.yaml")
-TINY_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 2048,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 CHAT_TTFT = Judged("chat", "ttft", 0.9, 200, recorded_s=1.0, replayed_s=1.1, predicted_s=0.3, real_s=(0.2, 0.1, 0.25))
 
@@ -139,9 +123,7 @@ def test_a_folder_with_traces_is_not_written_over(tmp_path: Path) -> None:
 def test_a_real_vllm_is_recorded_so_that_the_replay_agrees_with_its_scheduler(tmp_path: Path) -> None:
     """With little memory and few slots, so that its requests wait for both and are preempted."""
     scenario = load_scenario(SCENARIO, "tight")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(TINY_LLAMA), encoding="utf-8")
-    setup = Setup(Path(VLLM), tmp_path / "model", tmp_path / "traces")
+    setup = Setup(Path(VLLM), tiny_llama(tmp_path), tmp_path / "traces")
     setup.check()
 
     trace = read_trace(record_run(setup, scenario, 0, True, "with"))

@@ -25,7 +25,7 @@ from stallscope_telemetry.records import FinishReason
 # ones only shape percentiles, for which a few bins do. Below 1 ms nobody notices any gap.
 GAP_FLOOR_STEPS = 4
 LEAST_GAP_FLOOR_NS = 1_000_000
-_SAID_BY_ABSENCE = ("queued", "scheduled")  # a span of ours has them unless the request did not get so far
+_SAID_BY_ABSENCE = ("queued", "scheduled", "first_token")  # a span of ours has what the request got to
 _FINISH_REASONS = frozenset(reason.name.lower() for reason in FinishReason)
 # 16 digits are 115 days of ns: a gap beyond is damage.
 _TOKEN_TIMES = r"^[0-9]{1,16}(,[0-9]{1,16})*$"

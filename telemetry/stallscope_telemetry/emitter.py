@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from opentelemetry.sdk.resources import Resource
@@ -133,7 +133,7 @@ class Emitter:
             self._finish()
             return
         self._thread.join(timeout)
-        if self._thread.is_alive():
+        if timeout and self._thread.is_alive():
             log.warning("telemetry: an exporter hangs; gave up on %d records after %g s", len(self._queue), timeout)
 
     def __enter__(self) -> Emitter:
@@ -158,16 +158,23 @@ class Emitter:
         self._finish()
 
     def _finish(self) -> None:
-        self._drain()
+        # One after the other to its end: a file need not wait for a collector that hangs.
+        rest = list(self._batches())
         for exporter in self._exporters:
+            for spans in rest:
+                exporter.export(spans)
             exporter.shutdown()
 
     def _drain(self) -> None:
-        queue = self._queue
-        while queue:
-            spans = [self._span(*queue.popleft()) for _ in range(min(len(queue), SPANS_PER_EXPORT))]
+        for spans in self._batches():
             for exporter in self._exporters:
                 exporter.export(spans)
+
+    def _batches(self) -> Iterator[list[ReadableSpan]]:
+        """What waits for export, until nothing does."""
+        queue = self._queue
+        while queue:
+            yield [self._span(*queue.popleft()) for _ in range(min(len(queue), SPANS_PER_EXPORT))]
 
     def _span(self, record: _Record, dropped: int) -> ReadableSpan:
         if isinstance(record, StepRecord):
@@ -269,14 +276,17 @@ def exporters_from_environment() -> list[SpanExporter]:
     https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/ has the variables: endpoint,
     headers, timeout and compression are read by the exporter itself.
     """
-    environment = os.environ
     endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    if (
-        not any(environment.get(name) for name in endpoints)
-        or environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-        or environment.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none"
-    ):
+    if is_export_off() or not any(os.environ.get(name) for name in endpoints):
         return []
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return [OTLPSpanExporter()]
+
+
+def is_export_off() -> bool:
+    """Whether OpenTelemetry's standard environment variables forbid to send spans."""
+    return (
+        os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+        or os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none"
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from stallscope_telemetry.vllm.watch import Watch, watch
+from stallscope_telemetry.vllm.watch import Watch, now_ns, watch
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,19 +35,17 @@ class _Watched:
         return added
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        if self._watch is not None:
-            self._watch.scheduling()
+        began_ns = now_ns()
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         if self._watch is not None:
-            self._watch.scheduled(output)
+            self._watch.scheduled(output, began_ns)
         return output
 
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._watch is not None:
-            self._watch.ready(scheduler_output)
+        ready_ns = now_ns()
         outputs = super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if self._watch is not None:
-            self._watch.delivered(scheduler_output, outputs)
+            self._watch.delivered(scheduler_output, outputs, ready_ns)
         return outputs
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """What the environment says to the hook, and what a vLLM request says of itself: tenant, caller, length.
 
-``OTEL_EXPORTER_OTLP_ENDPOINT``: where spans are sent to, with OpenTelemetry's other variables.
+``OTEL_EXPORTER_OTLP_ENDPOINT``: where spans are sent to, with OpenTelemetry's other variables. With vLLM's own
+``--otlp-traces-endpoint`` they go where its spans go.
 ``STALLSCOPE_TRACE_DIR``: a folder in which each engine process writes a file.
 ``STALLSCOPE_REPLICA``: the name of this replica; else it is that of the host, with the data-parallel rank.
 ``STALLSCOPE_TENANT_FROM``: where a request's tenant is looked for, the first that has one, by commas: ``xargs:KEY``,
@@ -20,7 +21,7 @@ from typing import Any
 
 from opentelemetry.sdk.trace.export import SpanExporter
 
-from stallscope_telemetry.emitter import exporters_from_environment
+from stallscope_telemetry.emitter import exporters_from_environment, is_export_off
 from stallscope_telemetry.files import OtlpFileExporter
 from stallscope_telemetry.records import RequestInfo
 
@@ -29,19 +30,26 @@ log = logging.getLogger("vllm.stallscope")  # below vLLM's own, so that it is sh
 TENANT_FROM = "xargs:tenant,tracestate:tenant,lora"
 MOST_TENANT_CHARACTERS = 256
 
+_ADDED_TO_ID = re.compile(r"-[0-9a-f]{8}$")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 
 Tenants = Callable[[Any], tuple[str, str]]
 
 
-def exporters(rank: int) -> list[SpanExporter]:
-    """Where spans go to; nothing where the environment says nothing."""
-    found = exporters_from_environment()
+def exporters(scheduler: Any) -> list[SpanExporter]:
+    """Where spans go to, files first; nothing where neither the environment nor vLLM's flag says anything."""
+    files: list[SpanExporter] = []
     if folder := os.environ.get("STALLSCOPE_TRACE_DIR"):
         # A name of its own for each process that ever wrote here: a recording is never written over.
-        name = f"{replica_name(rank)}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}.otlp.jsonl"
-        found.append(OtlpFileExporter(Path(folder) / re.sub(r"[^\w.-]", "_", f"{name}{_compression()}")))
-    return found
+        replica, now = replica_name(scheduler.parallel_config.data_parallel_rank), time.gmtime()
+        name = f"{replica}-{time.strftime('%Y%m%dT%H%M%SZ', now)}-{os.getpid()}.otlp.jsonl{_compression()}"
+        files = [OtlpFileExporter(Path(folder) / re.sub(r"[^\w.-]", "_", name))]
+    if (endpoint := scheduler.observability_config.otlp_traces_endpoint) and not is_export_off():
+        from vllm.tracing.otel import get_span_exporter
+
+        # By vLLM's own exporter: where no protocol is named, vLLM means gRPC, and OpenTelemetry HTTP.
+        return [*files, get_span_exporter(endpoint)]
+    return [*files, *exporters_from_environment()]
 
 
 def replica_name(rank: int) -> str:
@@ -82,7 +90,7 @@ def _rule(kind: str, key: str) -> Callable[[Any], tuple[str, str]]:
             raise ValueError("it needs one group, the tenant")
 
         def from_id(request: Any) -> tuple[str, str]:
-            found = pattern.search(request.request_id)
+            found = pattern.search(_known_id(request))
             return (found[1] or "", "claim:request_id") if found else ("", "")
 
         return from_id
@@ -95,7 +103,7 @@ def info_of(request: Any, handle: int, tenant_of: Tenants) -> RequestInfo:
     trace_id, parent = _caller(request.trace_headers)
     return RequestInfo(
         handle,
-        request.request_id,
+        _known_id(request),
         round(request.arrival_time * 1e9),
         request.num_prompt_tokens,
         request.max_tokens,
@@ -106,6 +114,11 @@ def info_of(request: Any, handle: int, tenant_of: Tenants) -> RequestInfo:
         trace_id=trace_id,
         parent_span_id=parent,
     )
+
+
+def _known_id(request: Any) -> str:
+    """A request's id as clients and vLLM's own spans have it; within, vLLM adds digits that tell equal ones apart."""
+    return _ADDED_TO_ID.sub("", request.request_id)
 
 
 def _extra(request: Any, key: str) -> str:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import chain
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -25,26 +28,24 @@ from stallscope_telemetry.files import OtlpFileExporter
 from stallscope_telemetry.prefixes import PrefixGroups
 from stallscope_telemetry.records import (
     FinishReason,
-    RequestInfo,
     RequestRecord,
     RequestSnapshot,
     RequestState,
     StepRecord,
-    WaitReason,
 )
 from stallscope_telemetry.spans import EngineDescription, resource_attributes
+from stallscope_telemetry.vllm.lives import Life, ReadyTimes
 from stallscope_telemetry.vllm.settings import exporters, info_of, log, replica_name, tenants_from_environment
+from stallscope_telemetry.vllm.waits import Waits
 
 _CLOCK_OFFSET_NS = time.time_ns() - time.perf_counter_ns()
-_OWN_CONDITIONS = {
-    RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR: WaitReason.GRAMMAR,
-    RequestStatus.WAITING_FOR_REMOTE_KVS: WaitReason.REMOTE_KV,
-}
+_READ_LATER = ("requests", "running", "finished_req_ids", "max_num_scheduled_tokens")
 _FINISH_REASONS = {
     "STOP": FinishReason.STOP,
     "LENGTH": FinishReason.LENGTH,
     "ABORT": FinishReason.ABORT,
     "ERROR": FinishReason.ERROR,
+    "REPETITION": FinishReason.STOP,
 }
 
 
@@ -54,28 +55,11 @@ def now_ns() -> int:
 
 
 @dataclass(eq=False, slots=True)
-class _Life:
-    """A request from its arrival to its end, as its ``RequestRecord`` will have it."""
-
-    request: Any
-    info: RequestInfo
-    queued_ns: int = 0
-    scheduled_ns: int = 0
-    cached_tokens: int = 0
-    prefill_until: int = 0  # tokens to be computed before it decodes, from its last admission on
-    preemptions: int = 0
-    wait_reason: WaitReason | None = None
-    lacking: int = 0
-    token_times_ns: list[int] = field(default_factory=list)
-    events: list[tuple[str, int]] = field(default_factory=list)
-
-
-@dataclass(eq=False, slots=True)
 class _News:
     """What happened since the last step, for the next one to tell."""
 
     idle_ns: int = 0
-    joined: list[_Life] = field(default_factory=list)
+    joined: list[Life] = field(default_factory=list)
     preempted: list[tuple[int, int]] = field(default_factory=list)
     left: list[tuple[int, int]] = field(default_factory=list)
 
@@ -94,13 +78,7 @@ def _harmless(method: Callable[Concatenate[Watch, _P], None]) -> Callable[Concat
             method(self, *args, **kwargs)
         except Exception as error:
             self.is_off = True
-            log.warning(
-                "stallscope: telemetry is off from here on, serving goes on: %s: %s (vLLM %s)",
-                type(error).__name__,
-                error,
-                vllm.__version__,
-                exc_info=True,
-            )
+            log.warning("stallscope: telemetry is off from here on, serving goes on: %s", _described(error))
             self.close(timeout=0.0)
 
     return guarded
@@ -110,15 +88,25 @@ def watch(scheduler: Any, path: str | Path | None = None) -> Watch | None:
     """Telemetry of a vLLM scheduler, to a new file or to where the environment says; None, with a line in the log,
     where that is nowhere, or where this vLLM can't be watched."""
     try:
-        rank = scheduler.parallel_config.data_parallel_rank
-        ways = [OtlpFileExporter(path)] if path is not None else exporters(rank)
+        ways = [OtlpFileExporter(path)] if path is not None else exporters(scheduler)
         if not ways:
-            log.warning("stallscope: no telemetry: set OTEL_EXPORTER_OTLP_ENDPOINT or STALLSCOPE_TRACE_DIR")
+            log.warning("stallscope: no telemetry: set STALLSCOPE_TRACE_DIR or OTEL_EXPORTER_OTLP_ENDPOINT")
             return None
-        return Watch(scheduler, Emitter(resource_attributes(describe(scheduler)), ways, random.Random()))
+        with ExitStack() as stack:
+            emitter = stack.enter_context(Emitter(resource_attributes(describe(scheduler)), ways, random.Random()))
+            found = Watch(scheduler, emitter)
+            stack.pop_all()
+        return found
     except Exception as error:
-        log.warning("stallscope: no telemetry: %s: %s (vLLM %s)", type(error).__name__, error, vllm.__version__)
+        log.warning("stallscope: no telemetry: %s", _described(error))
         return None
+
+
+def _described(error: Exception) -> str:
+    """What went wrong and where, in a line: enough to report it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    return f"{type(error).__name__}: {error} (vLLM {vllm.__version__}, {where})"
 
 
 def describe(scheduler: Any) -> EngineDescription:
@@ -161,6 +149,7 @@ class Watch:
     """
 
     def __init__(self, scheduler: Any, emitter: Emitter) -> None:
+        attrgetter(*_READ_LATER)(scheduler)  # a vLLM without them is to be known now
         self.is_off = False
         self._scheduler = scheduler
         self._emitter = emitter
@@ -168,17 +157,20 @@ class Watch:
         self._prefixes = PrefixGroups()
         self._pool = scheduler.kv_cache_manager.block_pool
         self._total_blocks = _blocks(scheduler)
-        self._watermark: int = scheduler.kv_cache_manager.watermark_blocks
-        self._queues = (scheduler.kv_holding_waiting, scheduler.waiting)  # in the order in which vLLM asks
-        self._chunked: bool = scheduler.scheduler_config.enable_chunked_prefill
-        self._lives: dict[str, _Life] = {}
-        self._prefilling: dict[str, _Life] = {}
+        # Where each request that decodes takes one token in each step, tokens need no counting.
+        self._counts_tokens = bool(
+            scheduler.num_spec_tokens or scheduler.num_sampled_tokens_per_step != 1 or scheduler.connector is not None
+        )
+        self._lives: dict[str, Life] = {}
+        self._running: set[str] = set()
+        self._prefilling: dict[str, Life] = {}
+        self._waits = Waits(scheduler, self._lives)
         self._handles = 0
         self._steps = 0
         self._news = _News()
         self._in_flight: dict[int, tuple[Any, StepRecord]] = {}  # by the identity of vLLM's output, which is kept
+        self._ready = ReadyTimes()
         self._idle_since_ns = now_ns()
-        self._scheduling_ns = 0
 
     def close(self, timeout: float = 15.0) -> None:
         """Ends the telemetry; waits for what is not written yet. May be called again."""
@@ -196,7 +188,8 @@ class Watch:
             self._news.idle_ns += now_ns() - self._idle_since_ns
             self._idle_since_ns = 0
         self._handles += 1
-        life = self._lives[request.request_id] = _Life(request, info_of(request, self._handles, self._tenant_of))
+        life = self._lives[request.request_id] = Life(request, info_of(request, self._handles, self._tenant_of))
+        self._waits.enter(life)
         self._news.joined.append(life)
 
     @_harmless
@@ -213,15 +206,20 @@ class Watch:
         elif life is not None:
             self._news.left.append((life.info.handle, reason))
 
-    def _end(self, request_id: str, reason: FinishReason, end_ns: int) -> _Life | None:
+    def _end(self, request_id: str, reason: FinishReason, end_ns: int) -> Life | None:
         life = self._lives.pop(request_id, None)
-        self._prefilling.pop(request_id, None)
         if life is None:
             return None
+        self._running.discard(request_id)
+        self._prefilling.pop(request_id, None)
+        self._waits.leave(life)
         if not self._lives:
             self._idle_since_ns = end_ns
+        times = life.times_ns(self._ready)
+        if times:
+            life.events.append(("first_token", times[0]))
         life.events.append(("finished", end_ns))
-        times = life.token_times_ns
+        life.events.sort(key=itemgetter(1))
         self._emitter.request(
             RequestRecord(
                 life.info,
@@ -252,38 +250,35 @@ class Watch:
         life.preemptions += 1
         life.events.append(("preempted", now_ns()))
         self._prefilling.pop(request.request_id, None)
+        self._running.discard(request.request_id)
+        # What is in flight is delivered yet, unless vLLM says that it drops it.
+        life.pause(self._ready.steps if request.drop_stale_output else self._steps)
+        self._waits.enter(life)
         self._news.preempted.append((life.info.handle, taker.info.handle))
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
     @_harmless
-    def scheduling(self) -> None:
-        """Before a batch is chosen."""
-        self._scheduling_ns = now_ns()
-
-    @_harmless
-    def scheduled(self, output: Any) -> None:
-        """After a batch was chosen; vLLM has counted its tokens as computed by then."""
+    def scheduled(self, output: Any, began_ns: int) -> None:
+        """After a batch was chosen, which began then; vLLM has counted its tokens as computed by now."""
         if not output.total_num_scheduled_tokens:
             return
-        step = self._note(output)
+        step = self._note(output, began_ns)
         step.dispatched_ns = now_ns()
-        step.sched_ns = step.dispatched_ns - step.scheduled_ns
+        step.sched_ns = step.dispatched_ns - began_ns
         self._in_flight[id(output)] = output, step
 
     @_harmless
-    def ready(self, output: Any) -> None:
-        """When a batch's outputs are there."""
-        if id(output) in self._in_flight:
-            self._in_flight[id(output)][1].ready_ns = now_ns()
-
-    @_harmless
-    def delivered(self, output: Any, outputs: Mapping[int, Any] | None) -> None:
-        """After vLLM has taken a batch's outputs."""
+    def delivered(self, output: Any, outputs: Mapping[int, Any] | None, ready_ns: int) -> None:
+        """After vLLM has taken a batch's outputs, which were there at ``ready_ns``."""
         _, step = self._in_flight.pop(id(output), (None, None))
         if step is None:
             return
-        left = self._deliver(outputs or {}, step.ready_ns)
+        step.ready_ns = ready_ns
+        self._ready.add(step.step, ready_ns)
+        if self._counts_tokens:
+            self._count_tokens(outputs or {}, ready_ns)
+        left = self._finish(ready_ns)
         step.left = [*step.left, *left]
         self._emitter.step(step)
         if left and self._in_flight:
@@ -295,41 +290,36 @@ class Watch:
                 if later.keyframe is not None:
                     later.keyframe = [one for one in later.keyframe if one.info.handle not in gone]
 
-    def _deliver(self, outputs: Mapping[int, Any], ready_ns: int) -> list[tuple[int, int]]:
-        """Counts the tokens of a step; returns who finished with it."""
-        left: list[tuple[int, int]] = []
-        lives = self._lives
+    def _count_tokens(self, outputs: Mapping[int, Any], ready_ns: int) -> None:
         for output in chain.from_iterable(of_client.outputs for of_client in outputs.values()):
-            life = lives.get(output.request_id)
-            if life is None:
-                continue
-            times, tokens = life.token_times_ns, output.new_token_ids
-            if tokens:
-                if not times:
-                    life.events.append(("first_token", ready_ns))
-                if len(tokens) == 1:
-                    times.append(ready_ns)
-                else:
-                    times += [ready_ns] * len(tokens)
-            if output.finish_reason is not None:
-                reason = _FINISH_REASONS.get(output.finish_reason.name, FinishReason.ERROR)
-                self._end(output.request_id, reason, ready_ns)
-                left.append((life.info.handle, reason))
-        return left
+            if (life := self._lives.get(output.request_id)) is not None:
+                life.token_times_ns += [ready_ns] * len(output.new_token_ids)
 
-    def _note(self, output: Any) -> StepRecord:
+    def _finish(self, ready_ns: int) -> list[tuple[int, int]]:
+        """Ends whom vLLM has ended with a step's outputs, and returns them."""
+        left = []
+        for request_id in self._scheduler.finished_req_ids:
+            if (life := self._lives.get(request_id)) is not None:
+                reason = _FINISH_REASONS.get(life.request.get_finished_reason().name, FinishReason.ERROR)
+                self._end(request_id, reason, ready_ns)
+                left.append((life.info.handle, reason))
+        return sorted(left)
+
+    def _note(self, output: Any, scheduled_ns: int) -> StepRecord:
         """The record of a step that was just scheduled."""
         wants_keyframe = self._emitter.wants_keyframe(self._steps)
         if wants_keyframe:
             self._forget_lost()
-        scheduler, scheduled_ns = self._scheduler, self._scheduling_ns
+            self._ready.keep_for(self._lives.values())
+        scheduler = self._scheduler
         news, self._news = self._news, _News()
         for life in news.joined:
             life.queued_ns = scheduled_ns
         cached = self._admit(output, scheduled_ns)
         chunks = self._chunks(output.num_scheduled_tokens)
         prefill_tokens = sum(tokens for _, tokens in chunks)
-        waits = self._explain_waiting(scheduler.max_num_scheduled_tokens - output.total_num_scheduled_tokens)
+        decodes = self._unlike_one(output.num_scheduled_tokens, chunks, output.total_num_scheduled_tokens)
+        waits = self._waits.changes(scheduler.max_num_scheduled_tokens - output.total_num_scheduled_tokens)
         step, self._steps = self._steps, self._steps + 1
         return StepRecord(
             step=step,
@@ -343,13 +333,13 @@ class Watch:
             decode_tokens=output.total_num_scheduled_tokens - prefill_tokens,
             batch_size=len(output.num_scheduled_tokens),
             running=len(scheduler.running),
-            waiting=sum(map(len, self._queues)),
+            waiting=len(self._waits),
             kv_used=self._total_blocks - self._pool.get_num_free_blocks(),
             kv_cached=0,
             joined=[life.info for life in news.joined],
             cached=cached,
             chunks=chunks,
-            decodes=self._unlike_one(output, len(chunks), prefill_tokens),
+            decodes=decodes,
             waits=waits,
             preempted=news.preempted,
             left=news.left,
@@ -370,13 +360,14 @@ class Watch:
                 life.scheduled_ns, life.cached_tokens = scheduled_ns, start
             if start:
                 cached.append((life.info.handle, start))
-            life.wait_reason = None
             life.prefill_until = life.request.num_tokens
+            self._waits.leave(life)
+            self._running.add(request_id)
             self._prefilling[request_id] = life
         return cached
 
     def _chunks(self, scheduled: Mapping[str, int]) -> list[tuple[int, int]]:
-        """Prefill tokens of a step, by handle; who has the last of its prompt decodes from the next one on."""
+        """Prefill tokens of a step, by handle; with the last of its prompt a request takes its next token."""
         chunks, done = [], []
         for request_id, life in self._prefilling.items():
             if tokens := scheduled.get(request_id, 0):
@@ -384,29 +375,36 @@ class Watch:
                 if life.request.num_computed_tokens >= life.prefill_until:
                     done.append(request_id)
         for request_id in done:
-            del self._prefilling[request_id]
+            life = self._prefilling.pop(request_id)
+            if not self._counts_tokens:
+                life.decodes_from = self._steps
         return chunks
 
-    def _unlike_one(self, output: Any, chunks: int, prefill_tokens: int) -> list[tuple[int, int]]:
+    def _unlike_one(
+        self, scheduled: Mapping[str, int], chunks: list[tuple[int, int]], total_tokens: int
+    ) -> list[tuple[int, int]]:
         """Who runs and decodes another number of tokens than one."""
-        scheduled, running = output.num_scheduled_tokens, self._scheduler.running
-        decodes = len(scheduled) - chunks
-        if len(scheduled) == len(running) and output.total_num_scheduled_tokens - prefill_tokens == decodes:
-            return []
         found = []
-        for request in running:
-            tokens = scheduled.get(request.request_id, 0)
-            if tokens == 1 or (life := self._lives.get(request.request_id)) is None:
-                continue
-            is_chunk = tokens and request.num_computed_tokens - tokens < life.prefill_until
-            if not is_chunk:
-                found.append((life.info.handle, tokens))
-        return found
+        if len(scheduled) != len(self._running):
+            for request_id in self._running.difference(scheduled):
+                life = self._lives[request_id]
+                life.skip(self._steps)
+                found.append((life.info.handle, 0))
+        decodes = len(scheduled) - len(chunks)
+        if total_tokens - sum(tokens for _, tokens in chunks) != decodes:
+            prefilling = {handle for handle, _ in chunks}
+            several = (self._lives.get(request_id) for request_id, tokens in scheduled.items() if tokens != 1)
+            found += [
+                (life.info.handle, scheduled[life.request.request_id])
+                for life in several
+                if life is not None and life.info.handle not in prefilling
+            ]
+        return sorted(found)
 
     def _snapshot(self, scheduled: Mapping[str, int]) -> list[RequestSnapshot]:
         """Everybody after admission, before the step's tokens are counted; what is in flight counts as made."""
         found = []
-        for request in chain(self._scheduler.running, self._waiting()):
+        for request in chain(self._scheduler.running, self._waits.requests()):
             life = self._lives.get(request.request_id)
             if life is None:
                 continue
@@ -416,7 +414,7 @@ class Watch:
             pending = request.num_output_placeholders
             if pending and tokens and not request.is_prefill_chunk:
                 pending -= 1  # that of this step
-            blocks = self._scheduler.kv_cache_manager.get_block_ids(request.request_id) if runs else ()
+            blocks = self._scheduler.kv_cache_manager.get_blocks(request.request_id).blocks if runs else ()
             found.append(
                 RequestSnapshot(
                     life.info,
@@ -435,35 +433,3 @@ class Watch:
         """Whom vLLM has ended in a way that is not watched."""
         for request_id in self._lives.keys() - self._scheduler.requests.keys():
             self._leave_early(request_id, FinishReason.ERROR)
-
-    # --- why the others wait ------------------------------------------------------------------------------------------
-
-    def _waiting(self) -> Iterator[Any]:
-        return chain.from_iterable(self._queues)
-
-    def _explain_waiting(self, budget: int) -> list[tuple[int, int, int]]:
-        """What each waiting request lacks now, where that is another thing than before, in the order vLLM asks in."""
-        changed: list[tuple[int, int, int]] = []
-        slots = self._scheduler.max_num_active_reqs - len(self._scheduler.running)
-        free = self._pool.get_num_free_blocks() - (self._watermark if self._scheduler.running else 0)
-        for position, request in enumerate(self._waiting()):
-            life = self._lives.get(request.request_id)
-            if life is None:
-                continue
-            reason, lacking = self._lacks(request, slots, budget, free, is_head=position == 0)
-            if reason is not life.wait_reason:
-                life.wait_reason, life.lacking = reason, lacking
-                changed.append((life.info.handle, reason, lacking))
-        return changed
-
-    def _lacks(self, request: Any, slots: int, budget: int, free: int, *, is_head: bool) -> tuple[WaitReason, int]:
-        if (own := _OWN_CONDITIONS.get(request.status)) is not None:
-            return own, 0
-        if slots <= 0:
-            return WaitReason.SLOTS, 1
-        if budget <= 0 or (not self._chunked and request.num_tokens > budget):
-            return WaitReason.BUDGET, request.num_tokens - budget
-        short = -(-request.num_tokens // self._scheduler.block_size) - free
-        if short > 0 or is_head:
-            return WaitReason.KV, max(short, 0)
-        return WaitReason.HEAD, 0

@@ -1,0 +1,130 @@
+"""Steps of vLLM's scheduler with and without the hook, timed. Runs in vLLM's environment, started by ``vllm_hook``.
+
+    vllm_steps.py CASES.json      (a list of {running, waiting, asynchronous, passes, steps})
+
+Prints a line of JSON first for what importing the hook takes, then one for each pass, bare and hooked in turns.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from benchmarks.vllm_scheduler import Room, made_up, make_request, make_scheduler, who_samples
+
+BUDGET = 8192  # tokens a step
+BLOCKS_EACH = 64  # KV blocks for each that runs: enough
+FORWARD_S = 0.002  # a step's forward pass, in which the engine's thread waits and others get Python's lock
+
+
+@dataclass(slots=True)
+class Case:
+    """So many run, and so many wait, at any time: who ends is followed by another request."""
+
+    running: int
+    waiting: int
+    asynchronous: bool
+    passes: int
+    steps: int
+
+
+class Stopwatch:
+    """Adds up what is done within it: the thread's own processor time, and time by the clock."""
+
+    def __init__(self) -> None:
+        self.cpu_ns = self.wall_ns = 0
+
+    def __enter__(self) -> None:
+        self._wall_ns, self._cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
+
+    def __exit__(self, *_: object) -> None:
+        self.cpu_ns += time.thread_time_ns() - self._cpu_ns
+        self.wall_ns += time.perf_counter_ns() - self._wall_ns
+
+
+class Traffic:
+    """Prompts of 32 to 512 tokens, answers of 16 to 128, eight tenants; the same again for each pass."""
+
+    def __init__(self) -> None:
+        self._draw = random.Random(0)
+        self._made = 0
+
+    def next(self) -> Any:
+        draw = self._draw
+        self._made += 1
+        prompt = [draw.randrange(3, 1000) for _ in range(draw.randint(32, 512))]
+        name = f"cmpl-{draw.getrandbits(128):032x}-0"
+        return make_request(name, prompt, draw.randint(16, 128), f"tenant-{draw.randrange(8)}")
+
+
+def serve(case: Case, kind: Any, trace: Path | None) -> dict[str, Any]:
+    """One pass; a ``trace`` is of a scheduler with the hook. Times are in microseconds a step."""
+    gc.collect()
+    room = Room(slots=case.running, tokens=BUDGET, blocks=case.running * BLOCKS_EACH)
+    scheduler = make_scheduler(kind, room, asynchronous=case.asynchronous)
+    if trace is not None:
+        scheduler.record_to(trace)
+    traffic, watch = Traffic(), Stopwatch()
+    in_flight: deque[tuple[Any, list[bool]]] = deque()
+    is_full, steps, present = False, 0, 0
+    while steps < case.steps:
+        if not is_full and len(scheduler.running) == case.running:  # from here on it counts
+            is_full, watch = True, Stopwatch()
+        joining = [traffic.next() for _ in range(case.running + case.waiting - present)]
+        present += len(joining)
+        with watch:
+            for request in joining:
+                scheduler.add_request(request)
+            output = scheduler.schedule()
+        in_flight.append((output, who_samples(scheduler, output)))
+        time.sleep(FORWARD_S)
+        if len(in_flight) > case.asynchronous:
+            output, samples = in_flight.popleft()
+            said = made_up(output, samples, lambda: 7)
+            with watch:
+                outputs = scheduler.update_from_output(output, said)
+            present -= sum(one.finish_reason is not None for client in outputs.values() for one in client.outputs)
+        steps += is_full
+    waits = len(scheduler.waiting)
+    dropped = scheduler._watch._emitter.dropped if trace is not None else 0
+    scheduler.shutdown()
+    return {
+        "cpu_us": watch.cpu_ns / 1e3 / steps,
+        "wall_us": watch.wall_ns / 1e3 / steps,
+        "waiting": waits,
+        "dropped": dropped,
+        "bytes": trace.stat().st_size / steps if trace is not None else 0,
+    }
+
+
+def main() -> None:
+    cases = [Case(**one) for one in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))]
+    start = time.perf_counter()
+    from stallscope_telemetry.vllm import StallscopeAsyncScheduler, StallscopeScheduler
+
+    print(json.dumps({"import_ms": (time.perf_counter() - start) * 1e3}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for place, case in enumerate(cases):
+            bare, hooked = (
+                (AsyncScheduler, StallscopeAsyncScheduler) if case.asynchronous else (Scheduler, StallscopeScheduler)
+            )
+            for turn in range(2 * case.passes):
+                is_hooked = turn % 4 in (1, 2)  # bare, hooked, hooked, bare: what drifts meets both
+                trace = Path(folder) / f"{place}-{turn}.otlp.jsonl.gz" if is_hooked else None
+                found = serve(case, hooked if is_hooked else bare, trace)
+                print(json.dumps({"case": place, "hooked": is_hooked, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
