@@ -82,7 +82,8 @@ def test_a_stored_trace_is_analysed_like_the_one_it_was_made_from(tmp_path: Path
     trace = read([line for lines in runs for line in lines])
     write_parquet(trace, tmp_path / "stored")
     for made, stored in zip(replicas(trace), replicas(read_trace(tmp_path / "stored")), strict=True):
-        pd.testing.assert_frame_equal(made.requests, stored.requests, check_dtype=False)
+        # Of its states, a part has only those that occur in it.
+        pd.testing.assert_frame_equal(made.requests, stored.requests, check_dtype=False, check_categorical=False)
         pd.testing.assert_frame_equal(made.gaps, stored.gaps, check_dtype=False)
         pd.testing.assert_frame_equal(made.steps, stored.steps, check_dtype=False)
         queries = all_waits(made)
