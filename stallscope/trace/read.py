@@ -27,6 +27,7 @@ from stallscope.trace.decode import (
 )
 from stallscope.trace.estimated import FIDELITY_REQUESTS, estimated_tables
 from stallscope.trace.findings import Findings
+from stallscope.trace.frontends import join_frontends
 from stallscope.trace.gpu import gpu_table
 from stallscope.trace.model import Trace
 from stallscope.trace.otlp import Progress, Reader, Resource, find_files
@@ -112,6 +113,7 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
     files = find_files(path)
     reader = Reader(findings, progress)
     collected = collect(reader.read(files), findings)
+    join_frontends(list(collected.replicas.values()))
     if not reader.saw_otlp:
         raise UsageError(
             f"{path}: no OTLP in it; expected what OpenTelemetry exports, JSON or protobuf, plain, gzip or zstd"
