@@ -79,14 +79,13 @@ def serve(case: Case, kind: Any, trace: Path | None) -> dict[str, Any]:
     in_flight: deque[tuple[Any, list[bool]]] = deque()
     is_full, steps, present = False, 0, 0
     while steps < case.steps:
-        if not is_full and len(scheduler.running) == case.running:  # from here on it counts
-            is_full, watch = True, Stopwatch()
         joining = [traffic.next() for _ in range(case.running + case.waiting - present)]
         present += len(joining)
         with watch:
             for request in joining:
                 scheduler.add_request(request)
             output = scheduler.schedule()
+        was_full = len(scheduler.running) == case.running  # before who ends with this step makes room
         in_flight.append((output, who_samples(scheduler, output)))
         time.sleep(FORWARD_S)
         if len(in_flight) > case.asynchronous:
@@ -96,6 +95,8 @@ def serve(case: Case, kind: Any, trace: Path | None) -> dict[str, Any]:
                 outputs = scheduler.update_from_output(output, said)
             present -= sum(one.finish_reason is not None for client in outputs.values() for one in client.outputs)
         steps += is_full
+        if not is_full and was_full:  # from the next one on it counts
+            is_full, watch = True, Stopwatch()
     waits = len(scheduler.waiting)
     dropped = scheduler._watch._emitter.dropped if trace is not None else 0
     scheduler.shutdown()

@@ -100,13 +100,21 @@ def test_what_never_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.session, found.priority, found.handle) == ("s1", 3, 1)
 
 
+def test_what_vllm_adds_to_an_id_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert info(monkeypatch, request(request_id="cmpl-acme-7-0-9f0c12ab")).request_id == "cmpl-acme-7-0"
+
+
 def test_telemetry_goes_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "STALLSCOPE_TRACE_DIR"):
         monkeypatch.delenv(name, raising=False)
-    assert settings.exporters(0) == []
+    scheduler = SimpleNamespace(
+        observability_config=SimpleNamespace(otlp_traces_endpoint=None),
+        parallel_config=SimpleNamespace(data_parallel_rank=0),
+    )
+    assert settings.exporters(scheduler) == []
     monkeypatch.setenv("STALLSCOPE_TRACE_DIR", str(tmp_path))
     monkeypatch.setenv("STALLSCOPE_REPLICA", "a/b c")
-    (exporter,) = settings.exporters(0)
+    (exporter,) = settings.exporters(scheduler)
     exporter.shutdown()
     (written,) = tmp_path.iterdir()
     assert written.name.startswith("a_b_c-")
