@@ -1,18 +1,20 @@
 """Request spans of an engine's frontend joined with the engine's own: one request told twice is one request.
 
 vLLM's HTTP process emits an ``llm_request`` span of its own for each request of an engine that has our hook. Both have
-the same ``gen_ai.request.id`` and trace id; its end is when the answer had left the engine for good.
+the same ``gen_ai.request.id`` and begin at the same time, but for rounding (seen with 0.32; trace ids agree only where
+the caller sent one); its end is when the answer had left the engine for good.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from stallscope.trace.decode import ReplicaSpans, RequestSpan
 from stallscope_telemetry import names
 
-_Key = tuple[str, str]  # request id, trace id
+_SAME_NS = 1_000_000
+_Told = tuple[ReplicaSpans, RequestSpan]
 
 
 def join_frontends(replicas: Iterable[ReplicaSpans]) -> None:
@@ -22,16 +24,15 @@ def join_frontends(replicas: Iterable[ReplicaSpans]) -> None:
     sender belong to the engine that most of its requests were found in: there, steps may know them.
     """
     engines = [one for one in replicas if one.rows]
-    twins: dict[_Key, tuple[ReplicaSpans, RequestSpan]] = {
-        (span.request_id, span.trace_id): (engine, span)
-        for engine in engines
-        for span in engine.requests
-        if names.HANDLE in span.attributes
-    }
+    by_id: dict[str, list[_Told]] = {}
+    for engine in engines:
+        for span in engine.requests:
+            if names.HANDLE in span.attributes:
+                by_id.setdefault(span.request_id, []).append((engine, span))
     for sender in replicas:
         if sender.rows or not sender.requests:
             continue
-        found = [twins.get((span.request_id, span.trace_id)) for span in sender.requests]
+        found = [_twin(span, by_id) for span in sender.requests]
         homes = Counter(twin[0].name for twin in found if twin is not None)
         if not homes:
             continue
@@ -42,6 +43,11 @@ def join_frontends(replicas: Iterable[ReplicaSpans]) -> None:
             elif span.end > twin[1].end:
                 twin[1].attributes.setdefault(names.DELIVERED, span.end - twin[1].end)
         sender.requests.clear()
+
+
+def _twin(span: RequestSpan, by_id: Mapping[str, Sequence[_Told]]) -> _Told | None:
+    told = by_id.get(span.request_id, ())
+    return next((one for one in told if abs(one[1].arrival - span.arrival) <= _SAME_NS), None)
 
 
 def _as_of(span: RequestSpan, engine: ReplicaSpans) -> RequestSpan:
