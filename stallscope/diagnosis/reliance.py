@@ -8,7 +8,7 @@ from stallscope.diagnosis.case import Finding
 from stallscope.diagnosis.model import Confidence, Verdict
 from stallscope.diagnosis.replica import BATCHES_SEEN, Replica
 
-LEAST_KEPT = 0.9  # share of requests whose spans must have been kept for a name to count
+LEAST_KEPT = 0.5  # share of requests whose spans must have been kept for a name to count: below, none was tried
 _ORDER = (Confidence.LOW, Confidence.MEDIUM, Confidence.HIGH)
 _MOST = {1: Confidence.LOW, 2: Confidence.MEDIUM}  # by fidelity
 
