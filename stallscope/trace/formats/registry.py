@@ -1,0 +1,36 @@
+"""Which producer a JSON record is of: what the reader asks where a text is no OTLP."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from stallscope.trace.formats import dynamo, tensorrt_llm
+from stallscope.trace.formats.records import Converted, Record
+
+
+class Format(Protocol):
+    """A module that reads one producer's records."""
+
+    PRODUCER: str
+
+    def is_mine(self, record: Record) -> bool:
+        """Whether the record is of this producer."""
+        ...
+
+    def convert(self, record: Record) -> Converted | None:
+        """Its spans, None where it has none. Raises one of ``MALFORMED``."""
+        ...
+
+
+_FORMATS: tuple[Format, ...] = (dynamo, tensorrt_llm)
+
+
+def format_of(record: object) -> Format | None:
+    """Who reads this record, None if nobody does."""
+    return next((one for one in _FORMATS if one.is_mine(record)), None) if isinstance(record, dict) else None
+
+
+def experimental(producer: str) -> tuple[str, str]:
+    """The finding that a format was never seen from a live engine: kind and text."""
+    kind = f"experimental_{producer.lower().replace(' ', '_').replace('-', '_')}"
+    return kind, f"records of {producer} are read by its documents, never yet held against a live engine: experimental"
