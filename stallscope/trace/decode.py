@@ -18,7 +18,7 @@ import numpy.typing as npt
 from stallscope.trace.clients import ClientSpan
 from stallscope.trace.findings import Findings
 from stallscope.trace.formats import sglang
-from stallscope.trace.formats.registry import experimental
+from stallscope.trace.formats.registry import EXPERIMENTAL
 from stallscope.trace.otlp import Attributes, Resource, Span, SpanGroup, Value
 from stallscope.trace.otlp.spans import MALFORMED
 from stallscope.trace.plain_spans import claimed_tenant, sampled_share
@@ -234,7 +234,7 @@ def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
 
 def _add_sglang(collected: Collected, requests: sglang.Requests, findings: Findings) -> None:
     """Requests that only all spans together tell."""
-    kind, text = experimental(sglang.PRODUCER)
+    kind, text = EXPERIMENTAL
     for resource, span in requests.spans():
         replica = _replica_of(resource, collected)
         number = replica.resources.setdefault(resource, len(replica.resources))
@@ -243,7 +243,7 @@ def _add_sglang(collected: Collected, requests: sglang.Requests, findings: Findi
         except MALFORMED:
             findings.add("malformed_span", replica.name, "", "a request of SGLang's without identity or time", 1)
             continue
-        findings.add(kind, replica.name, "", text)
+        findings.add(kind, sglang.PRODUCER, "", text)
 
 
 def _replica_of(resource: Resource, collected: Collected) -> ReplicaSpans:

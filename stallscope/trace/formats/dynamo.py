@@ -18,7 +18,7 @@ PRODUCER = "NVIDIA Dynamo"
 _PASS, _REQUEST = "dynamo.fpm.trace.v1", "dynamo.request.trace.v1"
 _SAMPLED = (
     "sampled_steps",
-    "Dynamo wrote a sample of its forward passes; set DYN_FPM_MODE=full to have each of them",
+    "forward passes between samples were not written; set DYN_FPM_MODE=full to have each of them",
 )
 # Sessions and what a session is of, under the names of several versions, newest first; all are claims.
 _TENANT_NAMES = ("session_type_id", "workflow_type_id")

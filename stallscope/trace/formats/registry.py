@@ -30,7 +30,8 @@ def format_of(record: object) -> Format | None:
     return next((one for one in _FORMATS if one.is_mine(record)), None) if isinstance(record, dict) else None
 
 
-def experimental(producer: str) -> tuple[str, str]:
-    """The finding that a format was never seen from a live engine: kind and text."""
-    kind = f"experimental_{producer.lower().replace(' ', '_').replace('-', '_')}"
-    return kind, f"records of {producer} are read by its documents, never yet held against a live engine: experimental"
+# A finding: kind and text.
+EXPERIMENTAL = (
+    "experimental_format",
+    "checks against a live engine were never made: experimental, read by the producer's documents",
+)

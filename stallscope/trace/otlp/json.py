@@ -4,13 +4,14 @@ document; times and 64-bit integers come as decimal strings. Records of other pr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NotRequired, TypedDict
 
 import orjson
 
-from stallscope.trace.formats.registry import experimental, format_of
+from stallscope.trace.formats.registry import EXPERIMENTAL, format_of
 from stallscope.trace.otlp.spans import MALFORMED, Attributes, Resource, Resources, Span, Value
 
 MOST_LINE_BYTES = 1 << 28
@@ -133,7 +134,7 @@ class JsonDecoder:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self.remarks: dict[str, tuple[str, int]] = {}  # by kind: text, and of how many records
+        self.remarks: Counter[tuple[str, str, str]] = Counter()  # kind, producer and text of what is to be known
 
     def groups(self, text: bytes) -> Iterator[tuple[Resource, list[Span], int]]:
         """Resource, its spans, and how many more are malformed. Raises one of ``MALFORMED`` where it is no OTLP, nor
@@ -157,7 +158,8 @@ class JsonDecoder:
             reader = format_of(record)
             if reader is None:
                 raise ValueError("no OTLP, and nothing else that is known")
-            self._remark(*experimental(reader.PRODUCER))
+            kind, remark = EXPERIMENTAL
+            self.remarks[kind, reader.PRODUCER, remark] += 1
             try:
                 converted = reader.convert(record)
             except MALFORMED:
@@ -166,12 +168,10 @@ class JsonDecoder:
             if converted is None:
                 continue
             if converted.remark is not None:
-                self._remark(*converted.remark)
+                kind, remark = converted.remark
+                self.remarks[kind, reader.PRODUCER, remark] += 1
             content = converted.resource
             yield self._resources.get(repr(content).encode(), content.copy), converted.spans, 0
-
-    def _remark(self, kind: str, text: str) -> None:
-        self.remarks[kind] = (text, self.remarks.get(kind, (text, 0))[1] + 1)
 
     def _resource(self, resource: _ResourceJson) -> Resource:
         raw = resource.get("attributes", [])

@@ -82,11 +82,13 @@ def test_the_tenant_is_what_the_agent_context_claims(tmp_path: Path) -> None:
     ]
 
 
-def test_doctor_says_fidelity_2_and_that_the_format_is_experimental(tmp_path: Path) -> None:
+def test_doctor_says_fidelity_2_and_that_no_live_engine_was_seen(tmp_path: Path) -> None:
     trace_of(tmp_path, PASSES, REQUESTS)
     said = CliRunner().invoke(app, ["doctor", str(tmp_path)])
-    assert "fidelity 2" in said.output
-    assert "NVIDIA Dynamo" in said.output and "experimental" in said.output
+    (header, row) = (line.split() for line in said.output.strip().splitlines()[-2:])
+    assert row[0] == REPLICA
+    assert row[header.index("fidelity") + 1] == "2"  # its length takes two words
+    assert "experimental, read by the producer's documents (NVIDIA Dynamo, 17 times)" in said.output
 
 
 def test_of_a_real_run_nearly_every_batch_is_the_real_one(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_records_come_without_their_envelope_too_and_beside_others(tmp_path: Pat
     records = write_records(tmp_path / "all.jsonl.gz", [tool, *bare])
     trace = read_trace(records)
     assert (trace.steps.num_rows, trace.requests.num_rows) == (12, 5)
-    assert kinds(trace) == {"experimental_nvidia_dynamo": 18}
+    assert kinds(trace) == {"experimental_format": 18}
 
 
 @pytest.mark.parametrize(
