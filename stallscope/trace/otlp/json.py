@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import orjson
 
+from stallscope.trace.formats.records import Record
 from stallscope.trace.formats.registry import EXPERIMENTAL, format_of
 from stallscope.trace.otlp.spans import MALFORMED, Attributes, Resource, Resources, Span, Value
 
@@ -154,7 +155,7 @@ class JsonDecoder:
 
     def _foreign(self, data: object) -> Iterator[tuple[Resource, list[Span], int]]:
         """The same of a record of another producer, or a list of such."""
-        for record in data if isinstance(data, list) else [data]:
+        for record in cast("list[Record]", data if isinstance(data, list) else [data]):
             reader = format_of(record)
             if reader is None:
                 raise ValueError("no OTLP, and nothing else that is known")
