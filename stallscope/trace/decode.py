@@ -17,6 +17,8 @@ import numpy.typing as npt
 
 from stallscope.trace.clients import ClientSpan
 from stallscope.trace.findings import Findings
+from stallscope.trace.formats import sglang
+from stallscope.trace.formats.registry import EXPERIMENTAL
 from stallscope.trace.otlp import Attributes, Resource, Span, SpanGroup, Value
 from stallscope.trace.otlp.spans import MALFORMED
 from stallscope.trace.plain_spans import claimed_tenant, sampled_share
@@ -199,7 +201,7 @@ class Collected:
 
 def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
     """Sorts spans by replica and takes steps, requests and samples apart; damaged spans become findings."""
-    collected = Collected()
+    collected, of_sglang = Collected(), sglang.Requests()
     for group in groups:
         replica = _replica_of(group.resource, collected)
         resource = replica.resources.setdefault(group.resource, len(replica.resources))
@@ -216,7 +218,7 @@ def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
                 elif name == names.CLIENT_SPAN:
                     _add_client(collected.clients, group.source, span)
                 else:
-                    collected.foreign += 1
+                    collected.foreign += not of_sglang.take(group.resource, span)
                     continue
             except MALFORMED:
                 malformed += 1
@@ -226,7 +228,22 @@ def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
                 findings.add("unsound_attribute", group.source, group.at, text, bad)
         text = "a span without sound name, times or identity is left out"
         findings.add("malformed_span", group.source, group.at, text, malformed)
+    _add_sglang(collected, of_sglang, findings)
     return collected
+
+
+def _add_sglang(collected: Collected, requests: sglang.Requests, findings: Findings) -> None:
+    """Requests that only all spans together tell."""
+    kind, text = EXPERIMENTAL
+    for resource, span in requests.spans():
+        replica = _replica_of(resource, collected)
+        number = replica.resources.setdefault(resource, len(replica.resources))
+        try:
+            _add_request(replica, number, span)
+        except MALFORMED:
+            findings.add("malformed_span", replica.name, "", "a request of SGLang's without identity or time", 1)
+            continue
+        findings.add(kind, sglang.PRODUCER, "", text)
 
 
 def _replica_of(resource: Resource, collected: Collected) -> ReplicaSpans:

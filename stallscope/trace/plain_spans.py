@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from stallscope.trace.otlp import Attributes
+from stallscope.trace.otlp.spans import Attributes
 from stallscope_telemetry import names
 
 PREFILL_TIME = "gen_ai.latency.time_in_model_prefill"

@@ -1,14 +1,18 @@
 """OTLP as JSON: TracesData objects, one a line as the OpenTelemetry Collector's file exporter writes them, or one
-document; times and 64-bit integers come as decimal strings."""
+document; times and 64-bit integers come as decimal strings. Records of other producers (``formats``) come the same way.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import orjson
 
+from stallscope.trace.formats.records import Record
+from stallscope.trace.formats.registry import EXPERIMENTAL, format_of
 from stallscope.trace.otlp.spans import MALFORMED, Attributes, Resource, Resources, Span, Value
 
 MOST_LINE_BYTES = 1 << 28
@@ -131,10 +135,15 @@ class JsonDecoder:
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
+        self.remarks: Counter[tuple[str, str, str]] = Counter()  # kind, producer and text of what is to be known
 
     def groups(self, text: bytes) -> Iterator[tuple[Resource, list[Span], int]]:
-        """Resource, its spans, and how many more are malformed. Raises one of ``MALFORMED`` where it is no OTLP."""
+        """Resource, its spans, and how many more are malformed. Raises one of ``MALFORMED`` where it is no OTLP, nor
+        anything else that is known."""
         data: _TracesData = orjson.loads(text)
+        if "resourceSpans" not in data:
+            yield from self._foreign(data)
+            return
         for resource_spans in data["resourceSpans"]:
             resource = self._resource(resource_spans.get("resource", {}))
             for scope_spans in resource_spans.get("scopeSpans", []):
@@ -143,6 +152,27 @@ class JsonDecoder:
                     raise TypeError("spans must be a list")
                 spans = [span for one in raw if (span := _span(one)) is not None]
                 yield resource, spans, len(raw) - len(spans)
+
+    def _foreign(self, data: object) -> Iterator[tuple[Resource, list[Span], int]]:
+        """The same of a record of another producer, or a list of such."""
+        for record in cast("list[Record]", data if isinstance(data, list) else [data]):
+            reader = format_of(record)
+            if reader is None:
+                raise ValueError("no OTLP, and nothing else that is known")
+            kind, remark = EXPERIMENTAL
+            self.remarks[kind, reader.PRODUCER, remark] += 1
+            try:
+                converted = reader.convert(record)
+            except MALFORMED:
+                yield self._resource({}), [], 1
+                continue
+            if converted is None:
+                continue
+            if converted.remark is not None:
+                kind, remark = converted.remark
+                self.remarks[kind, reader.PRODUCER, remark] += 1
+            content = converted.resource
+            yield self._resources.get(repr(content).encode(), content.copy), converted.spans, 0
 
     def _resource(self, resource: _ResourceJson) -> Resource:
         raw = resource.get("attributes", [])

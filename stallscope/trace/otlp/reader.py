@@ -64,6 +64,8 @@ class Reader:
                     yield self._group(group, source, f":{number}")
             except MALFORMED:
                 self.findings.add("unreadable_line", source, f":{number}", _NO_JSON)
+        for (kind, producer, remark), count in decoder.remarks.items():
+            self.findings.add(kind, producer, "", remark, count)
 
     def _read_protobuf(
         self, chunks: Iterator[bytes], source: str, broken: Callable[[str], None]
