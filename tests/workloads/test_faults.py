@@ -232,8 +232,8 @@ def test_aggregates_say_how_many_and_not_who(tmp_path: Path) -> None:
     _, usual = recorded(tmp_path)
     assert trace.coverage.column("fidelity").to_pylist() == [2]
     assert trace.steps == usual.steps
-    assert trace.residency != usual.residency  # who was in a batch is an estimate, from when requests were there
-    assert set(trace.residency["request"].to_pylist()) <= set(usual.residency["request"].to_pylist())
+    # Who was in a batch is estimated, from when requests were there: rightly, where so few run at a time.
+    assert trace.residency == usual.residency
     assert trace.requests.num_rows == summary.requests
     assert trace.findings == ()
 
