@@ -190,7 +190,8 @@ def print_waterfall(waterfall: Waterfall, console: Console) -> None:
         Text(
             f"{waterfall.state} · arrived {words.clock(waterfall.arrival_ns, zone=True)} on {waterfall.replica} · "
             f"{ttft} · "
-            f"{waterfall.prompt_tokens:,} prompt and {waterfall.output_tokens:,} output tokens",
+            f"{waterfall.prompt_tokens:,} prompt and {waterfall.output_tokens:,} output tokens"
+            f"{' · who was in the batches is an estimate' if waterfall.estimated else ''}",
             style="dim",
         ),
         soft_wrap=True,

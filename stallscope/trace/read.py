@@ -115,8 +115,9 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
     collected = collect(reader.read(files), findings)
     join_frontends(list(collected.replicas.values()))
     if not reader.saw_otlp:
+        damage = next((f" ({one.text.partition(';')[0]})" for one in findings.all() if one.kind == "damaged_file"), "")
         raise UsageError(
-            f"{path}: no OTLP in it; expected what OpenTelemetry exports, JSON or protobuf, plain, gzip or zstd"
+            f"{path}: no OTLP in it{damage}; expected what OpenTelemetry exports, JSON or protobuf, plain, gzip or zstd"
         )
     if collected.step_count == 0 and collected.request_count == 0 and collected.clients:
         raise UsageError(

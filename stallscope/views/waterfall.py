@@ -11,7 +11,7 @@ import pandas as pd
 from stallscope.diagnosis.incidents import NOTICEABLE_NS
 from stallscope.diagnosis.lives import State
 from stallscope.diagnosis.partition import MECHANISMS, Party
-from stallscope.diagnosis.replica import Replica, replicas
+from stallscope.diagnosis.replica import BATCHES_SEEN, Replica, replicas
 from stallscope.diagnosis.timeline import Ints
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
@@ -74,6 +74,7 @@ class Waterfall:
     length_s: float
     rows: tuple[Row, ...]
     parts: tuple[Part, ...]
+    estimated: bool  # nobody saw the batches
 
 
 def waterfall(trace: Trace, request: str) -> Waterfall:
@@ -107,6 +108,7 @@ def waterfall_of(replica: Replica, code: int) -> Waterfall:
         for query, begin, end, doing, stalled in zip(*columns, strict=True)
     )
     return Waterfall(
+        estimated=replica.fidelity < BATCHES_SEEN,
         replica=replica.name,
         request=facts.request,
         tenant=replica.tenants[facts.tenant],

@@ -279,6 +279,18 @@ def as_batches(trace: Trace, replica: str = "r0") -> Batches:
     return found
 
 
+def share_of_batches(trace: Trace, recording: Recording, replica: str = "r0") -> float:
+    """Of what requests really computed in steps, the share that the trace says so: phase and tokens."""
+    found = as_batches(trace, replica)
+    real = [
+        found[step].get(request, ("", 0))[:2] == (phase, tokens)
+        for step, doing in recording.truth.items()
+        for request, (phase, tokens, *_) in doing.items()
+        if phase in ("prefill", "decode")
+    ]
+    return sum(real) / len(real)
+
+
 def write(path: Path, lines: Iterable[bytes]) -> Path:
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path

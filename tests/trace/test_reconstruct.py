@@ -13,7 +13,7 @@ from stallscope.trace.reconstruct import Stations, estimate_clock, reconstruct
 from stallscope_engine.config import EngineConfig
 from stallscope_telemetry import names
 from stallscope_telemetry.records import WaitReason
-from tests.trace.recording import Arrival, Recording, Workload, as_batches, read, run, workloads
+from tests.trace.recording import Arrival, Recording, Workload, read, run, share_of_batches, workloads
 
 _OF_STEP = {
     *(names.STEP, names.DISPATCH_DELAY, names.SCHED, names.PREFILL_TOKENS, names.DECODE_TOKENS, names.BATCH_SIZE),
@@ -44,14 +44,7 @@ def test_with_the_sums_of_steps_nearly_every_batch_is_the_real_one() -> None:
     recording = busy()
     trace = read(sums_alone(recording))
     assert trace.coverage["fidelity"].to_pylist() == [2]
-    found = as_batches(trace)
-    pairs = right = 0
-    for step, doing in recording.truth.items():
-        for request, (phase, tokens, *_) in doing.items():
-            if phase in ("prefill", "decode"):
-                pairs += 1
-                right += found[step].get(request, ("", 0))[:2] == (phase, tokens)
-    assert right / pairs > 0.95
+    assert share_of_batches(trace, recording) > 0.95
 
 
 def test_prefills_add_up_to_each_step_and_to_each_prompt() -> None:

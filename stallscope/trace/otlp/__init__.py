@@ -1,8 +1,8 @@
 """OTLP in every form to spans: the first stop of the flow.
 
 ``files`` says which files there are and undoes their compression; ``json`` and ``protobuf`` turn bytes into ``Span``
-objects (``spans``); ``reader`` looks at what a file holds and puts them together. Only here and in ``decode`` does
-Python loop over spans.
+objects (``spans``); ``reader`` looks at what a file holds and puts them together. Only here, in ``decode``, and in
+``formats`` and ``frontends``, which make spans of others ours, does Python loop over spans.
 """
 
 from stallscope.trace.otlp.files import Progress, find_files

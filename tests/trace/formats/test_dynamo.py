@@ -11,7 +11,7 @@ from stallscope.cli import app
 from stallscope.errors import UsageError
 from stallscope.trace import Trace, read_trace
 from tests.trace.formats.files import forward_pass, request_end, write_recording, write_records
-from tests.trace.recording import as_batches
+from tests.trace.recording import as_batches, share_of_batches
 from tests.trace.test_reconstruct import busy
 
 START = 1_782_777_601_000
@@ -96,14 +96,7 @@ def test_of_a_real_run_nearly_every_batch_is_the_real_one(tmp_path: Path) -> Non
     write_recording(tmp_path, recording)
     trace = read_trace(tmp_path)
     assert trace.validate() == []
-    found = as_batches(trace, REPLICA)
-    pairs = right = 0
-    for step, doing in recording.truth.items():
-        for request, (phase, tokens, *_) in doing.items():
-            if phase in ("prefill", "decode"):
-                pairs += 1
-                right += found[step].get(request, ("", 0))[:2] == (phase, tokens)
-    assert right / pairs > 0.95
+    assert share_of_batches(trace, recording, REPLICA) > 0.95
 
 
 def test_a_gap_in_the_counter_is_lost_steps(tmp_path: Path) -> None:
