@@ -90,10 +90,15 @@ def quantiles(waits: pd.DataFrame) -> tuple[Quantile, ...]:
         values: Floats = length[mine].groupby(waits.loc[mine, "request"]).max().to_numpy(np.float64)
         if not len(values):
             continue
-        quantile = 0.99 if len(values) >= TAIL_REQUESTS else 0.9 if len(values) >= TAIL_REQUESTS // 10 else 1.0
+        quantile = tail_quantile(len(values))
         value = float(np.quantile(values, quantile, method="higher")) / 1e9
         found.append(Quantile(metric, quantile, value, len(values)))
     return tuple(found)
+
+
+def tail_quantile(requests: int) -> float:
+    """The percentile that so many requests can bear."""
+    return 0.99 if requests >= TAIL_REQUESTS else 0.9 if requests >= TAIL_REQUESTS // 10 else 1.0
 
 
 def charges_of(replica: Replica, excess: pd.DataFrame) -> tuple[Charge, ...]:

@@ -63,12 +63,23 @@ class Loads:
         self._stretches = replica.ledger.stretches
         timeline = replica.timeline
         self._span = (int(timeline.before[0]), int(timeline.end[-1]))
-        rows = np.arange(len(self._stretches))
         self._begin = timeline.before[self._stretches.first]
         self._end = timeline.end[self._stretches.last]
         self._calm_of: dict[int, Calm] = {}
         self._known: dict[tuple[str, int, int], tuple[Load, ...]] = {}
-        self._whole = {resource: self._amount(rows, resource, self._begin, self._end) for resource in RESOURCES}
+
+    @cached_property
+    def _whole(self) -> dict[str, Floats]:
+        """What each stretch took in all, by resource."""
+        rows = np.arange(len(self._stretches))
+        return {resource: self._amount(rows, resource, self._begin, self._end) for resource in RESOURCES}
+
+    def totals(self, resource: str, start: int, end: int) -> Floats:
+        """What each tenant took between two times (ns): ns of step time, of the whole KV cache, or of all slots."""
+        rows = np.flatnonzero((self._end > start) & (self._begin < end))
+        begin, finish = np.maximum(self._begin[rows], start), np.minimum(self._end[rows], end)
+        tenant = self._replica.tenant_of_request[self._stretches.request[rows]]
+        return np.bincount(tenant, self._amount(rows, resource, begin, finish), len(self._replica.tenants))
 
     def of_all(self, resource: str, start: int, end: int) -> tuple[Load, ...]:
         """Load of each tenant on ``resource`` between two times (ns), as a share of the engine's.
