@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,27 @@ def _as_folder(name: str | None) -> str:
     return f"{quote(name[:10], safe=' ')[:40]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
 
 
-class StoredTables(Mapping[str, pa.Table]):
+class LazyTables(Mapping[str, pa.Table]):
+    """Tables by name, of which no more is read than is asked for."""
+
+    @abstractmethod
+    def columns(self, name: str, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a table. Names come as they are stored: plain, or coded with a dictionary for each chunk."""
+
+    @abstractmethod
+    def request_rows(self, name: str, column: str) -> Ints:
+        """As ``references.request_rows`` would find them."""
+
+    @abstractmethod
+    def scannable(self, name: str) -> pa.Table | Dataset:
+        """A table for who reads Arrow."""
+
+    @abstractmethod
+    def narrowed(self, replicas: Collection[str] | None, start_ns: int | None, end_ns: int | None) -> LazyTables:
+        """The same, or only what may tell of these replicas and times."""
+
+
+class StoredTables(LazyTables):
     """Tables by name, read anew whenever one is asked for: who needs a few columns takes ``columns``.
 
     Raises UsageError where a file that is read is missing, damaged or of another form.
@@ -84,11 +105,10 @@ class StoredTables(Mapping[str, pa.Table]):
         return len(TABLES)
 
     def columns(self, name: str, columns: Sequence[str]) -> pa.Table:
-        """Some columns of a table. Names come as they are stored: plain, or coded with a dictionary for each chunk."""
         parts = [self._read(part, name, columns) for part in self._parts_of(name)]
         return pa.concat_tables(parts) if parts else TABLES[name].empty_table().select(columns)
 
-    def dataset(self, name: str) -> Dataset:
+    def scannable(self, name: str) -> Dataset:
         """A table as Arrow's dataset with plain names, of which a reader takes the columns and rows that it needs."""
         from pyarrow import dataset, fs
 
@@ -105,7 +125,7 @@ class StoredTables(Mapping[str, pa.Table]):
         )
 
     def request_rows(self, name: str, column: str) -> Ints:
-        """As ``references.request_rows`` would find them; the files know each request by its number in its replica."""
+        """By the numbers in their replicas by which the files know requests."""
         found = [np.zeros(0, dtype=np.int64)]
         rows = _RequestRows(list(self._parts_of("requests")))
         for part in self._parts_of(name):
