@@ -15,20 +15,23 @@ from stallscope.diagnosis.timeline import Ints, Mask
 
 MARGIN_NS = 240_000_000_000  # seen before and after a portion
 REACH_NS = MARGIN_NS // 2  # a stall that goes on for no longer after the end is judged as a whole
-_EVER = 1 << 62
+EVER = 1 << 62  # ns, later than any time
 
 
 @dataclass(frozen=True)
 class Portion:
     """From ``start`` to before ``end``, ns."""
 
-    start: int = -_EVER
-    end: int = _EVER
+    start: int = -EVER
+    end: int = EVER
 
     @property
-    def view(self) -> tuple[int, int]:
-        """From when to when (ns) there is something to see."""
-        return max(self.start - MARGIN_NS, -_EVER), min(self.end + MARGIN_NS, _EVER)
+    def view(self) -> tuple[int | None, int | None]:
+        """From when to when (ns) there is something to see; None: from the first, or to the last."""
+        return (
+            self.start - MARGIN_NS if self.start > -EVER else None,
+            self.end + MARGIN_NS if self.end < EVER else None,
+        )
 
     def holds(self, times: Ints) -> Mask:
         """Which of the times (ns) lie in it."""

@@ -6,7 +6,7 @@ All that decides is integers, so of a stored trace no names are read for it; wha
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,49 +20,54 @@ from stallscope.trace.stored import LazyTables
 from stallscope.trace.tables import encode, plain_schema
 
 Mask = npt.NDArray[np.bool_]
-Changed = Mapping[str, pa.Array]
 
+_EVER = 1 << 62
 _STATIONS = ("queued", "scheduled", "first_token", "end", "delivered")
 
 
-def cut(trace: Trace, start_ns: int, end_ns: int) -> Trace | None:
+def cut(trace: Trace, start_ns: int | None, end_ns: int | None) -> Trace | None:
     """What happened in the steps that were scheduled from ``start_ns`` on and ready by ``end_ns``; None: no step was.
 
-    Of a stored trace, it is stored itself.
+    A side that is None is not cut. Of a stored trace, the part is stored itself.
     """
-    steps = _Columns(trace, "steps")
-    kept = np.flatnonzero((steps["scheduled"] >= start_ns) & (steps["ready"] <= end_ns))
+    steps = _Columns(trace, "steps", "step", "scheduled", "ready")
+    low, high = (-_EVER if start_ns is None else start_ns), (_EVER if end_ns is None else end_ns)
+    kept = np.flatnonzero((steps["scheduled"] >= low) & (steps["ready"] <= high))
     if not len(kept):
         return None
-    bounds = _Bounds.of(trace, steps, kept)
-    residency, held = _residency(trace, bounds)
-    requests, changed = _requests(trace, bounds, residency, held)
-    present = np.zeros(trace.columns("requests", ["arrival"]).num_rows + 1, dtype=np.bool_)
-    present[requests] = True
-    sent = _Columns(trace, "clients")["sent"]
-    stretches, counted = _coverage(trace, bounds, steps, kept)
-    rows = {
-        "replicas": np.flatnonzero(bounds.has(trace, "replicas", "since", since=False)),
-        "steps": kept,
-        "residency": residency,
-        "requests": requests,
-        "gaps": _gaps(trace, bounds, present),
-        "evictions": np.flatnonzero(bounds.has_steps(trace, "evictions", "step", "step")),
-        "clients": np.flatnonzero((sent >= bounds.start.min()) & (sent <= bounds.end.max())),
-        "gpu": np.flatnonzero(bounds.has(trace, "gpu", "time")),
-        "coverage": stretches,
-    }
-    tables = CutTables(trace, rows, {"residency": held, "requests": changed, "coverage": counted})
+    bounds = _Bounds.of(steps, kept).opened(before=start_ns is None, after=end_ns is None)
+    left = {"steps": _Left(kept, steps.at(kept))}
+    left["residency"] = _residency(trace, bounds)
+    left["requests"] = _requests(trace, bounds, left["residency"])
+    left["gaps"] = _gaps(trace, bounds, left["requests"])
+    left["coverage"] = _coverage(trace, bounds, steps, kept)
+    sent = _Columns(trace, "clients", "sent")["sent"]
+    left["clients"] = _Left(np.flatnonzero((sent >= bounds.start.min()) & (sent <= bounds.end.max())))
+    left["evictions"] = _Left(np.flatnonzero(bounds.hold_steps(_Columns(trace, "evictions", "step"), "step", "step")))
+    left["gpu"] = _Left(np.flatnonzero(bounds.hold(_Columns(trace, "gpu", "time"), "time")))
+    said = _Columns(trace, "replicas", "since")
+    code = said.codes(bounds.replicas)
+    left["replicas"] = _Left(np.flatnonzero((code >= 0) & (said["since"] <= bounds.end[code])))
+    tables = CutTables(trace, left)
     return replace(trace, tables=tables if trace.is_stored else dict(tables))
 
 
-class CutTables(LazyTables):
-    """Rows of another trace's tables, some of whose columns are others."""
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """The ``rows`` of a table that are left, some of its ``columns`` as they are now (the others are as they were), and
+    the rows of all requests that other columns name (``refers``; -1: none)."""
 
-    def __init__(self, whole: Trace, rows: Mapping[str, Ints], changed: Mapping[str, Changed]) -> None:
+    rows: Ints
+    columns: Mapping[str, pa.Array] = field(default_factory=dict)
+    refers: Mapping[str, Ints] = field(default_factory=dict)
+
+
+class CutTables(LazyTables):
+    """What is left of another trace's tables."""
+
+    def __init__(self, whole: Trace, left: Mapping[str, _Left]) -> None:
         self._whole = whole
-        self._rows = rows
-        self._changed = changed
+        self._left = left
 
     def __getitem__(self, name: str) -> pa.Table:
         return encode(name, [self.columns(name, TABLES[name].names).cast(plain_schema(TABLES[name]))])
@@ -74,16 +79,20 @@ class CutTables(LazyTables):
         return len(TABLES)
 
     def columns(self, name: str, columns: Sequence[str]) -> pa.Table:
-        changed = self._changed.get(name, {})
-        asked = [column for column in columns if column not in changed]
-        read = self._whole.columns(name, asked or ["replica"]).take(pa.array(self._rows[name]))
-        return pa.table([changed[one] if one in changed else read[one] for one in columns], names=list(columns))
+        left = self._left[name]
+        asked = [column for column in columns if column not in left.columns]
+        read = self._whole.columns(name, asked).take(pa.array(left.rows)) if asked else {}
+        found = [left.columns[one] if one in left.columns else read[one] for one in columns]
+        return pa.table(found, names=list(columns))
 
     def request_rows(self, name: str, column: str) -> Ints:
-        rows = self._rows["requests"]
-        place = np.full(self._whole.columns("requests", ["arrival"]).num_rows + 1, -1)
+        left, rows = self._left[name], self._left["requests"].rows
+        refers = left.refers.get(column)
+        if refers is None:
+            refers = self._whole.request_rows(name, column)[left.rows]
+        place = np.full(max(rows.max(initial=-1), refers.max(initial=-1)) + 2, -1)
         place[rows] = np.arange(len(rows))
-        found: Ints = place[self._whole.request_rows(name, column)[self._rows[name]]]
+        found: Ints = place[refers]
         return found
 
     def scannable(self, name: str) -> pa.Table:
@@ -94,14 +103,35 @@ class CutTables(LazyTables):
 
 
 class _Columns:
-    """Integer columns of a table, 0 where null."""
+    """Integer columns of a table, 0 where null, and whose rows they are."""
 
-    def __init__(self, trace: Trace, table: str) -> None:
-        self._trace = trace
-        self._table = table
+    def __init__(self, trace: Trace, table: str, *names: str) -> None:
+        self._table = trace.columns(table, ["replica", *names])
+        self.names = names
 
     def __getitem__(self, name: str) -> Ints:
-        return _ints(self._trace.columns(self._table, [name])[name])
+        return _ints(self._table[name])
+
+    def unknown(self, name: str) -> Mask:
+        """Where a column is null."""
+        nulls: Mask = self._table[name].is_null().to_numpy()
+        return nulls
+
+    def codes(self, replicas: Sequence[str]) -> Ints:
+        """The place of each row's replica among ``replicas``, -1: nowhere."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for chunk in self._table["replica"].chunks:
+            place = [replicas.index(name) if name in replicas else -1 for name in chunk.dictionary.to_pylist()]
+            found.append(np.append(place, -1)[chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
+        return np.concatenate(found).astype(np.int64)
+
+    def at(self, rows: Ints) -> dict[str, pa.Array]:
+        """Those rows of the columns."""
+        return {name: self._table[name].take(pa.array(rows)).combine_chunks() for name in self.names}
+
+    def of_replicas(self, rows: Ints) -> list[str]:
+        names: list[str] = pc.unique(self._table["replica"].take(pa.array(rows)).cast(pa.string())).to_pylist()
+        return names
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +145,9 @@ class _Bounds:
     end: Ints
 
     @staticmethod
-    def of(trace: Trace, steps: _Columns, kept: Ints) -> _Bounds:
-        names = trace.columns("steps", ["replica"])["replica"].take(pa.array(kept)).cast(pa.string())
-        replicas = tuple(pc.unique(names).to_pylist())
-        code = _codes(trace, "steps", replicas)[kept]
+    def of(steps: _Columns, kept: Ints) -> _Bounds:
+        replicas = tuple(steps.of_replicas(kept))
+        code = steps.codes(replicas)[kept]
         low = np.full((2, len(replicas)), np.iinfo(np.int64).max)
         high = np.full((2, len(replicas)), np.iinfo(np.int64).min)
         for row, (begin, finish) in enumerate((("step", "step"), ("scheduled", "ready"))):
@@ -126,113 +155,122 @@ class _Bounds:
             np.maximum.at(high[row], code, steps[finish][kept])
         return _Bounds(replicas, low[0], high[0], low[1], high[1])
 
-    def has(self, trace: Trace, table: str, column: str, *, since: bool = True) -> Mask:
-        """Which rows of a table are from a time in the bounds of their replica; or, not ``since``, from before."""
-        code, time = _codes(trace, table, self.replicas), _Columns(trace, table)[column]
-        inside: Mask = (code >= 0) & (time <= self.end[code])
-        return inside & (time >= self.start[code]) if since else inside
+    def opened(self, *, before: bool, after: bool) -> _Bounds:
+        """The same without a bound on these sides."""
+        ever = np.full(len(self.replicas), _EVER)
+        bounds = replace(self, first=-ever, start=-ever) if before else self
+        return replace(bounds, last=ever, end=ever) if after else bounds
 
-    def has_steps(self, trace: Trace, table: str, first: str, last: str) -> Mask:
-        """Which rows of a table share steps with their replica's bounds."""
-        code, of = _codes(trace, table, self.replicas), _Columns(trace, table)
-        inside: Mask = (code >= 0) & (of[first] <= self.last[code]) & (of[last] >= self.first[code])
+    def hold(self, of: _Columns, time: str) -> Mask:
+        """Which rows are from a time in the bounds of their replica."""
+        code = of.codes(self.replicas)
+        inside: Mask = (code >= 0) & (of[time] >= self.start[code]) & (of[time] <= self.end[code])
         return inside
 
-
-def _codes(trace: Trace, table: str, replicas: Sequence[str]) -> Ints:
-    """The place of each row's replica among ``replicas``, -1: nowhere."""
-    found = [np.zeros(0, dtype=np.int64)]
-    for chunk in trace.columns(table, ["replica"])["replica"].chunks:
-        place = [replicas.index(name) if name in replicas else -1 for name in chunk.dictionary.to_pylist()]
-        found.append(np.append(place, -1)[chunk.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
-    return np.concatenate(found).astype(np.int64)
+    def hold_steps(self, of: _Columns, first: str, last: str) -> Mask:
+        """Which rows share steps with the bounds of their replica."""
+        code = of.codes(self.replicas)
+        inside: Mask = (code >= 0) & (of[first] <= self.last[code]) & (of[last] >= self.first[code])
+        return inside
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def _residency(trace: Trace, bounds: _Bounds) -> tuple[Ints, Changed]:
+def _residency(trace: Trace, bounds: _Bounds) -> _Left:
     """Rows that share steps with the bounds, cut to them; context and blocks are those of the new first step."""
-    rows = np.flatnonzero(bounds.has_steps(trace, "residency", "first_step", "last_step"))
-    code, of = _codes(trace, "residency", bounds.replicas)[rows], _Columns(trace, "residency")
-    old_first, tokens, blocks = (of[name][rows] for name in ("first_step", "tokens", "kv_blocks"))
+    of = _Columns(trace, "residency", "first_step", "last_step", "tokens", "context_start", "kv_blocks")
+    rows = np.flatnonzero(bounds.hold_steps(of, "first_step", "last_step"))
+    code = of.codes(bounds.replicas)[rows]
+    old_first, last, tokens, context, blocks = (of[name][rows] for name in of.names)
     first = np.maximum(old_first, bounds.first[code])
-    context = of["context_start"][rows] + (first - old_first) * tokens
+    context = context + (first - old_first) * tokens
     held = -(-(context + tokens) // _block_sizes(trace, bounds)[code])
-    unknown = trace.columns("residency", ["kv_blocks"])["kv_blocks"].is_null().to_numpy()[rows]
     changed = {
         "first_step": pa.array(first),
-        "last_step": pa.array(np.minimum(of["last_step"][rows], bounds.last[code])),
+        "last_step": pa.array(np.minimum(last, bounds.last[code])),
         "context_start": pa.array(context),
-        "kv_blocks": pa.array(np.where((first > old_first) & (blocks > 0), held, blocks), mask=unknown),
+        "kv_blocks": pa.array(
+            np.where((first > old_first) & (blocks > 0), held, blocks), mask=of.unknown("kv_blocks")[rows]
+        ),
     }
-    return rows, changed
+    refers = {name: trace.request_rows("residency", name)[rows] for name in ("request", "holder")}
+    return _Left(rows, {**of.at(rows), **changed}, refers)
 
 
 def _block_sizes(trace: Trace, bounds: _Bounds) -> Ints:
-    code, size = _codes(trace, "replicas", bounds.replicas), _Columns(trace, "replicas")["block_size"]
+    of = _Columns(trace, "replicas", "block_size")
+    code = of.codes(bounds.replicas)
     largest = np.zeros(len(bounds.replicas), dtype=np.int64)
-    np.maximum.at(largest, code[code >= 0], size[code >= 0])
+    np.maximum.at(largest, code[code >= 0], of["block_size"][code >= 0])
     return np.where(largest > 0, largest, 1)
 
 
-def _requests(trace: Trace, bounds: _Bounds, residency: Ints, held: Changed) -> tuple[Ints, Changed]:
+def _requests(trace: Trace, bounds: _Bounds, residency: _Left) -> _Left:
     """Requests that arrived by the end, and were in a step or not over before the start; nothing later is known."""
-    columns = trace.columns("requests", ["arrival", *_STATIONS])
-    count, arrival = columns.num_rows, _ints(columns["arrival"])
-    code = _codes(trace, "requests", bounds.replicas)
-    request, holder = (trace.request_rows("residency", name)[residency] for name in ("request", "holder"))
-    seen = np.zeros(count + 1, dtype=np.bool_)
-    seen[request] = seen[holder] = True
-    started, ended = bounds.start[code], columns["end"].is_null().to_numpy()
-    ended = ~ended
-    over = np.where(ended, _ints(columns["end"]) < started, arrival < started)
+    of = _Columns(trace, "requests", "arrival", *_STATIONS)
+    arrival, ended, code = of["arrival"], of["end"], of.codes(bounds.replicas)
+    seen = np.zeros(len(arrival) + 1, dtype=np.bool_)
+    for named in residency.refers.values():
+        seen[named] = True
+    started = bounds.start[code]
+    over = np.where(of.unknown("end"), arrival, ended) < started
     rows = np.flatnonzero((code >= 0) & (seen[:-1] | ~over) & (arrival <= bounds.end[code]))
     end = bounds.end[code[rows]]
-    changed: dict[str, pa.Array] = {}
+    columns = {"arrival": pa.array(arrival[rows])}
     for name in _STATIONS:
-        station = columns[name].take(pa.array(rows))
-        changed[name] = pa.array(_ints(station), mask=station.is_null().to_numpy() | (_ints(station) > end))
-    later = _ints(columns["end"])[rows] > end
-    if not later.any():
-        return rows, changed
-    # Output up to the last step: what was computed beyond the prompt, and the token that follows it.
-    steps = held["last_step"].to_numpy() - held["first_step"].to_numpy() + 1
-    tokens = _Columns(trace, "residency")["tokens"][residency]
-    reached = np.zeros(count + 1, dtype=np.int64)
-    np.maximum.at(reached, request, held["context_start"].to_numpy() + tokens * steps)
-    of = trace.columns("requests", ["prompt_tokens", "output_tokens", "state", "finish_reason"]).take(pa.array(rows))
-    output = of["output_tokens"]
-    by_then = np.clip(reached[rows] - _ints(of["prompt_tokens"]) + 1, 0, _ints(output))
-    unknown = output.is_null().to_numpy() & ~later
-    changed["output_tokens"] = pa.array(np.where(later, by_then, _ints(output)), mask=unknown)
-    changed["state"] = _replaced(of["state"], later, "open")
-    changed["finish_reason"] = _replaced(of["finish_reason"], later, None)
-    return rows, changed
+        station = of[name][rows]
+        columns[name] = pa.array(station, mask=of.unknown(name)[rows] | (station > end))
+    later = ended[rows] > end
+    return _Left(rows, {**columns, **_by_then(trace, rows, later, residency)} if later.any() else columns)
+
+
+def _by_then(trace: Trace, rows: Ints, later: Mask, residency: _Left) -> dict[str, pa.Array]:
+    """What requests had given by the last step, of those that end ``later``.
+
+    Their output is what was computed beyond the prompt, and the token that follows it.
+    """
+    first, last, context, tokens = (
+        residency.columns[name].to_numpy(zero_copy_only=False)
+        for name in ("first_step", "last_step", "context_start", "tokens")
+    )
+    of = trace.columns("requests", ["prompt_tokens", "output_tokens", "state", "finish_reason"])
+    reached = np.zeros(of.num_rows + 1, dtype=np.int64)
+    np.maximum.at(reached, residency.refers["request"], context + tokens * (last - first + 1))
+    of = of.take(pa.array(rows))
+    output = _ints(of["output_tokens"])
+    by_then = np.clip(reached[rows] - _ints(of["prompt_tokens"]) + 1, 0, output)
+    unknown = of["output_tokens"].is_null().to_numpy() & ~later
+    return {
+        "output_tokens": pa.array(np.where(later, by_then, output), mask=unknown),
+        "state": _replaced(of["state"], later, "open"),
+        "finish_reason": _replaced(of["finish_reason"], later, None),
+    }
 
 
 def _replaced(column: pa.ChunkedArray, where: Mask, value: str | None) -> pa.Array:
     words = pc.if_else(pa.array(where), pa.scalar(value, pa.string()), column.cast(pa.string()))
-    return words.combine_chunks().dictionary_encode() if isinstance(words, pa.ChunkedArray) else words
+    return words.combine_chunks().dictionary_encode()
 
 
-def _gaps(trace: Trace, bounds: _Bounds, present: Mask) -> Ints:
+def _gaps(trace: Trace, bounds: _Bounds, requests: _Left) -> _Left:
     """Gaps of the requests that are left. The gap in which the part ends was not over by then."""
-    of, code = _Columns(trace, "gaps"), _codes(trace, "gaps", bounds.replicas)
-    start = of["start"]
-    inside = (code >= 0) & present[trace.request_rows("gaps", "request")] & (start >= bounds.start[code])
-    return np.flatnonzero(inside & (start + of["length_ns"] <= bounds.end[code]))
+    of, refers = _Columns(trace, "gaps", "start", "length_ns", "count"), trace.request_rows("gaps", "request")
+    present = np.zeros(max(requests.rows.max(initial=-1), refers.max(initial=-1)) + 2, dtype=np.bool_)
+    present[requests.rows] = True
+    over = of["start"] + of["length_ns"] <= bounds.end[of.codes(bounds.replicas)]
+    rows = np.flatnonzero(bounds.hold(of, "start") & present[refers] & over)
+    return _Left(rows, of.at(rows), {"request": refers[rows]})
 
 
-def _coverage(trace: Trace, bounds: _Bounds, steps: _Columns, kept: Ints) -> tuple[Ints, Changed]:
+def _coverage(trace: Trace, bounds: _Bounds, steps: _Columns, kept: Ints) -> _Left:
     """Stretches that overlap the part, cut to it; their steps are counted again, in the last that had begun."""
-    of, code = _Columns(trace, "coverage"), _codes(trace, "coverage", bounds.replicas)
+    of = _Columns(trace, "coverage", "start", "end", "steps_lost")
+    code, step_code = of.codes(bounds.replicas), steps.codes(bounds.replicas)[kept]
     inside = (code >= 0) & (of["start"] <= bounds.end[code]) & (of["end"] >= bounds.start[code])
-    step_code, step, scheduled = (
-        column[kept] for column in (_codes(trace, "steps", bounds.replicas), steps["step"], steps["scheduled"])
-    )
+    step, scheduled = steps["step"][kept], steps["scheduled"][kept]
     rows = [np.flatnonzero(inside & (code == each)) for each in range(len(bounds.replicas))]
-    seen, lost = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    seen, lost = [], []
     for each, mine in enumerate(rows):
         here = step_code == each
         stretch = np.maximum(np.searchsorted(of["start"][mine], scheduled[here], side="right") - 1, 0)
@@ -240,7 +278,7 @@ def _coverage(trace: Trace, bounds: _Bounds, steps: _Columns, kept: Ints) -> tup
         seen.append(np.bincount(stretch, minlength=len(mine)))
         lost.append(np.rint(np.bincount(stretch, missing, len(mine))).astype(np.int64))
     chosen = np.concatenate(rows)
-    begin, finish, known = (of[name][chosen] for name in ("start", "end", "steps_lost"))
+    begin, finish, known = (of[name][chosen] for name in of.names)
     start, end = np.maximum(begin, bounds.start[code[chosen]]), np.minimum(finish, bounds.end[code[chosen]])
     whole = (start == begin) & (end == finish)
     changed = {
@@ -249,7 +287,7 @@ def _coverage(trace: Trace, bounds: _Bounds, steps: _Columns, kept: Ints) -> tup
         "steps_seen": pa.array(np.concatenate(seen)),
         "steps_lost": pa.array(np.where(whole, known, np.concatenate(lost))),
     }
-    return chosen, changed
+    return _Left(chosen, changed)
 
 
 def _ints(column: pa.ChunkedArray) -> Ints:

@@ -89,7 +89,7 @@ class StoredTables(LazyTables):
     """
 
     def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
-        self._folder = folder
+        self.folder = folder
         self.parts = tuple(parts)
         # For the whole process: Arrow's own allocators keep for themselves what a read no longer needs.
         pa.set_memory_pool(pa.system_memory_pool())
@@ -117,7 +117,7 @@ class StoredTables(LazyTables):
         if not parts:
             return dataset.dataset(schema.empty_table())
         return dataset.FileSystemDataset.from_paths(
-            [str(self._folder / part.path(name)) for part in parts],
+            [str(self.folder / part.path(name)) for part in parts],
             schema=schema,
             format=dataset.ParquetFileFormat(),
             filesystem=fs.LocalFileSystem(),
@@ -144,7 +144,7 @@ class StoredTables(LazyTables):
             elif any(part.rows.get(table) for table in ALWAYS_READ):
                 rows = {table: part.rows.get(table, 0) for table in ALWAYS_READ}
                 kept.append(Part(part.replica, part.hour, part.number, part.start, part.end, part.first_request, rows))
-        return StoredTables(self._folder, kept)
+        return StoredTables(self.folder, kept)
 
     def _parts_of(self, name: str) -> Iterator[Part]:
         return (part for part in self.parts if part.rows.get(name))
@@ -153,7 +153,7 @@ class StoredTables(LazyTables):
         """Some columns of a table's file; the replica is in none, but in the file's place."""
         from pyarrow import parquet
 
-        path = self._folder / part.path(name)
+        path = self.folder / part.path(name)
         stored = [column for column in columns if column != "replica"]
         found = {"replica": _repeated(part.replica, part.rows[name])}
         try:
