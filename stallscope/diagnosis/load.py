@@ -74,7 +74,10 @@ class Loads:
         rows = np.flatnonzero((self._end > start) & (self._begin < end))
         begin, finish = np.maximum(self._begin[rows], start), np.minimum(self._end[rows], end)
         tenant = self._replica.tenant_of_request[self._stretches.request[rows]]
-        return np.bincount(tenant, self._amount(rows, resource, begin, finish), len(self._replica.tenants))
+        amount: Floats = np.bincount(
+            tenant, self._amount(rows, resource, begin, finish), len(self._replica.tenants)
+        ).astype(np.float64)
+        return amount
 
     def of_all(self, resource: str, start: int, end: int) -> tuple[Load, ...]:
         """Load of each tenant on ``resource`` between two times (ns), as a share of the engine's.

@@ -40,7 +40,8 @@ class Portion:
 
     def own(self, window: Window, waits: Waits) -> Window | None:
         """What of a window this portion answers for: all, its part of a long one, or (None) nothing."""
-        if window.end <= self.start + REACH_NS and window.start < self.start or window.start >= self.end:
+        before = window.start < self.start and window.end <= self.start + REACH_NS
+        if before or window.start >= self.end:
             return None
         if window.start >= self.start and window.end <= self.end + REACH_NS:
             return window
