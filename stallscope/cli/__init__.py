@@ -1,7 +1,7 @@
 """The command line: parse, call, print. Everything heavy is imported by the command that needs it.
 
-A module a kind of command (``traffic``, ``analysis``, ``conversion``, ``serving``), what they have in common in
-``shared``; here they become one program.
+A module a kind of command (``traffic``, ``analyze``, ``analysis``, ``conversion``, ``serving``), what they have in
+common in ``shared``; here they become one program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import typer
 
 from stallscope import __version__
 from stallscope.bench import command as bench
-from stallscope.cli.analysis import analyze, compare, doctor, explain
+from stallscope.cli.analysis import compare, doctor, explain
+from stallscope.cli.analyze import analyze
 from stallscope.cli.conversion import convert, sql
 from stallscope.cli.serving import serve
 from stallscope.cli.traffic import demo, load, record

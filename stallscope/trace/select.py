@@ -49,12 +49,16 @@ def select(
         trace = _of_replicas(trace, pa.array([_known(trace, "replica", replica)]))
     if since is None and until is None:
         return trace
-    start, end = span(trace)
-    first = start if since is None else read_time(since, start, end)
-    last = end if until is None else read_time(until, start, end)
+    return between(trace, *time_range(trace.source, *span(trace), since, until))
+
+
+def time_range(source: str, start_ns: int, end_ns: int, since: str | None, until: str | None) -> tuple[int, int]:
+    """From when to when (ns) a part of a trace goes that goes from ``start_ns`` to ``end_ns``. Raises UsageError."""
+    first = start_ns if since is None else read_time(since, start_ns, end_ns)
+    last = end_ns if until is None else read_time(until, start_ns, end_ns)
     if first >= last:
-        raise UsageError(f"{trace.source}: --since {since} is not before --until {until or 'the end'}")
-    return between(trace, first, last)
+        raise UsageError(f"{source}: --since {since} is not before --until {until or 'the end'}")
+    return first, last
 
 
 def read_time(text: str, start_ns: int, end_ns: int) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _UNIQUE = {("requests", "request"), ("requests", "trace_id"), ("clients", "request"), ("clients", "trace_id")}
 ALWAYS_READ = ("replicas", "coverage")  # tables that say something of all the time that follows
 _LONGEST_NAME = 80  # of a folder, after which its name is a digest's
+_MUCH = 1 << 25  # bytes; to give less back to the system takes longer than it is worth
 _NOBODY = "__HIVE_DEFAULT_PARTITION__"  # what others who read such datasets take for null
 
 
@@ -106,7 +107,10 @@ class StoredTables(LazyTables):
 
     def columns(self, name: str, columns: Sequence[str]) -> pa.Table:
         parts = [self._read(part, name, columns) for part in self._parts_of(name)]
-        return pa.concat_tables(parts) if parts else TABLES[name].empty_table().select(columns)
+        table = pa.concat_tables(parts) if parts else TABLES[name].empty_table().select(columns)
+        if table.nbytes > _MUCH:
+            pa.default_memory_pool().release_unused()  # reading takes twice what it leaves
+        return table
 
     def scannable(self, name: str) -> Dataset:
         """A table as Arrow's dataset with plain names, of which a reader takes the columns and rows that it needs."""
@@ -166,7 +170,6 @@ class StoredTables(LazyTables):
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: not readable as the table {name} ({reason}); convert again") from error
-        pa.default_memory_pool().release_unused()  # reading takes twice what it leaves
         return table
 
 
