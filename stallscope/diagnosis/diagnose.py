@@ -51,7 +51,7 @@ def diagnose(
     """
     check_tenants(trace, slos)
     found = diagnose_portion(trace, WHOLE, Options(slos, replay, remedies), progress)
-    return finish(found, trace.source, notes_of(trace))
+    return finish(merge(seen_in(trace, WHOLE), found), trace.source, notes_of(trace))
 
 
 def notes_of(trace: Trace) -> list[str]:
@@ -62,9 +62,11 @@ def notes_of(trace: Trace) -> list[str]:
 def diagnose_portion(
     trace: Trace, portion: Portion, options: Options, progress: Callable[[float], None] | None = None
 ) -> Partial:
-    """What a portion of a trace's time says; the trace may be cut to the portion's view. The sum of all portions'
-    (``partial.merge``) is what ``partial.finish`` makes a diagnosis of."""
-    total = _seen(trace, portion)
+    """What a portion of a trace's time says, beside how much of it was seen; the trace may be cut to the portion's view.
+
+    The sum of all portions' (``partial.merge``) is what ``partial.finish`` makes a diagnosis of.
+    """
+    total = Partial()
     all_of_them = max(len(pc.unique(trace.columns("steps", ["replica"])["replica"])), 1)
     for number, replica in enumerate(replicas(trace)):
         if not portion.holds(replica.timeline.start).any():
@@ -90,8 +92,8 @@ def diagnose_portion(
     return total
 
 
-def _seen(trace: Trace, portion: Portion) -> Partial:
-    """When the portion's steps were, and how much of it the telemetry shows.
+def seen_in(trace: Trace, portion: Portion) -> Partial:
+    """When a portion's steps were, and how much of it the telemetry shows. The trace must not be cut within it.
 
     A stretch of telemetry counts in the portion in which it begins.
     """

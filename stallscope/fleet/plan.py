@@ -32,15 +32,23 @@ class Task:
     view: tuple[int | None, int | None]
 
     @property
+    def counted(self) -> Portion:
+        """The portion without what was not asked for."""
+        low, high = self.view
+        return Portion(
+            self.portion.start if low is None else max(self.portion.start, low),
+            self.portion.end if high is None else min(self.portion.end, high),
+        )
+
+    @property
     def name(self) -> str:
         """Replica and hours, for people."""
-        start, end = (max(min(time, _LAST_NS), 0) for time in (self.portion.start, self.portion.end))
-        shown = [f"{datetime.fromtimestamp(time // 1_000_000_000, tz=UTC):%Y-%m-%dT%H:%MZ}" for time in (start, end)]
-        since = f" from {shown[0]}" if start > 0 else ""
-        return f"{self.replica}{since}" + (f" to {shown[1]}" if end < _LAST_NS else "")
+        since = f" from {_shown(self.portion.start)}" if self.portion.start > -EVER else ""
+        return f"{self.replica}{since}" + (f" to {_shown(self.portion.end)}" if self.portion.end < EVER else "")
 
 
-_LAST_NS = 253_370_764_800_000_000_000  # the year 9999, the last that can be shown
+def _shown(time_ns: int) -> str:
+    return f"{datetime.fromtimestamp(time_ns // 1_000_000_000, tz=UTC):%Y-%m-%dT%H:%MZ}"
 
 
 def plan(trace: Trace, start_ns: int | None = None, end_ns: int | None = None) -> list[Task]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
-from stallscope.diagnosis.diagnose import Options, diagnose_portion
-from stallscope.diagnosis.partial import Partial
+from stallscope.diagnosis.diagnose import Options, diagnose_portion, seen_in
+from stallscope.diagnosis.partial import Partial, merge
 from stallscope.errors import UsageError
 from stallscope.fleet.plan import Task
 from stallscope.trace import Trace
@@ -25,7 +25,8 @@ def diagnose_task(task: Task, options: Options) -> Partial:
     pa.set_io_thread_count(1)
     trace = Trace(StoredTables(task.folder, task.parts), task.source)
     try:
+        seen = seen_in(trace, task.counted)
         part = trace if task.view == (None, None) else cut(trace, *task.view)
-        return diagnose_portion(trace if part is None else part, task.portion, options)
+        return seen if part is None else merge(seen, diagnose_portion(part, task.portion, options))
     except UsageError as error:
         return Partial(failures=((task.name, str(error)),), failed=1)
