@@ -59,7 +59,7 @@ def _client(address: str) -> Iterator[Client]:
     except ModuleNotFoundError as error:
         raise UsageError("Dask is not installed: pip install 'stallscope[scale]'") from error
     try:
-        client = Client(address, timeout=_PATIENCE, set_as_default=False)
+        client = Client(address, timeout=_PATIENCE)
     except (OSError, ValueError) as error:
         raise UsageError(f"no Dask scheduler answers at {address}; start one with `dask scheduler`") from error
     with client:

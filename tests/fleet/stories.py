@@ -19,8 +19,14 @@ name: hours
 duration_s: {2 * HOUR_S}
 engine: {{model: tiny-llama, max_num_seqs: 32, kv_blocks: 4096, max_num_batched_tokens: 2048}}
 tenants:
-  chat: {{arrivals: {{poisson_per_s: 0.2}}, prompt_tokens: {{uniform: [40, 400]}}, output_tokens: {{uniform: [4, 12]}}}}
-  search: {{arrivals: {{poisson_per_s: 0.1}}, prompt_tokens: {{uniform: [400, 900]}}, output_tokens: {{uniform: [2, 6]}}}}
+  chat:
+    arrivals: {{poisson_per_s: 0.2}}
+    prompt_tokens: {{uniform: [40, 400]}}
+    output_tokens: {{uniform: [4, 12]}}
+  search:
+    arrivals: {{poisson_per_s: 0.1}}
+    prompt_tokens: {{uniform: [400, 900]}}
+    output_tokens: {{uniform: [2, 6]}}
 """
 FLOOD = "{{tenant: batch, at_s: {at}, count: 12, prompt_tokens: 12000, output_tokens: 20}}"
 INJECTED = {
