@@ -46,7 +46,7 @@ from stallscope.trace import Trace, read_trace, write_parquet
 from stallscope.trace.parquet import write_metadata
 from stallscope.trace.rename import renamed
 from stallscope.trace.select import select
-from stallscope.trace.stored import StoredTables
+from stallscope.trace.stored import Part, StoredTables
 from stallscope.workloads.recording import VIRTUAL_START_NS, record
 from stallscope.workloads.scenario import load_scenario
 
@@ -118,7 +118,7 @@ def make(folder: Path, replicas: Sequence[str], hours: int, jobs: int) -> Path:
     with ProcessPoolExecutor(jobs) as pool:
         count = len(replicas)
         made = list(pool.map(make_replica, [folder] * count, replicas, [hours] * count))
-    parts = []
+    parts: list[Part] = []
     for one in made:
         tables = read_trace(one).tables
         assert isinstance(tables, StoredTables)

@@ -62,7 +62,7 @@ def notes_of(trace: Trace) -> list[str]:
 def diagnose_portion(
     trace: Trace, portion: Portion, options: Options, progress: Callable[[float], None] | None = None
 ) -> Partial:
-    """What a portion of a trace's time says, beside how much of it was seen. The trace may be cut to the portion's view.
+    """What a portion of a trace's time says, beside how much of it was seen; the trace may be cut to what it views.
 
     The sum of all portions' (``partial.merge``) is what ``partial.finish`` makes a diagnosis of.
     """

@@ -30,24 +30,32 @@ class DaskCluster:
     address: str
 
     def __call__(self, tasks: Sequence[Task], options: Options, progress: Progress) -> Partial:
-        """Raises UsageError where Dask isn't installed or nobody answers, StallscopeError where workers are lost."""
-        from distributed import KilledWorker, as_completed
-
+        """Raises UsageError where Dask isn't installed, nobody answers, or workers lack stallscope; StallscopeError
+        where workers or the scheduler are lost."""
         with _client(self.address) as client:
-            # Pure by default: the same call again, of a dataset that has changed since, would get the old answer.
-            futures = client.map(diagnose_task, tasks, options=options, pure=False)
-            for done, _ in enumerate(as_completed(futures), start=1):
-                progress(done / len(tasks))
-            while len(futures) > 1:
-                groups = [futures[first : first + FAN_IN] for first in range(0, len(futures), FAN_IN)]
-                futures = [client.submit(merged, group, pure=False) for group in groups]
+            from distributed import KilledWorker, as_completed
+            from distributed.client import FutureCancelledError
+
             try:
+                # Pure by default: the same call again, of a dataset that has changed since, would get the old answer.
+                futures = client.map(diagnose_task, tasks, options=options, pure=False)
+                for done, _ in enumerate(as_completed(futures), start=1):
+                    progress(done / len(tasks))
+                while len(futures) > 1:
+                    groups = [futures[first : first + FAN_IN] for first in range(0, len(futures), FAN_IN)]
+                    futures = [client.submit(merged, group, pure=False) for group in groups]
                 total: Partial = futures[0].result()
             except KilledWorker as error:
                 raise StallscopeError(
                     f"the cluster at {self.address} lost one worker after the other with the same portion, most likely "
                     "for want of memory; give its workers more"
                 ) from error
+            except ImportError as error:
+                raise UsageError(
+                    f"the workers at {self.address} lack {error.name}: install this stallscope on all of them"
+                ) from error
+            except (OSError, FutureCancelledError) as error:
+                raise StallscopeError(f"the connection to the Dask scheduler at {self.address} was lost") from error
         return total
 
 
