@@ -52,6 +52,7 @@ def victims(
     """Tenants by what they lost, the most first; ``healthy``: the waits that are their usual."""
     table, stalled = waits.table, waits.table.loc[window.waits]
     during = table[((table["begin"] >= window.start) & (table["begin"] <= window.end)).to_numpy()]
+    usual = dict(iter(healthy[["metric", "request", "begin", "end"]].groupby(healthy["tenant"].to_numpy())))
     request = stalled["request"].reindex(excess["wait"]).to_numpy()
     lost = np.bincount(excess["victim"], excess["ns"], len(replica.tenants))
     found = []
@@ -70,7 +71,7 @@ def victims(
                 max(arrived, stalled_requests),
                 float(lost[tenant]) / 1e9,
                 quantiles(mine),
-                quantiles(healthy[(healthy["tenant"] == tenant).to_numpy()]),
+                quantiles(usual.get(tenant, healthy[:0])),
                 replica.facts(worst).request,
             )
         )
