@@ -177,10 +177,8 @@ def _in_portions(trace: Trace, asked: _Asked, run: _Run) -> bool:
     """Whether a trace is diagnosed portion by portion: a dataset with several, as it is stored."""
     if not trace.is_stored:
         if run != _Run(None, None, None):
-            place = "stored, with its tenants, as a dataset" if asked.tenants else "a dataset"
-            raise UsageError(
-                f"{trace.source} is not {place}, of which portions are read: `stallscope convert` makes one"
-            )
+            with_tenants = " with these tenants" if asked.tenants else ""
+            raise UsageError(f"{trace.source} is no dataset{with_tenants}; make one: stallscope convert TRACE FOLDER")
         return False
     if asked.redact_for is not None:
         if run.scheduler is not None:
