@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from stallscope.diagnosis.changes import find_changes
 from stallscope.diagnosis.incidents import Waits, find_episodes, find_windows, measure_waits
+from stallscope.diagnosis.levels import level_of
 from stallscope.diagnosis.load import KV, STEP_TIME, Loads
 from stallscope.diagnosis.metrics import METRICS
 from stallscope.diagnosis.model import Diagnosis, ReplayCheck
@@ -86,9 +87,8 @@ def diagnose_portion(
             incidents += [found] if found is not None else []
             if progress is not None:
                 progress((number + done) / all_of_them)
-        error = Seen(error=replica.ledger.model.error)
-        tenants = _totals(replica, waits, portion)
-        total = merge(total, Partial(incidents=tuple(incidents), tenants=tenants, checks=checks, seen=error))
+        told = Partial(incidents=tuple(incidents), checks=checks, seen=Seen(error=replica.ledger.model.error))
+        total = merge(total, merge(told, _totals(replica, waits, portion)))
     return total
 
 
@@ -127,8 +127,8 @@ def _count(mask: pa.ChunkedArray) -> int:
     return int(pc.sum(mask).as_py() or 0)
 
 
-def _totals(replica: Replica, waits: Waits, portion: Portion) -> dict[str, TenantTotals]:
-    """What each tenant's requests that came in the portion add up to."""
+def _totals(replica: Replica, waits: Waits, portion: Portion) -> Partial:
+    """What the requests that came in the portion add up to, by tenant, and how long most of them waited."""
     requests = replica.requests
     mine = portion.holds(requests["arrival"].to_numpy(np.int64))
     tenant = replica.tenant_of_request
@@ -140,18 +140,21 @@ def _totals(replica: Replica, waits: Waits, portion: Portion) -> dict[str, Tenan
     tokens = np.bincount(tenant[mine], both[mine], len(replica.tenants))
     step_ns = loads.totals(STEP_TIME, start, end)
     kv = loads.totals(KV, start, end) * replica.ledger.most_kv_tokens
-    lengths = [_longest(waits, metric, len(requests)) for metric in range(len(METRICS))]
-    return {
+    longest = [_longest(waits, metric, len(requests)) for metric in range(len(METRICS))]
+    waited = [mine & (each >= 0) for each in longest]
+    tenants = {
         name: TenantTotals(
             {replica.sources[code]: int(count[code])},
             round(tokens[code]),
             round(step_ns[code]),
             round(kv[code]),
-            tuple(Sketch.of(longest[mine & (tenant == code) & (longest >= 0)]) for longest in lengths),
+            tuple(Sketch.of(each[some & (tenant == code)]) for each, some in zip(longest, waited, strict=True)),
         )
         for code, name in enumerate(replica.tenants)
         if count[code] or step_ns[code] > 0
     }
+    level = level_of(start, end, [each[some] for each, some in zip(longest, waited, strict=True)])
+    return Partial(tenants=tenants, levels={replica.name: (level,)})
 
 
 def _longest(waits: Waits, metric: int, requests: int) -> Ints:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 from stallscope.diagnosis.evidence import tail_quantile
+from stallscope.diagnosis.levels import Level, slow_portions
 from stallscope.diagnosis.metrics import METRICS
 from stallscope.diagnosis.model import (
     Confidence,
@@ -31,7 +32,7 @@ from stallscope.diagnosis.stitch import Found, rank, stitched
 FEWEST_REQUESTS = 20  # below, usual and unusual can't be told apart
 MOST_INCIDENTS = 500
 MOST_NAMES = 10_000
-NAMED_FAILURES = 10
+NAMED_FAILURES = MOST_SLOW = 10
 _NEVER = 1 << 62
 
 
@@ -73,7 +74,8 @@ class Partial:
     """What a portion of the data says. Without arguments: nothing at all, which changes no sum.
 
     ``incidents``: the worst, with the number and ``lost_ns`` of those that were ``left_out``. ``checks``: of each
-    replica, its worst. ``failures``: where, and why; the first by place of the ``failed`` portions.
+    replica, its worst; ``levels``: of its portions. ``failures``: where, and why; the first by place of the ``failed``
+    portions.
     """
 
     start_ns: int = _NEVER
@@ -83,6 +85,7 @@ class Partial:
     left_out_ns: int = 0
     tenants: Mapping[str, TenantTotals] = field(default_factory=dict)
     checks: Mapping[str, ReplayCheck] = field(default_factory=dict)
+    levels: Mapping[str, tuple[Level, ...]] = field(default_factory=dict)
     seen: Seen = field(default_factory=Seen)
     failures: tuple[tuple[str, str], ...] = ()
     failed: int = 0
@@ -95,6 +98,9 @@ def merge(one: Partial, other: Partial) -> Partial:
     checks = dict(one.checks)
     for name, check in other.checks.items():
         checks[name] = min(check, checks.get(name, check), key=_trust)
+    levels = dict(one.levels)
+    for name, some in other.levels.items():
+        levels[name] = tuple(sorted((*levels.get(name, ()), *some)))
     return Partial(
         min(one.start_ns, other.start_ns),
         max(one.end_ns, other.end_ns),
@@ -103,6 +109,7 @@ def merge(one: Partial, other: Partial) -> Partial:
         one.left_out_ns + other.left_out_ns + sum(found.lost_ns for found in rest),
         _largest(_added(one.tenants, other.tenants), MOST_NAMES),
         checks,
+        levels,
         _both(one.seen, other.seen),
         tuple(sorted({*one.failures, *other.failures})[:NAMED_FAILURES]),
         one.failed + other.failed,
@@ -241,7 +248,10 @@ def _overall(incidents: tuple[Incident, ...], coverage: Coverage) -> tuple[Verdi
 
 
 def _notes(partial: Partial) -> list[str]:
-    notes = []
+    slow = list(slow_portions(partial.levels))
+    notes = slow[:MOST_SLOW]
+    if len(slow) > MOST_SLOW:
+        notes.append(f"{len(slow) - MOST_SLOW:,} more portions were slow")
     if partial.left_out:
         lost = partial.left_out_ns / 1e9
         notes.append(f"the worst {MOST_INCIDENTS} incidents are shown; {partial.left_out:,} more lost {lost:,.0f} s")

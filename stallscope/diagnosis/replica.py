@@ -176,8 +176,8 @@ class Replica:
 
     def facts(self, request: int) -> RequestFacts:
         """The request with this code."""
-        columns = (self.requests[field.name].array for field in fields(RequestFacts))
-        return RequestFacts(*(column[request : request + 1].tolist()[0] for column in columns))
+        columns = (self.requests[field.name] for field in fields(RequestFacts))
+        return RequestFacts(*(column.iloc[request : request + 1].to_list()[0] for column in columns))
 
 
 def replicas(trace: Trace) -> Iterator[Replica]:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stallscope.diagnosis import partial
+from stallscope.diagnosis.levels import Level
 from stallscope.diagnosis.model import Charge, Confidence, Diagnosis, Incident, ReplayCheck, Verdict, Victim
 from stallscope.diagnosis.partial import Partial, Seen, TenantTotals, finish, merge, merged
 from stallscope.diagnosis.replica import OTHER
@@ -65,9 +66,17 @@ seen = st.builds(
     st.floats(0, 1),
 )
 partials = st.builds(
-    lambda start, length, incidents, tenants, check, seen, failures: merged(
+    lambda start, length, incidents, tenants, check, median, seen, failures: merged(
         [
-            Partial(start, start + length, tuple(incidents), 0, 0, tenants, check, seen),
+            Partial(
+                start,
+                start + length,
+                tuple(incidents),
+                tenants=tenants,
+                checks=check,
+                levels={"r0": (Level(start, start + length, (median, -1)),)},
+                seen=seen,
+            ),
             *(Partial(failures=((f"r{where}", "no such file"),), failed=1) for where in failures),
         ]
     ),
@@ -76,6 +85,7 @@ partials = st.builds(
     st.lists(found, max_size=4),
     st.dictionaries(st.sampled_from(["a", "b", "c", OTHER]), totals, max_size=4),
     st.dictionaries(st.just("r0"), checks, max_size=1),
+    sizes,
     seen,
     st.lists(st.integers(0, 30), max_size=12),
 )
@@ -151,3 +161,14 @@ def test_portions_that_could_not_be_read_are_named_and_counted() -> None:
     assert notes[0] == "r00 is left out: damaged"
     assert len(notes) == partial.NAMED_FAILURES + 1
     assert notes[-1] == "2 more portions are left out"
+
+
+def test_a_portion_that_is_slow_throughout_is_named() -> None:
+    portions = [Partial(levels={"r0": (Level(at * S, (at + 1) * S, (median, 20_000_000)),)}) for at, median in
+                ((0, 100_000_000), (1, 110_000_000), (2, 5 * S), (3, 90_000_000))]  # fmt: skip
+    (note,) = told(merged(portions)).notes
+    assert note.startswith(
+        "r0 was slow from 1970-01-01T00:00:02Z to 1970-01-01T00:00:03Z: TTFT p50 5 s, 0.105 s in its"
+    )
+    assert told(merged([portions[0], portions[1], portions[3]])).notes == ()
+    assert told(merged(portions[1:3])).notes == ()  # of two, neither is usual
