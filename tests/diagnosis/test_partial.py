@@ -168,7 +168,7 @@ def test_a_portion_that_is_slow_throughout_is_named() -> None:
                 ((0, 100_000_000), (1, 110_000_000), (2, 5 * S), (3, 90_000_000))]  # fmt: skip
     (note,) = told(merged(portions)).notes
     assert note.startswith(
-        "r0 was slow from 1970-01-01T00:00:02Z to 1970-01-01T00:00:03Z: TTFT p50 5 s, 0.105 s in its"
+        "r0 was slow from 1970-01-01T00:00:02Z to 1970-01-01T00:00:03Z: TTFT p50 5 s, mostly 0.105 s;"
     )
     assert told(merged([portions[0], portions[1], portions[3]])).notes == ()
     assert told(merged(portions[1:3])).notes == ()  # of two, neither is usual
