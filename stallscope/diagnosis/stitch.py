@@ -10,6 +10,9 @@ from stallscope.diagnosis.incidents import SLACK_NS
 from stallscope.diagnosis.model import Charge, Incident, Verdict, Victim
 
 
+ALONE = "a part: the portion before or after it, into which it goes on, was judged otherwise"
+
+
 @dataclass(frozen=True)
 class Found:
     """An incident; ``cut``: it goes on in the next portion, or came from the one before."""
@@ -59,7 +62,7 @@ def _kind(one: Incident) -> tuple[object, ...]:
 def _joined(parts: Sequence[Incident]) -> Incident:
     """One incident of its parts; what can't be added up is that of the worst part."""
     if len(parts) == 1:
-        return parts[0]
+        return replace(parts[0], reasons=(*parts[0].reasons, ALONE))
     worst = max(parts, key=lambda part: part.lost_s)
     lost = sum(part.lost_s for part in parts)
     return replace(

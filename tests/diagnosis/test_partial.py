@@ -15,7 +15,7 @@ from stallscope.diagnosis.model import Charge, Confidence, Diagnosis, Incident, 
 from stallscope.diagnosis.partial import Partial, Seen, TenantTotals, finish, merge, merged
 from stallscope.diagnosis.replica import OTHER
 from stallscope.diagnosis.sketch import Sketch
-from stallscope.diagnosis.stitch import Found
+from stallscope.diagnosis.stitch import ALONE, Found
 
 S = 1_000_000_000
 
@@ -152,7 +152,9 @@ def test_an_incident_that_was_cut_is_one_again() -> None:
 )
 def test_others_that_follow_stay_apart(later: Found) -> None:
     first = Found(incident(0, 3590, 100.0), True)
-    assert len(told(merged([Partial(incidents=(first,)), Partial(incidents=(later,))])).incidents) == 2
+    both = told(merged([Partial(incidents=(first,)), Partial(incidents=(later,))])).incidents
+    assert len(both) == 2
+    assert [one.reasons[-1] == ALONE for one in both] == [later.cut, True]
 
 
 def test_portions_that_could_not_be_read_are_named_and_counted() -> None:
