@@ -9,7 +9,6 @@ from stallscope.diagnosis.evidence import share
 from stallscope.diagnosis.incidents import SLACK_NS
 from stallscope.diagnosis.model import Charge, Incident, Verdict, Victim
 
-
 ALONE = "a part: the portion before or after it, into which it goes on, was judged otherwise"
 
 
