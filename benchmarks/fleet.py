@@ -285,10 +285,14 @@ def _costs(chosen: argparse.Namespace, dataset: Path, replicas: list[str], conso
         )
     same = all(said["processes", replay] == said["dask", replay] for _, _, replay in runs)
     console.print(f"processes and Dask say the same, byte for byte: {'yes' if same else 'NO'}")
-    each = _stored_bytes(dataset) / len(replicas) / chosen.hours
-    console.print(
-        f"stored: {each / 1e6:.2f} MB a replica-hour; 1,000 such replicas a day: {each * 24_000 / 1e9:.0f} GB"
+    stored = _stored_bytes(dataset) / len(replicas) / chosen.hours
+    console.print(f"stored: {stored / 1e6:.2f} MB a replica-hour")
+    hours = " ".join(
+        f"{24_000 * cost['processes', replay] / 3600:.1f} core-hours {'with' if replay else 'without'} replays,"
+        for replay in (False, True)
+        if ("processes", replay) in cost
     )
+    console.print(f"1,000 such replicas a day: {hours} {24_000 * stored / 1e9:.0f} GB")
     return table
 
 
