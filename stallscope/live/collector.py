@@ -118,6 +118,7 @@ def _listen(address: Address) -> socket.socket:
 
 
 def _grpc_server(intake: Intake, address: Address, most_body_bytes: int) -> GrpcServer:
+    _listen(address).close()  # it says why not in one line; gRPC's library writes to stderr by itself
     try:
         return GrpcServer(intake, str(address), most_body_bytes)
     except RuntimeError:

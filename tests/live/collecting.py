@@ -1,0 +1,129 @@
+"""A real ``stallscope collect`` in a process of its own, and what is sent to it."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import orjson
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from stallscope.live.bodies import JSON, PROTOBUF
+from stallscope.trace.findings import Findings
+from stallscope.trace.otlp import Reader, find_files
+
+WAIT_S = 60.0
+START_NS = 1_790_000_000_000_000_000
+
+
+@dataclass(frozen=True)
+class Running:
+    """A collector that is ready."""
+
+    process: subprocess.Popen[str]
+    url: str
+    grpc: str
+    client: httpx.Client
+
+    def post(self, body: bytes, content_type: str = PROTOBUF, **headers: str) -> httpx.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.client.post(self.url, content=body, headers={"Content-Type": content_type, **named})
+
+    def end(self, sign: int) -> str:
+        """Ends it by a signal; returns its last line."""
+        self.process.send_signal(sign)
+        assert self.process.wait(WAIT_S) == 0
+        assert self.process.stdout is not None
+        return self.process.stdout.read().splitlines()[-1]
+
+    def errors(self) -> str:
+        """What an ended process said on stderr."""
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
+
+
+@contextmanager
+def collecting(folder: Path, *options: str) -> Iterator[Running]:
+    """A collector that writes into a folder, on free ports; killed at the end if it is still there."""
+    ports = ("--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0")
+    command = [sys.executable, "-m", "stallscope.cli", "collect", "-o", str(folder), *ports, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        found = re.search(r"(http://\S+/v1/traces), gRPC at (\S+);", ready)
+        assert found, (ready, process.communicate())
+        with httpx.Client(timeout=WAIT_S) as client:
+            yield Running(process, found[1], found[2], client)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def request(ids: random.Random, spans: int = 1, padding: int = 0) -> ExportTraceServiceRequest:
+    """Spans with ids of their own, each in a trace of its own, and with bytes that don't compress."""
+    message = ExportTraceServiceRequest()
+    resource = message.resource_spans.add()
+    scope = resource.scope_spans.add()
+    for number in range(spans):
+        span = scope.spans.add(
+            trace_id=ids.randbytes(16),
+            span_id=ids.randbytes(8),
+            name="work",
+            start_time_unix_nano=START_NS + number,
+            end_time_unix_nano=START_NS + number + 1000,
+        )
+        if padding:
+            value = span.attributes.add(key="padding").value
+            value.string_value = ids.randbytes(padding // 2).hex()
+    return message
+
+
+def as_json(message: ExportTraceServiceRequest) -> bytes:
+    """The same in OTLP's JSON."""
+    spans = [
+        {
+            "traceId": span.trace_id.hex(),
+            "spanId": span.span_id.hex(),
+            "name": span.name,
+            "startTimeUnixNano": str(span.start_time_unix_nano),
+            "endTimeUnixNano": str(span.end_time_unix_nano),
+        }
+        for span in message.resource_spans[0].scope_spans[0].spans
+    ]
+    return orjson.dumps({"resourceSpans": [{"resource": {}, "scopeSpans": [{"scope": {}, "spans": spans}]}]})
+
+
+def trace_ids(message: ExportTraceServiceRequest) -> list[str]:
+    return [span.trace_id.hex() for span in message.resource_spans[0].scope_spans[0].spans]
+
+
+def stored(folder: Path) -> tuple[Counter[str], Findings]:
+    """How often each trace id stands in a folder, as the reader of traces sees it, and what that left out."""
+    findings = Findings()
+    groups = Reader(findings).read(find_files(folder))
+    return Counter(span.trace_id for group in groups for span in group.spans), findings
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted(folder.glob("spans-*.binpb"))
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Waits until ``holds`` does."""
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+__all__ = ["JSON", "PROTOBUF", "Running", "as_json", "collecting", "eventually", "request", "stored", "trace_ids"]
