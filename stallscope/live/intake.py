@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
+from hashlib import sha256
 
 from stallscope.live.bodies import Batch, batch_of, plain
 from stallscope.live.refusals import Overloaded, Refusal, Unavailable
@@ -24,7 +24,7 @@ from stallscope.live.store import Store
 
 log = logging.getLogger(__name__)
 
-QUICK_BYTES = 1 << 16  # a body that is parsed sooner than it is handed to a thread
+QUICK_BYTES = 1 << 18  # a body that is parsed sooner than it is handed to a thread
 REMEMBERED = 1 << 16  # requests that are known again when they are sent again
 REMEMBERED_BYTES = 1 << 28  # the same after a restart: those of the latest segments
 MOST_RETRY_S = 30
@@ -250,4 +250,4 @@ def _decode(body: bytes, content_type: str, encoding: str, most_bytes: int) -> B
 
 
 def _digest(message: bytes) -> bytes:
-    return blake2b(message, digest_size=16).digest()
+    return sha256(message).digest()

@@ -1,0 +1,112 @@
+"""The folder of segments: what a crash may leave of a file, and what a start makes of it."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stallscope.errors import UsageError
+from stallscope.live.segments import framed, messages_in
+from stallscope.live.store import Limits, Store
+from stallscope.trace import read_trace
+from stallscope.trace.findings import Findings
+from stallscope.trace.otlp import Reader
+from tests.live.collecting import as_json, request, segments
+from tests.trace.recording import steady
+
+LIMITS = Limits(rotate_bytes=1_000_000, rotate_s=3600.0, disk_bytes=10_000_000, message_bytes=100_000)
+MESSAGES = [
+    request(random.Random(seed), seed).SerializeToString() if seed % 2 else as_json(request(random.Random(seed), seed))
+    for seed in range(1, 7)
+]
+OTHER = request(random.Random(99)).SerializeToString()
+
+
+def all_messages(folder: Path) -> list[bytes]:
+    return [message for path in segments(folder) for message in messages_in(path)]
+
+
+@given(kept=st.integers(0, len(framed(MESSAGES))), garbage=st.binary(max_size=60) | st.just(bytes(4096)))
+def test_whatever_a_crash_leaves_the_messages_before_it_stay_and_more_can_follow(kept: int, garbage: bytes) -> None:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        store = Store(folder, LIMITS)
+        store.append(MESSAGES)
+        store.close()
+        (segment,) = segments(folder)
+        segment.write_bytes(segment.read_bytes()[:kept] + garbage)
+        whole = [message for count, message in enumerate(MESSAGES) if len(framed(MESSAGES[: count + 1])) <= kept]
+        assert all_messages(folder)[: len(whole)] == whole
+        store = Store(folder, LIMITS)
+        store.append([OTHER])
+        assert list(store.latest_messages(1)) == all_messages(folder)
+        store.close()
+        found = all_messages(folder)
+        assert (found[: len(whole)], found[-1]) == (whole, OTHER)
+        findings = Findings()
+        spans = sum(len(group.spans) for group in Reader(findings).read(segments(folder)))
+        assert spans >= sum(range(1, len(whole) + 1)) + 1
+        assert findings.all() == () or len(found) > len(whole) + 1  # garbage may happen to be a message
+
+
+def test_a_folder_with_a_torn_end_is_a_trace_with_a_finding(tmp_path: Path) -> None:
+    lines = steady(5, output=9).lines()
+    store = Store(tmp_path, LIMITS)
+    for line in lines:
+        store.append([line])
+    clean = read_trace(tmp_path)
+    assert clean.findings == ()
+    store.append([lines[-1]])
+    (segment,) = segments(tmp_path)
+    segment.write_bytes(segment.read_bytes()[:-9])
+    torn = read_trace(tmp_path)
+    assert torn.tables == clean.tables
+    assert [one.kind for one in torn.findings] == ["damaged_file"]
+    store.close()
+
+
+def test_segments_are_closed_by_size_and_one_segment_goes_on_after_a_restart(tmp_path: Path) -> None:
+    messages = [request(random.Random(seed)).SerializeToString() for seed in range(6)]
+    limits = Limits(rotate_bytes=len(framed(messages[:2])), rotate_s=3600.0, disk_bytes=10**7, message_bytes=1000)
+    for number, message in enumerate(messages):
+        store = Store(tmp_path, limits)
+        store.append([message])
+        store.close()
+        assert all_messages(tmp_path) == messages[: number + 1]
+    assert len(segments(tmp_path)) == 3
+
+
+def test_a_segment_that_was_not_compressed_before_a_crash_is_after_the_next_start(tmp_path: Path) -> None:
+    store = Store(tmp_path, LIMITS)
+    store.append(MESSAGES)
+    store.close()
+    (segment,) = segments(tmp_path)
+    later = segment.with_name(segment.name.replace("00000001", "00000002"))
+    later.write_bytes(framed([OTHER]))
+    segment.with_name(segment.name + ".part").write_bytes(b"half")
+    before = segment.stat().st_size
+    store = Store(tmp_path, LIMITS)
+    deadline = time.monotonic() + 30
+    while segment.stat().st_size == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    store.close()
+    assert segment.stat().st_size < before
+    assert all_messages(tmp_path) == [*MESSAGES, OTHER]
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_a_folder_that_can_not_be_used_is_a_usage_error(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a" / "b", LIMITS)
+    with pytest.raises(UsageError, match="another collector"):
+        Store(tmp_path / "a" / "b", LIMITS)
+    store.close()
+    Store(tmp_path / "a" / "b", LIMITS).close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        Store(tmp_path / "file", LIMITS)
