@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
-ENCODINGS = ("gzip", "deflate", "zstd")  # OTLP asks for the first; OpenTelemetry's exporters know the others, too
+ENCODINGS = ("gzip", "deflate", "zlib", "zstd")  # OTLP asks for the first; OpenTelemetry's exporters know the others
 
 _NO_TRACE, _NO_SPAN = bytes(16), bytes(8)
 _TRACE_ID_BYTES, _SPAN_ID_BYTES = len(_NO_TRACE), len(_NO_SPAN)
-_ZLIB_BITS = {"gzip": 31, "deflate": 15}
+_ZLIB_BITS = {"gzip": 31, "deflate": 15, "zlib": 15}
 _UNSOUND = "spans without a sound trace id, span id, name or times were left out"
 
 

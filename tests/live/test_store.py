@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stallscope.errors import UsageError
-from stallscope.live.segments import framed, messages_in
+from stallscope.live.closed import ClosedSegments
+from stallscope.live.segments import framed, messages_in, new_path
 from stallscope.live.store import Limits, Store
 from stallscope.trace import read_trace
 from stallscope.trace.findings import Findings
@@ -110,3 +115,75 @@ def test_a_folder_that_can_not_be_used_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         Store(tmp_path / "file", LIMITS)
+
+
+# --- what the disk is told -----------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Keeps what a power cut would: of each file what was synced, and only files whose name was synced, too.
+
+    Everything goes through to the real disk; ``failing`` makes the next sync of a file fail.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing = False
+        self._folder = folder
+        self._synced: dict[str, bytes] = {}
+        self._named: set[str] = set()
+        self._fsync, self._fdatasync = os.fsync, os.fdatasync
+        monkeypatch.setattr(os, "fsync", lambda handle: self._sync(handle, self._fsync))
+        monkeypatch.setattr(os, "fdatasync", lambda handle: self._sync(handle, self._fdatasync))
+
+    def _sync(self, handle: int, really: Callable[[int], None]) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if path.is_dir():
+            self._named = {one.name for one in path.iterdir()}
+        elif self.failing:
+            self.failing = False
+            raise OSError(errno.EIO, "Input/output error")
+        else:
+            self._synced[path.name] = path.read_bytes()
+        really(handle)
+
+    def after_a_power_cut(self, folder: Path) -> list[bytes]:
+        """The messages that are left, in another folder."""
+        folder.mkdir()
+        for name in self._named & self._synced.keys():
+            (folder / name).write_bytes(self._synced[name])
+        return all_messages(folder)
+
+
+def test_what_append_returned_from_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(tmp_path, monkeypatch)
+    store = Store(tmp_path / "spans", replace(LIMITS, rotate_bytes=len(framed(MESSAGES[:2]))))
+    for number, message in enumerate(MESSAGES):
+        store.append([message])
+        assert disk.after_a_power_cut(tmp_path / f"{number}") == MESSAGES[: number + 1]
+    store.close()
+
+
+def test_after_a_failed_sync_nothing_is_added_to_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(tmp_path, monkeypatch)
+    store = Store(tmp_path / "spans", LIMITS)
+    store.append(MESSAGES[:2])
+    disk.failing = True
+    with pytest.raises(OSError, match="Input/output"):
+        store.append([OTHER])
+    store.append(MESSAGES[2:])
+    store.close()
+    assert len(segments(tmp_path / "spans")) == 2
+    assert all_messages(tmp_path / "spans") == MESSAGES
+    assert disk.after_a_power_cut(tmp_path / "cut") == MESSAGES
+
+
+def test_a_segment_that_was_removed_while_it_was_compressed_stays_away(tmp_path: Path) -> None:
+    big, small = (new_path(tmp_path, number) for number in (1, 2))
+    big.write_bytes(bytes(10) + random.Random(0).randbytes(30_000_000))
+    small.write_bytes(bytes(15_000_000))
+    closed = ClosedSegments([], 40_000_000)
+    closed.add(big)
+    closed.add(small)
+    closed.close()
+    assert (closed.removed, closed.removed_bytes) == (1, 30_000_010)
+    assert [path.name for path in tmp_path.iterdir()] == [small.name]
