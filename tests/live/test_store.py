@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from stallscope.live.store import Limits, Store
 from stallscope.trace import read_trace
 from stallscope.trace.findings import Findings
 from stallscope.trace.otlp import Reader
-from tests.live.collecting import as_json, request, segments
+from tests.live.collecting import as_json, eventually, request, segments
 from tests.trace.recording import steady
 
 LIMITS = Limits(rotate_bytes=1_000_000, rotate_s=3600.0, disk_bytes=10_000_000, message_bytes=100_000)
@@ -97,9 +96,7 @@ def test_a_segment_that_was_not_compressed_before_a_crash_is_after_the_next_star
     segment.with_name(segment.name + ".part").write_bytes(b"half")
     before = segment.stat().st_size
     store = Store(tmp_path, LIMITS)
-    deadline = time.monotonic() + 30
-    while segment.stat().st_size == before and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: segment.stat().st_size != before)
     store.close()
     assert segment.stat().st_size < before
     assert all_messages(tmp_path) == [*MESSAGES, OTHER]
@@ -183,6 +180,7 @@ def test_a_segment_that_was_removed_while_it_was_compressed_stays_away(tmp_path:
     small.write_bytes(bytes(15_000_000))
     closed = ClosedSegments([], 40_000_000)
     closed.add(big)
+    eventually(lambda: any(tmp_path.glob("*.part")))
     closed.add(small)
     closed.close()
     assert (closed.removed, closed.removed_bytes) == (1, 30_000_010)
