@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 QUICK_BYTES = 1 << 18  # a body that is parsed sooner than it is handed to a thread
 REMEMBERED = 1 << 16  # requests that are known again when they are sent again
-REMEMBERED_BYTES = 1 << 28  # the same after a restart: those of the latest segments
+REMEMBERED_SEGMENTS = 4  # the same after a restart: those of the latest segments
 MOST_RETRY_S = 30
 DISK_RETRY_S = 10  # a full disk does not have room again in a second
 _LOOK_S = 1.0  # how often a segment's age is looked at
@@ -65,6 +65,10 @@ class Room:
         self._take(-taken)
         self.take(amount)
 
+    def hand_over(self) -> None:
+        """They are somebody else's to give back."""
+        self._taken = 0
+
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
@@ -95,8 +99,8 @@ class Intake:
         self._known: dict[bytes, _Waiting | None] = {}  # by digest, oldest first; None: durable
         self._commit_s = 0.0  # how long the last one took
         self._can_write = True
-        for digest in reversed([_digest(message) for message in store.latest_messages(REMEMBERED_BYTES)]):
-            self._remember(digest, None)
+        for message in store.latest_messages(REMEMBERED_SEGMENTS):
+            self._remember(_digest(message), None)
 
     # --- for requests -----------------------------------------------------------------------------------------------
 
@@ -133,33 +137,31 @@ class Intake:
             work = partial(_decode, body, content_type, encoding, most)
             batch = await asyncio.get_running_loop().run_in_executor(self._decoder, work)
         room.hold(len(batch.message))
-        await self.accept(batch)
+        if batch.spans:
+            await self._accept(batch, room)
+        self.counts.requests += 1
+        self.counts.refused_spans += batch.refused
         return batch
 
-    async def accept(self, batch: Batch) -> None:
-        """Returns once the batch is on disk. Raises Unavailable where it can't be written.
+    async def _accept(self, batch: Batch, room: Room) -> None:
+        """Returns once the batch is on disk.
 
         One with the same bytes as one before waits for that one and is not written again. A sender that goes away
-        does not stop what it began.
+        does not stop what it began, so the bytes that wait are held by the writer, not by the sender's request.
         """
-        counts = self.counts
-        if not batch.spans:
-            counts.requests += 1
-            return
         digest = _digest(batch.message)
         if digest in self._known:
             waiting = self._known[digest]
-            counts.repeated += 1
+            self.counts.repeated += 1
         else:
             waiting = _Waiting(batch, digest, asyncio.get_running_loop().create_future())
             self._remember(digest, waiting)
             self._waiting.append(waiting)
             self._arrived.set()
+            room.hand_over()
         refusal = await asyncio.shield(waiting.done) if waiting is not None else None
         if refusal is not None:
             raise refusal
-        counts.requests += 1
-        counts.refused_spans += batch.refused
 
     def _remember(self, digest: bytes, waiting: _Waiting | None) -> None:
         self._known[digest] = waiting
@@ -209,6 +211,7 @@ class Intake:
             refusal = self._refusal(error)
         self._commit_s = loop.time() - start
         for one in group:
+            self.held_bytes -= len(one.batch.message)
             if refusal is None:
                 self.counts.spans += one.batch.spans
                 self.counts.bytes += len(one.batch.message)

@@ -109,14 +109,10 @@ class Store:
         if self._open is not None and self._open.size and self._open.age() >= self.limits.rotate_s:
             self.rotate()
 
-    def latest_messages(self, most_bytes: int) -> Iterator[bytes]:
-        """The messages of the latest segments, as many of these as have about ``most_bytes`` together."""
-        for path in reversed(segments_in(self.folder)):
-            for message in messages_in(path):
-                most_bytes -= len(message)
-                yield message
-            if most_bytes <= 0:
-                return
+    def latest_messages(self, count: int) -> Iterator[bytes]:
+        """The messages of the latest segments, so many of these, in the order in which they were written."""
+        for path in segments_in(self.folder)[-count:]:
+            yield from messages_in(path)
 
     @property
     def bytes(self) -> int:

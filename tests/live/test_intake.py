@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stallscope.live.bodies import Batch
+from stallscope.live.bodies import PROTOBUF, Batch
 from stallscope.live.intake import Intake, Listener
 from stallscope.live.refusals import Overloaded, Unavailable
 from stallscope.live.segments import messages_in
@@ -17,7 +17,7 @@ from stallscope.live.store import Limits, Store
 from tests.live.collecting import request, segments
 
 LIMITS = Limits(rotate_bytes=1_000_000, rotate_s=3600.0, disk_bytes=10_000_000, message_bytes=100_000)
-BATCHES = [Batch(request(random.Random(seed), 3).SerializeToString(), 3) for seed in range(50)]
+MESSAGES = [request(random.Random(seed), 3).SerializeToString() for seed in range(50)]
 
 
 def run(folder: Path, work: Callable[[Intake], Awaitable[None]], listeners: Sequence[Listener] = ()) -> Intake:
@@ -36,18 +36,24 @@ def run(folder: Path, work: Callable[[Intake], Awaitable[None]], listeners: Sequ
     return asyncio.run(all_of_it())
 
 
+async def send(intake: Intake, message: bytes) -> None:
+    with intake.room() as room:
+        room.take(len(message))
+        await intake.receive(message, PROTOBUF, "identity", room)
+
+
 def stored(folder: Path) -> list[bytes]:
     return [message for path in segments(folder) for message in messages_in(path)]
 
 
 def test_requests_that_come_together_share_a_commit(tmp_path: Path) -> None:
     async def work(intake: Intake) -> None:
-        await asyncio.gather(*map(intake.accept, BATCHES))
+        await asyncio.gather(*(send(intake, message) for message in MESSAGES))
 
     counts = run(tmp_path, work).counts
     assert counts.commits <= 2
     assert (counts.requests, counts.spans) == (50, 150)
-    assert stored(tmp_path) == [batch.message for batch in BATCHES]
+    assert stored(tmp_path) == MESSAGES
 
 
 def test_listeners_hear_of_durable_batches_once_in_order_and_their_errors_harm_nobody(tmp_path: Path) -> None:
@@ -61,21 +67,24 @@ def test_listeners_hear_of_durable_batches_once_in_order_and_their_errors_harm_n
         raise RuntimeError("the dashboard is broken")
 
     async def work(intake: Intake) -> None:
-        for batch in BATCHES[:5] * 2:
-            await intake.accept(batch)
+        for message in MESSAGES[:5] * 2:
+            await send(intake, message)
 
     counts = run(tmp_path, work, [fail, listen]).counts
-    assert heard == BATCHES[:5]
+    assert heard == [Batch(message, spans=3) for message in MESSAGES[:5]]
     assert (counts.requests, counts.repeated, counts.spans) == (10, 5, 15)
 
 
-def test_a_retry_that_overtakes_its_first_try_waits_for_it_and_is_not_written_again(tmp_path: Path) -> None:
+def test_what_a_sender_began_that_went_away_is_written_held_and_known(tmp_path: Path) -> None:
     async def work(intake: Intake) -> None:
-        first = asyncio.create_task(intake.accept(BATCHES[0]))
+        first = asyncio.create_task(send(intake, MESSAGES[0]))
         await asyncio.sleep(0)
-        first.cancel()  # its sender went away
-        await asyncio.gather(intake.accept(BATCHES[0]), intake.accept(BATCHES[0]))
-        assert stored(tmp_path) == [BATCHES[0].message]
+        first.cancel()
+        await asyncio.wait([first])
+        assert intake.held_bytes == len(MESSAGES[0])
+        await asyncio.gather(send(intake, MESSAGES[0]), send(intake, MESSAGES[0]))
+        assert intake.held_bytes == 0
+        assert stored(tmp_path) == [MESSAGES[0]]
 
     counts = run(tmp_path, work).counts
     assert (counts.repeated, counts.spans, counts.commits) == (2, 3, 1)
