@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ START_NS = 1_790_000_000_000_000_000
 class Running:
     """A collector that is ready."""
 
+    folder: Path
     process: subprocess.Popen[str]
     url: str
     grpc: str
@@ -52,10 +54,14 @@ class Running:
 
 
 @contextmanager
-def collecting(folder: Path, *options: str) -> Iterator[Running]:
-    """A collector that writes into a folder, on free ports; killed at the end if it is still there."""
+def collecting(folder: Path, *options: str, before: str = "pass") -> Iterator[Running]:
+    """A collector that writes into a folder, on free ports; killed at the end if it is still there.
+
+    ``before``: a line of Python for its process to begin with.
+    """
     ports = ("--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0")
-    command = [sys.executable, "-m", "stallscope.cli", "collect", "-o", str(folder), *ports, *options]
+    program = f"{before}; from stallscope.cli import main; main()"
+    command = [sys.executable, "-c", program, "collect", "-o", str(folder), *ports, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -63,10 +69,19 @@ def collecting(folder: Path, *options: str) -> Iterator[Running]:
         found = re.search(r"(http://\S+/v1/traces), gRPC at (\S+);", ready)
         assert found, (ready, process.communicate())
         with httpx.Client(timeout=WAIT_S) as client:
-            yield Running(process, found[1], found[2], client)
+            yield Running(folder, process, found[1], found[2], client)
     finally:
         process.kill()
         process.wait()
+
+
+def begun(running: Running, body: bytes) -> socket.socket:
+    """A request over HTTP of which all but the last byte was sent."""
+    host, _, port = running.url.removeprefix("http://").removesuffix("/v1/traces").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=WAIT_S)
+    head = f"POST /v1/traces HTTP/1.1\r\nHost: x\r\nContent-Type: {PROTOBUF}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body[:-1])
+    return connection
 
 
 def request(ids: random.Random, spans: int = 1, padding: int = 0) -> ExportTraceServiceRequest:

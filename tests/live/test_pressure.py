@@ -6,8 +6,8 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +18,7 @@ import pytest
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
-from tests.live.collecting import PROTOBUF, Running, collecting, eventually, request, segments, stored, trace_ids
+from tests.live.collecting import Running, begun, collecting, eventually, request, segments, stored, trace_ids
 
 EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 
@@ -39,15 +39,6 @@ def refused_over_http(answer: httpx.Response) -> tuple[int, int]:
     assert Status.FromString(answer.content).details[0].Unpack(retry)
     assert int(answer.headers["retry-after"]) == retry.retry_delay.seconds
     return answer.status_code, retry.retry_delay.seconds
-
-
-def begun(running: Running, body: bytes) -> socket.socket:
-    """A request of which all but the last byte was sent."""
-    host, _, port = running.url.removeprefix("http://").removesuffix("/v1/traces").partition(":")
-    connection = socket.create_connection((host, int(port)))
-    head = f"POST /v1/traces HTTP/1.1\r\nHost: x\r\nContent-Type: {PROTOBUF}\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body[:-1])
-    return connection
 
 
 def test_more_bytes_than_may_wait_are_429_with_retry_after(tmp_path: Path) -> None:
@@ -98,6 +89,24 @@ def test_a_file_that_can_not_grow_is_503_until_it_can(tmp_path: Path) -> None:
     found, findings = stored(tmp_path)
     assert set(found) == {one for message in (first, second, third) for one in trace_ids(message)}
     assert findings.all() == ()
+
+
+def test_a_sender_that_never_ends_is_told_and_holds_no_room(tmp_path: Path) -> None:
+    message = request(random.Random(6), 10, padding=9000)
+    shorter = "from stallscope.live import over_http, over_grpc; over_http.READ_S = over_grpc.READ_S = 0.5"
+    options = ("--max-body", "100kB", "--max-pending", "200kB")
+    with collecting(tmp_path, *options, before=shorter) as running:
+        body = message.SerializeToString()
+        with begun(running, body) as one, begun(running, body) as other:
+            eventually(lambda: running.post(body).status_code == 429)
+            for connection in (one, other):
+                assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        assert running.post(body).status_code == 200
+        with grpc.insecure_channel(running.grpc) as channel:
+            never = channel.stream_unary(EXPORT).future(iter(threading.Event().wait, True))
+            assert never.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        running.end(signal.SIGTERM)
+    assert set(stored(tmp_path)[0]) == set(trace_ids(message))
 
 
 @pytest.fixture
