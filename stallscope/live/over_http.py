@@ -21,8 +21,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stallscope.live.bodies import ENCODINGS, JSON, PROTOBUF
-from stallscope.live.intake import Intake, Room
-from stallscope.live.refusals import Refusal, TooLarge, TooSlow, WrongType, status_of
+from stallscope.live.intake import DISK_RETRY_S, Intake, Room
+from stallscope.live.refusals import Refusal, TooLarge, TooSlow, Unavailable, WrongType, status_of
 
 READ_S = 60.0  # to send a request's body
 CLOSE_S = 10  # for requests under way, at the end
@@ -77,6 +77,8 @@ class _Traces:
             return _refused(refusal, content_type)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody hears it
+        except asyncio.CancelledError:  # by the server, that has waited for it for ``CLOSE_S``
+            return _refused(Unavailable("the collector has ended", retry_s=DISK_RETRY_S), content_type)
         answer = ExportTraceServiceResponse()
         if batch.refused:
             answer.partial_success.rejected_spans = batch.refused

@@ -28,6 +28,7 @@ from tests.live.collecting import (
     JSON,
     Running,
     as_json,
+    begun,
     collecting,
     eventually,
     request,
@@ -150,6 +151,18 @@ def test_what_is_under_way_at_the_end_is_still_taken(tmp_path: Path) -> None:
         assert running.client.post(running.url, content=slowly(), headers={"Content-Type": "application/x-protobuf"})
         assert running.process.wait(60) == 0
     assert set(stored(tmp_path)[0]) == set(trace_ids(message))
+
+
+def test_a_sender_that_never_ends_does_not_keep_the_collector_from_ending(tmp_path: Path) -> None:
+    body = request(random.Random(8), 20, padding=1000).SerializeToString()
+    with (
+        collecting(tmp_path, before="from stallscope.live import over_http; over_http.CLOSE_S = 1") as running,
+        begun(running, body) as connection,
+    ):
+        eventually(lambda: running.post(body[:1]).status_code == 400)  # by then it has begun to read
+        running.end(signal.SIGTERM)
+        assert connection.recv(100).startswith(b"HTTP/1.1 503")
+    assert "Traceback" not in running.errors()
 
 
 def test_segments_are_closed_by_age_compressed_and_still_read(tmp_path: Path) -> None:
