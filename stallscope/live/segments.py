@@ -24,7 +24,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 # Level 3 with a window of 8 MiB: what spans repeat stood some thousand steps back.
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(3, window_log=23, write_checksum=True)
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"  # as a length it would be 682 MB
-_NAME = re.compile(r"spans-(\d{8})-(\d{8}T\d{6}Z)\.binpb")
+_NAME = re.compile(r"spans-(\d{8,})-(\d{8}T\d{6}Z)\.binpb")
 _TIME = "%Y%m%dT%H%M%SZ"
 _LENGTH = struct.Struct(">I")
 _PART = ".part"  # of a file that is not whole yet: no reader takes it for a trace

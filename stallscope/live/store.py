@@ -66,7 +66,7 @@ class Store:
         self.folder = folder
         self.limits = limits
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             self._lock = _lock(folder)
             remove_parts(folder)
             paths = segments_in(folder)
@@ -177,6 +177,14 @@ class _OpenSegment:
 
     def close(self) -> None:
         os.close(self.handle)
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder, and those it lies in, as durable as what will be in it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
 
 
 def _lock(folder: Path) -> int:
