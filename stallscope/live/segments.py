@@ -108,9 +108,7 @@ def cut_torn_end(path: Path) -> int:
         if _is_sound(message):
             sound_end = end
     if sound_end < size:
-        with path.open("r+b") as file:
-            file.truncate(sound_end)
-            os.fsync(file.fileno())
+        os.truncate(path, sound_end)
     return size - sound_end
 
 

@@ -143,7 +143,11 @@ class Store:
     def _reopened(self, path: Path) -> _OpenSegment:
         if torn := cut_torn_end(path):
             log.warning("%s: cut off %d bytes of what was not acknowledged", path, torn)
-        return _OpenSegment(path, os.open(path, os.O_WRONLY | os.O_APPEND), path.stat().st_size)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+        # A killed process may have written more than it synced: senders that send that again are told that it is safe.
+        os.fsync(handle)
+        sync_folder(self.folder)
+        return _OpenSegment(path, handle, path.stat().st_size)
 
 
 @dataclass(slots=True)

@@ -160,6 +160,17 @@ def test_what_append_returned_from_survives_a_power_cut(tmp_path: Path, monkeypa
     store.close()
 
 
+def test_what_a_killed_process_had_not_synced_is_safe_before_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spans").mkdir()
+    new_path(tmp_path / "spans", 1).write_bytes(framed(MESSAGES) + b"torn")
+    disk = Disk(tmp_path, monkeypatch)
+    store = Store(tmp_path / "spans", LIMITS)
+    assert list(store.latest_messages(1)) == disk.after_a_power_cut(tmp_path / "cut") == MESSAGES
+    store.close()
+
+
 def test_after_a_failed_sync_nothing_is_added_to_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(tmp_path, monkeypatch)
     store = Store(tmp_path / "spans", LIMITS)
