@@ -5,11 +5,10 @@ Bodies are kept as they came: an ExportTraceServiceRequest is a TracesData in pr
 
 from __future__ import annotations
 
-import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 import zstandard
@@ -26,9 +25,26 @@ ENCODINGS = ("gzip", "deflate", "zlib", "zstd")  # OTLP asks for the first; Open
 
 _NO_TRACE, _NO_SPAN = bytes(16), bytes(8)
 _TRACE_ID_BYTES, _SPAN_ID_BYTES = len(_NO_TRACE), len(_NO_SPAN)
-_ZLIB_BITS = {"gzip": 31, "deflate": 15, "zlib": 15}
-_PIECE_BYTES = 1 << 10  # of which zlib makes at most a MB, and after which many small members cost no squared time
+_START: dict[str, Callable[[], _Stream]] = {
+    "gzip": lambda: zlib.decompressobj(31),
+    "deflate": lambda: zlib.decompressobj(15),
+    "zlib": lambda: zlib.decompressobj(15),
+    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj(),
+}
+# Of so many bytes zlib makes at most 1 MB and zstd 32, and many small members in a row cost no squared time.
+_PIECE_BYTES = 1 << 10
+_ZSTD_WINDOW = 1 << 27
 _UNSOUND = "spans without a sound trace id, span id, name or times were left out"
+
+
+class _Stream(Protocol):
+    """What zlib's and zstandard's decompression objects have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +73,7 @@ def plain(body: bytes, encoding: str, most: int) -> bytes:
     if encoding == "identity":
         return body
     try:
-        whole = _unzstd(body, most) if encoding == "zstd" else _inflate(body, _ZLIB_BITS[encoding], most)
+        whole = _inflate(body, _START[encoding], most)
     except (zlib.error, zstandard.ZstdError, EOFError) as error:
         raise Wrong(f"the body is no {encoding}: {error}") from None
     if len(whole) > most:
@@ -65,29 +81,24 @@ def plain(body: bytes, encoding: str, most: int) -> bytes:
     return whole
 
 
-def _inflate(body: bytes, bits: int, most: int) -> bytes:
-    """At most a MB more than ``most``. Raises EOFError where it ends early."""
-    stream = zlib.decompressobj(bits)
+def _inflate(body: bytes, start: Callable[[], _Stream], most: int) -> bytes:
+    """Little more than ``most`` bytes. Raises EOFError where it ends early."""
+    stream = start()
     parts: list[bytes] = []
     size = 0
     for low in range(0, len(body), _PIECE_BYTES):
         rest = body[low : low + _PIECE_BYTES]
         while rest:
-            if stream.eof:  # a gzip body may have several members
-                stream = zlib.decompressobj(bits)
+            if stream.eof:  # there may be several members or frames
+                stream = start()
             parts.append(stream.decompress(rest))
-            rest = stream.unused_data
+            rest = stream.unused_data if stream.eof else b""
             size += len(parts[-1])
             if size > most:
                 return b"".join(parts)
     if not stream.eof:
         raise EOFError("it ends early")
     return b"".join(parts)
-
-
-def _unzstd(body: bytes, most: int) -> bytes:
-    with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body, read_across_frames=True) as stream:
-        return io.BufferedReader(stream).read(most + 1)
 
 
 def batch_of(body: bytes, content_type: str) -> Batch:
@@ -137,6 +148,15 @@ def _of_json(body: bytes) -> Batch:
     except orjson.JSONDecodeError as error:
         raise Wrong(f"the body is no JSON: {error}") from None
     try:
+        if b"null" in body and (without := _without_nulls(data)) != data:
+            return _of_json(orjson.dumps(without))
+        return _sound_json(data, body)
+    except (RecursionError, orjson.JSONEncodeError):
+        raise Wrong("the body is nested too deeply") from None
+
+
+def _sound_json(data: Any, body: bytes) -> Batch:
+    try:
         scopes = list(_scopes(data))
         spans = sum(len(scope["spans"]) for scope in scopes)
         sound = [[span for span in scope["spans"] if _is_sound_json(span)] for scope in scopes]
@@ -152,9 +172,19 @@ def _of_json(body: bytes) -> Batch:
     return Batch(orjson.dumps(data), spans - unsound, unsound)
 
 
+def _without_nulls(data: Any) -> Any:
+    """The same in JSON of protobuf, where a field that is null is one that is absent."""
+    if isinstance(data, dict):
+        return {key: _without_nulls(value) for key, value in data.items() if value is not None}
+    if isinstance(data, list):
+        return [_without_nulls(value) for value in data]
+    return data
+
+
 def _scopes(data: Any) -> Iterator[dict[str, Any]]:
     """Those with spans. Raises AttributeError or TypeError where the document has another shape."""
     for resource in _list(data, "resourceSpans"):
+        _list(resource.get("resource", {}), "attributes")
         for scope in _list(resource, "scopeSpans"):
             if _list(scope, "spans"):
                 yield scope
@@ -162,7 +192,7 @@ def _scopes(data: Any) -> Iterator[dict[str, Any]]:
 
 def _list(data: Any, key: str) -> list[Any]:
     """A field that is a list, or absent."""
-    found = data.get(key) or []
+    found = data.get(key, [])
     if not isinstance(found, list):
         raise TypeError(key)
     return found
@@ -180,7 +210,7 @@ def _is_sound_json(span: Any) -> bool:
             and span_id != _NO_SPAN
             and isinstance(span["name"], str)
             and min(times) >= 0
-            and isinstance(span.get("attributes") or [], list)
+            and isinstance(span.get("attributes", []), list)
         )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return False
