@@ -68,9 +68,11 @@ def test_what_opentelemetrys_exporters_send_is_in_the_folder(tmp_path: Path) -> 
 def test_a_recording_that_went_to_a_collector_is_the_same_trace(tmp_path: Path) -> None:
     folder, file = tmp_path / "collected", tmp_path / "written.otlp.jsonl"
     with collecting(folder, "--rotate-size", "300kB", "--max-body", "300kB") as running:
-        command = [sys.executable, "-m", "stallscope.cli", "record", "healthy", "--executor", "virtual"]
+        command = [sys.executable, "-m", "stallscope.cli", "record", "kv_pinning", "--variant", "sample"]
         environment = {**os.environ, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": running.url}
-        subprocess.run([*command, "-o", str(file)], check=True, env=environment, capture_output=True)
+        subprocess.run(
+            [*command, "--executor", "virtual", "-o", str(file)], check=True, env=environment, capture_output=True
+        )
         while_collecting = read_trace(folder)
         running.end(signal.SIGINT)
     assert len(segments(folder)) > 1
