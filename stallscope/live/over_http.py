@@ -70,8 +70,8 @@ class _Traces:
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
             with self._intake.room() as room:
-                encoding = _encoding(request, content_type)
-                body = await self._read(request, room)
+                encoding = request.headers.get("content-encoding", "").strip().lower() or "identity"
+                body = await self._read(request, room, _wrong_type(content_type, encoding))
                 batch = await self._intake.receive(body, content_type, encoding, room)
         except Refusal as refusal:
             return _refused(refusal, content_type)
@@ -85,47 +85,47 @@ class _Traces:
             answer.partial_success.error_message = batch.remark
         return _response(answer, content_type)
 
-    async def _read(self, request: Request, room: Room) -> bytes:
-        """The body as sent. Raises Refusal, after as much of it was read as lets most senders hear why."""
+    async def _read(self, request: Request, room: Room, refusal: Refusal | None) -> bytes:
+        """The body as sent. Raises Refusal, the one given or one of its own, after as much was read as lets most
+        senders hear why."""
         parts: list[bytes] = []
-        size = int(request.headers.get("content-length", "0"))  # the server lets no other through than a number
-        refusal: Refusal | None = self._too_large() if size > self._most_body_bytes else None
         size = 0
         try:
             async with asyncio.timeout(READ_S):
                 async for chunk in request.stream():
                     size += len(chunk)
-                    if refusal is not None:
-                        if size > self._most_body_bytes * _DISCARDED:
-                            break
-                        continue
-                    try:
-                        if size > self._most_body_bytes:
-                            raise self._too_large()
-                        room.take(len(chunk))
+                    refusal = refusal or self._no_room(size, len(chunk), room)
+                    if refusal is None:
                         parts.append(chunk)
-                    except Refusal as reason:
-                        refusal = reason
-                        parts.clear()
-                        room.hold(0)
+                        continue
+                    parts.clear()
+                    room.hold(0)
+                    if size > self._most_body_bytes * _DISCARDED:
+                        break
         except TimeoutError:
             raise TooSlow(f"the body did not come within {READ_S:g} s") from None
         if refusal is not None:
             raise refusal
         return b"".join(parts)
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self._most_body_bytes:,} bytes; send smaller batches")
+    def _no_room(self, size: int, more: int, room: Room) -> Refusal | None:
+        """Takes room for ``more`` bytes of a body that has ``size`` by now, or says why not."""
+        most = self._most_body_bytes
+        if size > most:
+            return TooLarge(f"the body is larger than {most:,} bytes; send smaller batches")
+        try:
+            room.take(more)
+        except Refusal as refusal:
+            return refusal
+        return None
 
 
-def _encoding(request: Request, content_type: str) -> str:
-    """How the body is compressed. Raises WrongType where it, or its type, is none that is read here."""
+def _wrong_type(content_type: str, encoding: str) -> WrongType | None:
     if content_type not in (PROTOBUF, JSON):
-        raise WrongType(f"send Content-Type: {PROTOBUF} or {JSON}, not {content_type[:80]!r}")
-    encoding = request.headers.get("content-encoding", "").strip().lower() or "identity"
+        return WrongType(f"send Content-Type: {PROTOBUF} or {JSON}, not {content_type[:80]!r}")
     if encoding not in (*ENCODINGS, "identity"):
-        raise WrongType(f"send Content-Encoding: {', '.join(ENCODINGS)} or none, not {encoding[:80]!r}")
-    return encoding
+        return WrongType(f"send Content-Encoding: {', '.join(ENCODINGS)} or none, not {encoding[:80]!r}")
+    return None
 
 
 def _refused(refusal: Refusal, content_type: str) -> Response:

@@ -63,6 +63,7 @@ def spans_that_are(span: object) -> bytes:
         (spans_that_are({"traceId": "xyz", "spanId": "", "name": "a"}), {"content-type": JSON}, 400),
         (as_json(SOUND), {"content-type": "text/plain"}, 415),
         (as_json(SOUND), {}, 415),
+        (bytes(10_000_000), {"content-type": "text/plain"}, 415),
         (SOUND.SerializeToString(), {"content-type": PROTOBUF, "content-encoding": "br"}, 415),
         (b"no gzip", {"content-type": PROTOBUF, "content-encoding": "gzip"}, 400),
         (gzip.compress(HALF)[:-9], {"content-type": PROTOBUF, "content-encoding": "gzip"}, 400),
