@@ -19,8 +19,10 @@ import orjson
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from stallscope.live.bodies import JSON, PROTOBUF
-from stallscope.trace.findings import Findings
-from stallscope.trace.otlp import Reader, find_files
+from stallscope.trace.otlp.files import plain_bytes
+from stallscope.trace.otlp.json import JsonDecoder
+from stallscope.trace.otlp.protobuf import Damaged, ProtobufDecoder, messages
+from stallscope.trace.otlp.spans import Resources
 
 WAIT_S = 60.0
 START_NS = 1_790_000_000_000_000_000
@@ -122,11 +124,20 @@ def trace_ids(message: ExportTraceServiceRequest) -> list[str]:
     return [span.trace_id.hex() for span in message.resource_spans[0].scope_spans[0].spans]
 
 
-def stored(folder: Path) -> tuple[Counter[str], Findings]:
-    """How often each trace id stands in a folder, as the reader of traces sees it, and what that left out."""
-    findings = Findings()
-    groups = Reader(findings).read(find_files(folder))
-    return Counter(span.trace_id for group in groups for span in group.spans), findings
+def stored(folder: Path) -> tuple[Counter[str], list[str]]:
+    """How often each trace id stands in a folder, by the decoders of traces, and what was damaged in its files."""
+    ids: Counter[str] = Counter()
+    damage: list[str] = []
+    of_protobuf, of_json = ProtobufDecoder(Resources()), JsonDecoder(Resources())
+    for path in segments(folder):
+        try:
+            for message in messages(plain_bytes(iter([path.read_bytes()]), damage.append)):
+                for _, spans, malformed in (of_json if message.startswith(b"{") else of_protobuf).groups(message):
+                    assert not malformed
+                    ids.update(span.trace_id for span in spans)
+        except Damaged as error:
+            damage.append(str(error))
+    return ids, damage
 
 
 def segments(folder: Path) -> list[Path]:
