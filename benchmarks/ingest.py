@@ -36,20 +36,19 @@ from stallscope.workloads.scenario import load_scenario
 
 BATCHES = (8, 64, 256)
 ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-OUTPUT_TOKENS, STEP_S = 200, 0.02
 SCENARIO = """
 name: ingest
 duration_s: {duration}
 engine: {{model: 8b, max_num_seqs: {slots}, max_num_batched_tokens: 2048, kv_blocks: 200000}}
 tenants:
   chat:
-    arrivals: {{poisson_per_s: {rate}}}
+    closed_loop: {{clients: {clients}, think_s: {{uniform: [0, 0.2]}}}}
     prompt_tokens: {{lognormal: {{median: 200, sigma: 0.8}}}}
-    output_tokens: {{lognormal: {{median: {output}, sigma: 0.6}}}}
+    output_tokens: {{lognormal: {{median: 200, sigma: 0.6}}}}
   search:
-    arrivals: {{poisson_per_s: {rate}}}
+    closed_loop: {{clients: {clients}, think_s: {{uniform: [0, 0.2]}}}}
     prompt_tokens: {{lognormal: {{median: 400, sigma: 0.8}}}}
-    output_tokens: {{lognormal: {{median: {output}, sigma: 0.6}}}}
+    output_tokens: {{lognormal: {{median: 200, sigma: 0.6}}}}
 """
 
 
@@ -67,9 +66,8 @@ class Figures:
 
 
 def make_recording(batch: int, seconds: float, folder: Path) -> Path:
-    """A recording with batches of about ``batch``, as JSON lines."""
-    rate = batch / (OUTPUT_TOKENS * STEP_S * 1.2) / 2
-    text = SCENARIO.format(duration=seconds, slots=2 * batch + 16, rate=f"{rate:.3f}", output=OUTPUT_TOKENS)
+    """A recording with batches of about ``batch``, since so many clients wait for answers, as JSON lines."""
+    text = SCENARIO.format(duration=seconds, slots=2 * batch, clients=round(0.6 * batch))
     (folder / "scenario.yaml").write_text(text)
     out = folder / f"batch-{batch}.otlp.jsonl"
     record(load_scenario(str(folder / "scenario.yaml")), out, seed=0, executor="virtual", force=True)

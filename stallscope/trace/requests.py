@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +73,7 @@ def match_requests(
     matched: set[int] = set()
     handles: set[int | None] = set()
     kept: set[tuple[str, int | None]] = set()
-    for span in sorted(spans, key=lambda span: (span.arrival, span.end, span.request_id, repr(span.attributes))):
+    for span in _in_order(spans):
         handle = span.integer(names.HANDLE)
         if (span.request_id, handle) in kept:
             findings.add("duplicate_request", replica, "", "request spans that came twice; the first one counts")
@@ -104,6 +105,14 @@ def match_requests(
     return named
 
 
+def _in_order(spans: Sequence[RequestSpan]) -> list[RequestSpan]:
+    """By arrival, end and id, and by all else that they say where these are the same: whichever was read first."""
+    order = [(span.arrival, span.end, span.request_id) for span in spans]
+    uses = Counter(order)
+    keys = [(*key, repr(span.attributes) if uses[key] > 1 else "") for key, span in zip(order, spans, strict=True)]
+    return [spans[position] for position in sorted(range(len(keys)), key=keys.__getitem__)]
+
+
 def _id_of(seen: SeenRequest | None, span: RequestSpan | None) -> str:
     if seen is not None:
         return seen.info.request_id
@@ -121,11 +130,18 @@ class StepTimes:
     scheduled: Ints
     ready: Ints
 
-    def scheduled_at(self, step: int | None) -> int | None:
-        return None if step is None else int(self.scheduled[np.searchsorted(self.steps, step)])
+    def scheduled_at(self, steps: Iterable[int | None]) -> list[int | None]:
+        return self._at(self.scheduled, steps)
 
-    def ready_at(self, step: int | None) -> int | None:
-        return None if step is None else int(self.ready[np.searchsorted(self.steps, step)])
+    def ready_at(self, steps: Iterable[int | None]) -> list[int | None]:
+        return self._at(self.ready, steps)
+
+    def _at(self, times: Ints, steps: Iterable[int | None]) -> list[int | None]:
+        """Times of these steps, None where there is none."""
+        told = list(steps)
+        known = np.array([step for step in told if step is not None], dtype=np.int64)
+        found = iter(times[np.searchsorted(self.steps, known)].tolist())
+        return [None if step is None else next(found) for step in told]
 
 
 def request_table(
@@ -134,9 +150,10 @@ def request_table(
     """One row a request; ``models`` is parallel to ``known``."""
     firsts = np.flatnonzero(np.diff(tokens.request, prepend=-1))
     first_token = dict(zip(tokens.request[firsts].tolist(), tokens.time[firsts].tolist(), strict=True))
+    seen_parts = iter(_seen_parts([one.seen for one in known if one.seen is not None], times))
     rows = []
     for position, one in enumerate(known):
-        row: dict[str, object] = {} if one.seen is None else _seen_part(one.seen, times)
+        row: dict[str, object] = {} if one.seen is None else next(seen_parts)
         if one.span is not None:
             part = _span_part(one.span)
             part["first_token"] = first_token.get(position, part["first_token"])
@@ -148,9 +165,25 @@ def request_table(
     return plain_table("requests", columns, len(rows))
 
 
-def _seen_part(seen: SeenRequest, times: StepTimes) -> dict[str, object]:
+def _seen_parts(requests: Sequence[SeenRequest], times: StepTimes) -> Iterator[dict[str, object]]:
+    """What the steps tell of each."""
+    stations = zip(
+        requests,
+        times.scheduled_at(one.queued_step for one in requests),
+        times.scheduled_at(one.scheduled_step for one in requests),
+        times.ready_at(one.first_token_step for one in requests),
+        times.scheduled_at(one.left_step for one in requests),
+        times.ready_at(one.left_step for one in requests),
+        strict=True,
+    )
+    for seen, queued, scheduled, first_token, before, after in stations:
+        left_before = seen.finish_reason not in (None, FinishReason.STOP, FinishReason.LENGTH)
+        passed = {"queued": queued, "scheduled": scheduled, "first_token": first_token}
+        yield _seen_part(seen) | passed | {"end": before if left_before else after}
+
+
+def _seen_part(seen: SeenRequest) -> dict[str, object]:
     info, reason = seen.info, seen.finish_reason
-    left_before = reason not in (None, FinishReason.STOP, FinishReason.LENGTH)
     alive = "lost" if seen.lost else "open"
     return {
         "handle": info.handle,
@@ -160,10 +193,6 @@ def _seen_part(seen: SeenRequest, times: StepTimes) -> dict[str, object]:
         "predecessor": info.predecessor or None,
         "retry_of": info.retry_of or None,
         "arrival": info.arrival_ns,
-        "queued": times.scheduled_at(seen.queued_step),
-        "scheduled": times.scheduled_at(seen.scheduled_step),
-        "first_token": times.ready_at(seen.first_token_step),
-        "end": times.scheduled_at(seen.left_step) if left_before else times.ready_at(seen.left_step),
         "prompt_tokens": info.prompt_tokens,
         "cached_tokens": seen.cached_tokens,
         "max_tokens": info.max_tokens,
@@ -302,18 +331,22 @@ def gap_table(
     floor = max(LEAST_GAP_FLOOR_NS, GAP_FLOOR_STEPS * int(steps))
     long = length >= floor
 
-    octave = np.log2(np.maximum(length[~long], 1)).astype(np.int64) + (length[~long] > 0)
-    octaves = int(octave.max(initial=0)) + 1
-    key, inverse = np.unique(request[~long] * octaves + octave, return_inverse=True)
-    binned_count = np.bincount(inverse, count[~long], len(key)).astype(np.int64)
-    total = np.bincount(inverse, count[~long] * length[~long], len(key))
-    earliest = np.full(len(key), LATEST)
-    np.minimum.at(earliest, inverse, start[~long])
+    octave = np.frexp(length[~long].astype(np.float64))[1]
+    used = np.flatnonzero(np.bincount(octave))  # a few: bins are counted without sorting the gaps
+    column = np.searchsorted(used, np.arange(octave.max(initial=0) + 1))
+    bins = request[~long] * len(used) + column[octave]
+    size = len(names_of) * len(used)
+    binned_count = np.bincount(bins, count[~long], size)
+    total = np.bincount(bins, count[~long] * length[~long], size)
+    earliest = np.full(size, LATEST)
+    np.minimum.at(earliest, bins, start[~long])
+    some = np.flatnonzero(binned_count)
+    mean = np.rint(total[some] / binned_count[some]).astype(np.int64)
 
-    request = np.concatenate([request[long], key // octaves])
-    start = np.concatenate([start[long], earliest])
-    length = np.concatenate([length[long], np.rint(total / np.maximum(binned_count, 1)).astype(np.int64)])
-    count = np.concatenate([count[long], binned_count])
+    request = np.concatenate([some // max(len(used), 1), request[long]])
+    start = np.concatenate([earliest[some], start[long]])
+    length = np.concatenate([mean, length[long]])
+    count = np.concatenate([binned_count[some].astype(np.int64), count[long]])
     order = np.lexsort((length, start, request))
     columns: dict[str, Column] = {
         "replica": same(replica, len(order)),
