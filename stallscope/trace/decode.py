@@ -132,6 +132,8 @@ class Steps:
     def take(self, order: Ints | npt.NDArray[np.bool_]) -> Steps:
         """The chosen rows, in that order."""
         positions = np.arange(len(self))[order]
+        if len(positions) == len(self) and bool((np.diff(positions) > 0).all()):
+            return self
         return Steps(
             {name: column[positions] for name, column in self.columns.items()},
             [self.composition[position] for position in positions.tolist()],
@@ -334,8 +336,13 @@ def groups_of(attributes: Attributes, name: str, size: int) -> Iterator[tuple[in
     return zip(*[iter(numbers)] * size, strict=True)
 
 
+def _is_list_of(kind: type, values: Value) -> bool:
+    """Lists are of one type (``otlp.Value``): the first tells of all."""
+    return type(values) is list and (not values or type(values[0]) is kind)
+
+
 def _sound_ints(name: str, values: Value, length: int | None, least: int = 0, limit: int = MOST_TOKENS) -> list[int]:
-    if not isinstance(values, list) or set(map(type, values)) - {int}:
+    if not _is_list_of(int, values):
         raise Unsound(f"{name} is no list of integers")
     numbers = cast(list[int], values)
     if length is not None and len(numbers) != length:
@@ -346,7 +353,7 @@ def _sound_ints(name: str, values: Value, length: int | None, least: int = 0, li
 
 
 def _sound_strings(name: str, values: Value, length: int) -> list[str]:
-    if not isinstance(values, list) or set(map(type, values)) - {str}:
+    if not _is_list_of(str, values):
         raise Unsound(f"{name} is no list of strings")
     if len(values) != length:
         raise Unsound(f"{name} has another length than {names.R_HANDLE}")
@@ -359,7 +366,7 @@ def member(kind: type[_Enum], value: int) -> _Enum | None:
     return cast("_Enum | None", found)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Described:
     """The requests that a step describes, as parallel lists. ``waits``: reason, if it is known, and amount lacking, by
     handle."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise, repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -12,22 +12,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stallscope.trace import reconstruct
-from stallscope.trace.decode import LATEST, UNKNOWN, Ints, RequestSpan
+from stallscope.trace.decode import LATEST, MOST, UNKNOWN, Ints, RequestSpan
 from stallscope.trace.findings import Findings
+from stallscope.trace.otlp import Attributes
 from stallscope.trace.plain_spans import Stations, stations
 from stallscope.trace.rebuild import Phase, Rebuilt, SeenRequest
 from stallscope.trace.residency import ResidencyColumns
 from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import Column, names_at, plain_table, same
 from stallscope_telemetry import names
-from stallscope_telemetry.records import FinishReason
+from stallscope_telemetry.records import FinishReason, RequestInfo
 
 # A gap of four typical steps is one that a user of a streaming answer can notice and an analysis must keep; the usual
 # ones only shape percentiles, for which a few bins do. Below 1 ms nobody notices any gap.
 GAP_FLOOR_STEPS = 4
 LEAST_GAP_FLOOR_NS = 1_000_000
+PIECE_TOKENS = 1 << 15
 _SAID_BY_ABSENCE = ("queued", "scheduled", "first_token")  # a span of ours has what the request got to
-_FINISH_REASONS = frozenset(reason.name.lower() for reason in FinishReason)
+_REASON_NAMES = {reason: reason.name.lower() for reason in FinishReason}
+_FINISH_REASONS = frozenset(_REASON_NAMES.values())
+_NOT_TOLD = Stations(None, None, None)
 # 16 digits are 115 days of ns: a gap beyond is damage.
 _TOKEN_TIMES = r"^[0-9]{1,16}(,[0-9]{1,16})*$"
 
@@ -108,9 +112,9 @@ def match_requests(
 def _in_order(spans: Sequence[RequestSpan]) -> list[RequestSpan]:
     """By arrival, end and id, and by all else that they say where these are the same: whichever was read first."""
     order = [(span.arrival, span.end, span.request_id) for span in spans]
-    uses = Counter(order)
-    keys = [(*key, repr(span.attributes) if uses[key] > 1 else "") for key, span in zip(order, spans, strict=True)]
-    return [spans[position] for position in sorted(range(len(keys)), key=keys.__getitem__)]
+    if len(set(order)) == len(order):
+        return [spans[position] for position in sorted(range(len(order)), key=order.__getitem__)]
+    return sorted(spans, key=lambda span: (span.arrival, span.end, span.request_id, repr(span.attributes)))
 
 
 def _id_of(seen: SeenRequest | None, span: RequestSpan | None) -> str:
@@ -148,96 +152,130 @@ def request_table(
     replica: str, known: Sequence[KnownRequest], models: Sequence[str], times: StepTimes, tokens: TokenTimes
 ) -> pa.Table:
     """One row a request; ``models`` is parallel to ``known``."""
+    seen = _seen_columns([one.seen for one in known], times)
+    told = _span_columns([one.span for one in known])
     firsts = np.flatnonzero(np.diff(tokens.request, prepend=-1))
-    first_token = dict(zip(tokens.request[firsts].tolist(), tokens.time[firsts].tolist(), strict=True))
-    seen_parts = iter(_seen_parts([one.seen for one in known if one.seen is not None], times))
-    rows = []
-    for position, one in enumerate(known):
-        row: dict[str, object] = {} if one.seen is None else next(seen_parts)
-        if one.span is not None:
-            part = _span_part(one.span)
-            part["first_token"] = first_token.get(position, part["first_token"])
-            said = _SAID_BY_ABSENCE if one.span.integer(names.HANDLE) is not None else ()
-            row |= {name: value for name, value in part.items() if value is not None or name in said}
-        names_of = {"replica": replica, "request": one.name, "tenant": one.tenant, "model": models[position] or None}
-        rows.append(row | names_of)
-    columns = {name: [row.get(name) for row in rows] for name in TABLES["requests"].names}
-    return plain_table("requests", columns, len(rows))
-
-
-def _seen_parts(requests: Sequence[SeenRequest], times: StepTimes) -> Iterator[dict[str, object]]:
-    """What the steps tell of each."""
-    stations = zip(
-        requests,
-        times.scheduled_at(one.queued_step for one in requests),
-        times.scheduled_at(one.scheduled_step for one in requests),
-        times.ready_at(one.first_token_step for one in requests),
-        times.scheduled_at(one.left_step for one in requests),
-        times.ready_at(one.left_step for one in requests),
-        strict=True,
-    )
-    for seen, queued, scheduled, first_token, before, after in stations:
-        left_before = seen.finish_reason not in (None, FinishReason.STOP, FinishReason.LENGTH)
-        passed = {"queued": queued, "scheduled": scheduled, "first_token": first_token}
-        yield _seen_part(seen) | passed | {"end": before if left_before else after}
-
-
-def _seen_part(seen: SeenRequest) -> dict[str, object]:
-    info, reason = seen.info, seen.finish_reason
-    alive = "lost" if seen.lost else "open"
-    return {
-        "handle": info.handle,
-        "tenant_source": info.tenant_source or None,
-        "priority": info.priority,
-        "session": info.session or None,
-        "predecessor": info.predecessor or None,
-        "retry_of": info.retry_of or None,
-        "arrival": info.arrival_ns,
-        "prompt_tokens": info.prompt_tokens,
-        "cached_tokens": seen.cached_tokens,
-        "max_tokens": info.max_tokens,
-        "output_tokens": seen.output_tokens,
-        "preemptions": seen.preemptions,
-        "state": alive if seen.left_step is None else "finished",
-        "finish_reason": None if reason is None else reason.name.lower(),
-        "trace_id": f"{info.trace_id:032x}" if info.trace_id else None,
+    for position, time in zip(tokens.request[firsts].tolist(), tokens.time[firsts].tolist(), strict=True):
+        told["first_token"][position] = time
+    ours = [handle is not None for handle in told["handle"]]
+    columns: dict[str, Column] = {
+        "replica": same(replica, len(known)),
+        "request": [one.name for one in known],
+        "tenant": [one.tenant for one in known],
+        "model": [model or None for model in models],
+        "prefix": told.pop("prefix"),
+        "delivered": told.pop("delivered"),
     }
+    for name, values in told.items():
+        said = ours if name in _SAID_BY_ABSENCE else repeat(False)
+        columns[name] = [
+            value if value is not None or all_said else from_steps
+            for value, all_said, from_steps in zip(values, said, seen[name], strict=False)
+        ]
+    return plain_table("requests", columns, len(known))
 
 
-def _span_part(span: RequestSpan) -> dict[str, object]:
-    """What the span tells; None where it does not. A span with our handle leaves out what is 0."""
-    absent = None if span.integer(names.HANDLE) is None else 0
-    reason = span.text(names.FINISH_REASON)
-    queued, scheduled, delivered = map(span.integer, (names.QUEUED, names.SCHEDULED, names.DELIVERED))
+_Values = list[int | None] | list[str | None]
+
+
+def _seen_columns(requests: Sequence[SeenRequest | None], times: StepTimes) -> dict[str, _Values]:
+    """What the steps tell of each, None of those that they don't know."""
+    none = SeenRequest(-1, RequestInfo(-1, "", 0, 0, 0))
+    seen = [none if one is None else one for one in requests]
+    infos = [one.info for one in seen]
+    before = [one.finish_reason not in (None, FinishReason.STOP, FinishReason.LENGTH) for one in seen]
+    left = [one.left_step for one in seen]
+    ends = zip(before, times.scheduled_at(left), times.ready_at(left), strict=True)
+    columns: dict[str, _Values] = {
+        "handle": [info.handle for info in infos],
+        "tenant_source": [info.tenant_source or None for info in infos],
+        "priority": [info.priority for info in infos],
+        "session": [info.session or None for info in infos],
+        "predecessor": [info.predecessor or None for info in infos],
+        "retry_of": [info.retry_of or None for info in infos],
+        "arrival": [info.arrival_ns for info in infos],
+        "queued": times.scheduled_at([one.queued_step for one in seen]),
+        "scheduled": times.scheduled_at([one.scheduled_step for one in seen]),
+        "first_token": times.ready_at([one.first_token_step for one in seen]),
+        "end": [scheduled if left_before else ready for left_before, scheduled, ready in ends],
+        "prompt_tokens": [info.prompt_tokens for info in infos],
+        "cached_tokens": [one.cached_tokens for one in seen],
+        "max_tokens": [info.max_tokens for info in infos],
+        "output_tokens": [one.output_tokens for one in seen],
+        "preemptions": [one.preemptions for one in seen],
+        "state": ["finished" if one.left_step is not None else "lost" if one.lost else "open" for one in seen],
+        "finish_reason": [None if one.finish_reason is None else _REASON_NAMES[one.finish_reason] for one in seen],
+        "trace_id": [f"{info.trace_id:032x}" if info.trace_id else None for info in infos],
+    }
+    if none in seen:
+        known = [one is not None for one in requests]
+        columns = {
+            name: [value if is_known else None for value, is_known in zip(column, known, strict=True)]  # type: ignore[misc]
+            for name, column in columns.items()
+        }
+    return columns
+
+
+def _span_columns(spans: Sequence[RequestSpan | None]) -> dict[str, _Values]:
+    """What the spans tell; None where one does not, or is None. A span with our handle leaves out what is 0."""
+    attributes: list[Attributes] = [{} if one is None else one.attributes for one in spans]
+
+    def integers(name: str) -> list[int | None]:
+        values = [one.get(name) for one in attributes]
+        return [value if type(value) is int and 0 <= value < MOST else None for value in values]
+
+    def texts(name: str) -> list[str | None]:
+        values = [one.get(name) for one in attributes]
+        return [value if isinstance(value, str) and value else None for value in values]
+
+    handles = integers(names.HANDLE)
+
+    def amounts(name: str) -> list[int | None]:
+        pairs = zip(integers(name), handles, strict=True)
+        return [0 if value is None and handle is not None else value for value, handle in pairs]
+
+    arrivals = [None if one is None else one.arrival for one in spans]
+    ends = [None if one is None else one.end for one in spans]
+    reasons = texts(names.FINISH_REASON)
+    claims = [None if one is None else one.claim[1] or None for one in spans]
     # Ours says its times in ns, all of them; another engine's span says some in seconds.
-    told = stations(span.attributes, span.arrival) if absent is None else Stations(None, None, None)
+    told = [
+        _NOT_TOLD if one is None or handle is not None else stations(one.attributes, one.arrival)
+        for one, handle in zip(spans, handles, strict=True)
+    ]
     return {
-        "handle": span.integer(names.HANDLE),
-        "tenant_source": span.text(names.TENANT_SOURCE) or span.claim[1] or None,
-        "priority": _or(span.integer(names.PRIORITY), absent),
-        "session": span.text(names.SESSION) or None,
-        "predecessor": span.text(names.PREDECESSOR) or None,
-        "retry_of": span.text(names.RETRY_OF) or None,
-        "arrival": span.arrival,
-        "queued": told.queued if queued is None else span.arrival + queued,
-        "scheduled": told.scheduled if scheduled is None else span.arrival + scheduled,
-        "first_token": told.first_token,
-        "end": span.end,
-        "delivered": None if delivered is None and absent is None else span.end + (delivered or 0),
-        "prompt_tokens": span.integer(names.USAGE_PROMPT),
-        "cached_tokens": _or(span.integer(names.CACHED_TOKENS), absent),
-        "prefix": span.integer(names.PREFIX),
-        "max_tokens": span.integer(names.REQUEST_MAX_TOKENS),
-        "output_tokens": span.integer(names.USAGE_COMPLETION),
-        "preemptions": _or(span.integer(names.PREEMPTIONS), absent),
-        "state": "finished",
-        "finish_reason": reason if reason in _FINISH_REASONS else None,
-        "trace_id": span.trace_id or None,
+        "handle": handles,
+        "tenant_source": [source or claim for source, claim in zip(texts(names.TENANT_SOURCE), claims, strict=True)],
+        "priority": amounts(names.PRIORITY),
+        "session": texts(names.SESSION),
+        "predecessor": texts(names.PREDECESSOR),
+        "retry_of": texts(names.RETRY_OF),
+        "arrival": arrivals,
+        "queued": _after(arrivals, integers(names.QUEUED), [one.queued for one in told]),
+        "scheduled": _after(arrivals, integers(names.SCHEDULED), [one.scheduled for one in told]),
+        "first_token": [one.first_token for one in told],
+        "end": ends,
+        "delivered": _after(ends, amounts(names.DELIVERED), repeat(None)),
+        "prompt_tokens": integers(names.USAGE_PROMPT),
+        "cached_tokens": amounts(names.CACHED_TOKENS),
+        "prefix": integers(names.PREFIX),
+        "max_tokens": integers(names.REQUEST_MAX_TOKENS),
+        "output_tokens": integers(names.USAGE_COMPLETION),
+        "preemptions": amounts(names.PREEMPTIONS),
+        "state": [None if one is None else "finished" for one in spans],
+        "finish_reason": [reason if reason in _FINISH_REASONS else None for reason in reasons],
+        "trace_id": [None if one is None else one.trace_id or None for one in spans],
     }
 
 
-def _or(value: int | None, otherwise: int | None) -> int | None:
-    return otherwise if value is None else value
+def _after(
+    times: Iterable[int | None], durations: Iterable[int | None], otherwise: Iterable[int | None]
+) -> list[int | None]:
+    """The times after these durations, or else what is told ``otherwise``."""
+    return [
+        other if time is None or duration is None else time + duration
+        for time, duration, other in zip(times, durations, otherwise, strict=False)
+    ]
 
 
 # --- token times and gaps -----------------------------------------------------------------------------------
@@ -269,18 +307,23 @@ def told_token_times(replica: str, known: Sequence[KnownRequest], findings: Find
     lists = pc.split_pattern(pc.if_else(sound, texts, None), ",")
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     durations = pc.list_flatten(lists).cast(pa.int64()).to_numpy(zero_copy_only=False)
-    request = np.repeat(np.arange(len(known)), lengths)
-    within = np.bincount(request, weights=durations, minlength=len(known)) < LATEST
+    begins = np.cumsum(lengths) - lengths
+    within = np.zeros(len(known), dtype=np.bool_)
+    told = np.flatnonzero(lengths)
+    within[told] = np.add.reduceat(durations, begins[told], dtype=np.float64) < LATEST
     unsound = len(known) - texts.null_count - int(np.count_nonzero((lengths > 0) & within))
     text = f"values of {names.TOKEN_TIMES} are no list of durations and count as absent"
     findings.add("unsound_value", replica, f" {names.TOKEN_TIMES}", text, unsound)
-    request, durations = request[within[request]], durations[within[request]]
+    if unsound:
+        durations = durations[np.repeat(within, lengths)]
+        lengths = np.where(within, lengths, 0)
+        begins = np.cumsum(lengths) - lengths
 
     arrivals = np.array([one.arrival for one in known], dtype=np.int64)
-    elapsed = np.cumsum(durations)
-    before = np.concatenate([[0], elapsed])[np.searchsorted(request, request)]
-    ones = np.ones(len(request), dtype=np.int64)
-    return TokenTimes(request, arrivals[request] + elapsed - before, ones, np.zeros_like(ones))
+    elapsed = np.concatenate([[0], np.cumsum(durations)])
+    time = elapsed[1:] + np.repeat(arrivals - elapsed[begins], lengths)
+    one, same_stretch = np.broadcast_to(np.int64(1), len(time)), np.broadcast_to(np.int64(0), len(time))
+    return TokenTimes(np.repeat(np.arange(len(known)), lengths), time, one, same_stretch)
 
 
 def seen_token_times(rows: ResidencyColumns, wanted: npt.NDArray[np.bool_], times: StepTimes) -> TokenTimes:
@@ -325,28 +368,11 @@ def gap_table(
 
     ``names_of`` the requests; ``means`` are added as they are.
     """
-    parts = [*([] if means is None else [means]), *map(_gaps_between, tokens)]
-    request, start, length, count = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     steps = np.median(times.ready - times.scheduled) if len(times.steps) else 0
     floor = max(LEAST_GAP_FLOOR_NS, GAP_FLOOR_STEPS * int(steps))
-    long = length >= floor
-
-    octave = np.frexp(length[~long].astype(np.float64))[1]
-    used = np.flatnonzero(np.bincount(octave))  # a few: bins are counted without sorting the gaps
-    column = np.searchsorted(used, np.arange(octave.max(initial=0) + 1))
-    bins = request[~long] * len(used) + column[octave]
-    size = len(names_of) * len(used)
-    binned_count = np.bincount(bins, count[~long], size)
-    total = np.bincount(bins, count[~long] * length[~long], size)
-    earliest = np.full(size, LATEST)
-    np.minimum.at(earliest, bins, start[~long])
-    some = np.flatnonzero(binned_count)
-    mean = np.rint(total[some] / binned_count[some]).astype(np.int64)
-
-    request = np.concatenate([some // max(len(used), 1), request[long]])
-    start = np.concatenate([earliest[some], start[long]])
-    length = np.concatenate([mean, length[long]])
-    count = np.concatenate([binned_count[some].astype(np.int64), count[long]])
+    pieces = (piece for one in tokens for piece in _pieces(one))
+    parts = [_binned(gaps, floor) for gaps in chain([] if means is None else [means], map(_gaps_between, pieces))]
+    request, start, length, count = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.lexsort((length, start, request))
     columns: dict[str, Column] = {
         "replica": same(replica, len(order)),
@@ -356,6 +382,42 @@ def gap_table(
         "count": count[order],
     }
     return plain_table("gaps", columns, len(order))
+
+
+def _pieces(tokens: TokenTimes) -> Iterator[TokenTimes]:
+    """The same in pieces of whole requests that a processor's cache holds."""
+    cuts = np.searchsorted(tokens.request, tokens.request[PIECE_TOKENS::PIECE_TOKENS]).tolist()
+    for low, high in pairwise([0, *cuts, len(tokens.request)]):
+        yield TokenTimes(
+            tokens.request[low:high], tokens.time[low:high], tokens.count[low:high], tokens.stretch[low:high]
+        )
+
+
+def _binned(gaps: Gaps, floor: int) -> Gaps:
+    """Those from the floor on as they are, and of each request one for each octave below it; requests in order."""
+    request, start, length, count = gaps
+    long, short = np.flatnonzero(length >= floor), np.flatnonzero(length < floor)
+    if not len(short):
+        return gaps
+    first, last = int(request.min()), int(request.max())
+    short_length, short_count = length[short], count[short]
+    octave = np.frexp(short_length.astype(np.float64))[1]
+    used = np.flatnonzero(np.bincount(octave))  # a few: bins are counted without sorting the gaps
+    column = np.searchsorted(used, np.arange(octave.max() + 1))
+    bins = (request[short] - first) * len(used) + column[octave]
+    size = (last - first + 1) * len(used)
+    binned_count = np.bincount(bins, short_count, size)
+    total = np.bincount(bins, short_count * short_length, size)
+    earliest = np.full(size, LATEST)
+    np.minimum.at(earliest, bins, start[short])
+    some = np.flatnonzero(binned_count)
+    mean = np.rint(total[some] / binned_count[some]).astype(np.int64)
+    return (
+        np.concatenate([first + some // len(used), request[long]]),
+        np.concatenate([earliest[some], start[long]]),
+        np.concatenate([mean, length[long]]),
+        np.concatenate([binned_count[some].astype(np.int64), count[long]]),
+    )
 
 
 def _gaps_between(tokens: TokenTimes) -> Gaps:
