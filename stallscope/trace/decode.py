@@ -355,9 +355,10 @@ def _sound_ints(name: str, values: Value, length: int | None, least: int = 0, li
 def _sound_strings(name: str, values: Value, length: int) -> list[str]:
     if not _is_list_of(str, values):
         raise Unsound(f"{name} is no list of strings")
-    if len(values) != length:
+    words = cast(list[str], values)
+    if len(words) != length:
         raise Unsound(f"{name} has another length than {names.R_HANDLE}")
-    return cast(list[str], values)
+    return words
 
 
 def member(kind: type[_Enum], value: int) -> _Enum | None:

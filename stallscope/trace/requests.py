@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise, repeat
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,6 @@ from stallscope.trace.otlp import Attributes
 from stallscope.trace.plain_spans import Stations, stations
 from stallscope.trace.rebuild import Phase, Rebuilt, SeenRequest
 from stallscope.trace.residency import ResidencyColumns
-from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import Column, names_at, plain_table, same
 from stallscope_telemetry import names
 from stallscope_telemetry.records import FinishReason, RequestInfo
@@ -175,7 +175,7 @@ def request_table(
     return plain_table("requests", columns, len(known))
 
 
-_Values = list[int | None] | list[str | None]
+_Values = list[Any]  # integers or strings, None where nothing is told
 
 
 def _seen_columns(requests: Sequence[SeenRequest | None], times: StepTimes) -> dict[str, _Values]:
@@ -210,7 +210,7 @@ def _seen_columns(requests: Sequence[SeenRequest | None], times: StepTimes) -> d
     if none in seen:
         known = [one is not None for one in requests]
         columns = {
-            name: [value if is_known else None for value, is_known in zip(column, known, strict=True)]  # type: ignore[misc]
+            name: [value if is_known else None for value, is_known in zip(column, known, strict=True)]
             for name, column in columns.items()
         }
     return columns
