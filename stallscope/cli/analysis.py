@@ -180,6 +180,8 @@ def _diagnosis(
     from stallscope.reports.saved import Saved
 
     saved = Saved(path, repr(asked), out, _logs(asked))
+    if save:
+        saved.check()
     kept = saved.load()
     if kept is not None:
         diagnosis, place = kept

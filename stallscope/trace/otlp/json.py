@@ -196,13 +196,11 @@ class JsonDecoder:
             except MALFORMED:
                 yield self._resource(b"{}"), [], 1
                 continue
-            if converted is None:
-                continue
-            if converted.remark is not None:
-                kind, remark = converted.remark
-                self.remarks[kind, reader.PRODUCER, remark] += 1
-            content = converted.resource
-            yield self._resources.get(repr(content).encode(), content.copy), converted.spans, 0
+            for one in converted:
+                if one.remark is not None:
+                    kind, remark = one.remark
+                    self.remarks[kind, reader.PRODUCER, remark] += 1
+                yield self._resources.get(repr(one.resource).encode(), one.resource.copy), one.spans, one.malformed
 
     def _resource(self, raw: bytes) -> Resource:
         return self._resources.get(raw, lambda: _sound_attributes(orjson.loads(raw).get("attributes", []))[0])
