@@ -171,7 +171,7 @@ def running(backend: Backend) -> Iterator[Backend]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     backend.url = f"127.0.0.1:{server.server_port}"
     try:

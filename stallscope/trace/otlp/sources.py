@@ -55,14 +55,15 @@ def address(trace: str | Path) -> str:
 
 def shown(trace: str | Path) -> str:
     """The same as it may be printed: without the password of a URL."""
-    return _USER.sub("", address(trace))
+    where = address(trace)
+    return "stdin" if where == STDIN else _USER.sub("", where)
 
 
 def find_sources(trace: str | Path) -> list[Source]:
     """All that ``trace`` names, files in the order of their names. Raises UsageError where there is none."""
     where = address(trace)
     if where == STDIN:
-        return [Source("stdin", None, lambda _: pieces(sys.stdin.buffer))]
+        return [Source(shown(where), None, lambda _: pieces(sys.stdin.buffer))]
     found = _SCHEME.match(where)
     if found is None:
         return _local(where)
