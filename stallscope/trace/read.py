@@ -28,24 +28,21 @@ from stallscope.trace.decode import (
 from stallscope.trace.estimated import FIDELITY_REQUESTS, estimated_tables
 from stallscope.trace.findings import Findings
 from stallscope.trace.frontends import join_frontends
+from stallscope.trace.gaps import (
+    TokenTimes,
+    first_tokens,
+    gap_table,
+    mean_gaps,
+    seen_token_times,
+    told_token_times,
+)
 from stallscope.trace.gpu import gpu_table
 from stallscope.trace.model import Trace
 from stallscope.trace.otlp import Progress, Reader, Resource, find_sources, shown
 from stallscope.trace.plain_spans import engine_of
 from stallscope.trace.rebuild import Rebuilt, rebuild
 from stallscope.trace.reconstruct import known_clock, reconstruct
-from stallscope.trace.requests import (
-    KnownRequest,
-    StepTimes,
-    TokenTimes,
-    gap_table,
-    match_requests,
-    mean_gaps,
-    request_table,
-    seen_token_times,
-    told_stations,
-    told_token_times,
-)
+from stallscope.trace.requests import KnownRequest, StepTimes, match_requests, request_table, told_stations
 from stallscope.trace.residency import ResidencyColumns, residency_columns, residency_table
 from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import Column, encode, names_at, plain_table, same
@@ -251,7 +248,7 @@ def _tables_of(life: _Life, findings: Findings) -> Plain:
     models = [_text(one, names.MODEL) or "" for one in life.resources]
     served = models[columns["resource"][0]] if len(life.steps) else ""
     models_of = [served if one.span is None else models[one.span.resource] for one in known]
-    requests = request_table(life.name, known, models_of, times, told)
+    requests = request_table(life.name, known, models_of, times, first_tokens(told))
     tables = {
         "replicas": _replica_table(life, times, [one.arrival for one in known]),
         "requests": requests,
