@@ -267,6 +267,10 @@ def _add_step(replica: ReplicaSpans, resource: int, span: Span) -> int:
             raise
         scalars = tuple(attributes.get(name, 0) for name in _SCALARS)
         missing = sum(name not in attributes for name in _SCALARS)
+    if len(attributes) == len(_SCALARS) and not missing:  # most steps say nothing else
+        replica.rows.append((span.start, span.end, *scalars, 0, NOT_MEASURED, 0, 0, resource))
+        replica.composition.append(None)
+        return 0
     get = attributes.get
     optional = (get(names.IDLE, 0), get(names.DEVICE, NOT_MEASURED), get(names.KV_CACHED, 0), get(names.DROPPED, 0))
     replica.rows.append((span.start, span.end, *scalars, *optional, resource))

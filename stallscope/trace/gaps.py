@@ -55,8 +55,7 @@ def first_tokens(tokens: TokenTimes) -> dict[int, int]:
 def told_token_times(replica: str, known: Sequence[KnownRequest], findings: Findings) -> TokenTimes:
     """Token times that request spans carry. Those that are no list of durations are left out."""
     texts = pa.array([one.span.text(names.TOKEN_TIMES) or None if one.span else None for one in known], pa.string())
-    sound = pc.match_substring_regex(texts, _TOKEN_TIMES).fill_null(False)
-    lists = pc.split_pattern(pc.if_else(sound, texts, None), ",")
+    lists = pc.split_pattern(pc.if_else(pc.match_substring_regex(texts, _TOKEN_TIMES), texts, None), ",")
     lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     durations = pc.list_flatten(lists).cast(pa.int64()).to_numpy(zero_copy_only=False)
     begins = np.cumsum(lengths) - lengths

@@ -207,23 +207,22 @@ class JsonDecoder:
 
 
 def _span(raw: _Span) -> Span:
-    return Span(
-        raw.name,
-        raw.traceId.lower(),
-        raw.traceState,
-        raw.startTimeUnixNano,
-        raw.endTimeUnixNano,
-        *_attributes(raw.attributes),
-    )
+    attributes = _attributes(raw.attributes)
+    start, end = raw.startTimeUnixNano, raw.endTimeUnixNano
+    if None not in attributes.values():
+        return Span(raw.name, raw.traceId.lower(), raw.traceState, start, end, cast(Attributes, attributes))
+    return Span(raw.name, raw.traceId.lower(), raw.traceState, start, end, *_sound(attributes))
 
 
-def _attributes(raw: list[_KeyValue]) -> tuple[Attributes, int]:
-    """Attributes by name, and how many were left out since their value is nothing OTLP allows."""
-    attributes = {  # integers, nine values of ten, without a call
+def _attributes(raw: list[_KeyValue]) -> dict[str, Value | None]:
+    """Attributes by name, None where the value is nothing OTLP allows."""
+    return {  # integers, nine values of ten, without a call
         item.key: number if (number := item.value.intValue) is not None else _plain(item.value) for item in raw
     }
-    if None not in attributes.values():
-        return cast(Attributes, attributes), 0
+
+
+def _sound(attributes: dict[str, Value | None]) -> tuple[Attributes, int]:
+    """Those with a value, and how many have none."""
     sound: Attributes = {key: value for key, value in attributes.items() if value is not None}
     return sound, len(attributes) - len(sound)
 
@@ -267,5 +266,5 @@ def _sound_attributes(raw: object) -> tuple[Attributes, int]:
             sound.append(_as_key_value(item))
         except _OTHERWISE:
             bad += 1
-    attributes, more = _attributes(sound)
+    attributes, more = _sound(_attributes(sound))
     return attributes, bad + more
