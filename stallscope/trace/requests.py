@@ -23,6 +23,24 @@ from stallscope_telemetry.records import FinishReason, RequestInfo
 _SAID_BY_ABSENCE = ("queued", "scheduled", "first_token")  # a span of ours has what the request got to
 _REASON_NAMES = {reason: reason.name.lower() for reason in FinishReason}
 _FINISH_REASONS = frozenset(_REASON_NAMES.values())
+_TOLD = (
+    names.HANDLE,
+    names.TENANT_SOURCE,
+    names.PRIORITY,
+    names.SESSION,
+    names.PREDECESSOR,
+    names.RETRY_OF,
+    names.QUEUED,
+    names.SCHEDULED,
+    names.DELIVERED,
+    names.USAGE_PROMPT,
+    names.CACHED_TOKENS,
+    names.PREFIX,
+    names.REQUEST_MAX_TOKENS,
+    names.USAGE_COMPLETION,
+    names.PREEMPTIONS,
+    names.FINISH_REASON,
+)  # what a request span says that goes into the table as it is
 _NOT_TOLD = Stations(None, None, None)
 
 
@@ -213,14 +231,16 @@ def _seen_columns(requests: Sequence[SeenRequest | None], times: StepTimes) -> d
 def _span_columns(spans: Sequence[RequestSpan | None]) -> dict[str, _Values]:
     """What the spans tell; None where one does not, or is None. A span with our handle leaves out what is 0."""
     attributes: list[Attributes] = [{} if one is None else one.attributes for one in spans]
+    # All of one span, then the next: looked up name by name, each is out of the processor's cache again.
+    rows = [tuple(map(one.get, _TOLD)) for one in attributes]
+    told_values = dict(zip(_TOLD, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(_TOLD, ())
 
     def integers(name: str) -> list[int | None]:
-        values = [one.get(name) for one in attributes]
+        values = told_values[name]
         return [value if type(value) is int and 0 <= value < MOST else None for value in values]
 
     def texts(name: str) -> list[str | None]:
-        values = [one.get(name) for one in attributes]
-        return [value if isinstance(value, str) and value else None for value in values]
+        return [value if isinstance(value, str) and value else None for value in told_values[name]]
 
     handles = integers(names.HANDLE)
 
