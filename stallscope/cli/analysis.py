@@ -50,7 +50,7 @@ class _Asked:
 
 
 def analyze(
-    trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    trace: Annotated[Path, typer.Argument(help="A trace: file, folder, glob, URL, or - for standard input.")],
     since: Annotated[
         str | None, typer.Option(help="From when on: 2026-01-31T14:05:00, 14:05, +30s (after the start), -5m.")
     ] = None,
@@ -94,7 +94,7 @@ def analyze(
 
 
 def explain(
-    trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    trace: Annotated[Path, typer.Argument(help="A trace: file, folder, glob, URL, or - for standard input.")],
     request: Annotated[str, typer.Argument(help="The request's id, as `stallscope analyze` shows it.")],
     tenants: TenantLog = None,
 ) -> None:
@@ -108,7 +108,7 @@ def explain(
 
 
 def doctor(
-    trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    trace: Annotated[Path, typer.Argument(help="A trace: file, folder, glob, URL, or - for standard input.")],
     tenants: TenantLog = None,
     output: Annotated[TableFormat, typer.Option("--format", help="text for people, json for machines.")] = (
         TableFormat.text
@@ -180,6 +180,8 @@ def _diagnosis(
     from stallscope.reports.saved import Saved
 
     saved = Saved(path, repr(asked), out, _logs(asked))
+    if save:
+        saved.check()
     kept = saved.load()
     if kept is not None:
         diagnosis, place = kept
