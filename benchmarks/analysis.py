@@ -43,7 +43,7 @@ from rich.table import Table
 
 from stallscope.diagnosis import Diagnosis
 from stallscope.trace import Trace, read_trace, write_parquet
-from stallscope.trace.requests import GAP_FLOOR_STEPS
+from stallscope.trace.gaps import GAP_FLOOR_STEPS
 from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import encode, names_at, plain_table, same
 

@@ -19,7 +19,7 @@ class TableFormat(StrEnum):
 
 
 def explain(
-    trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    trace: Annotated[Path, typer.Argument(help="A trace: file, folder, glob, URL, or - for standard input.")],
     request: Annotated[str, typer.Argument(help="The request's id, as `stallscope analyze` shows it.")],
     tenants: TenantLog = None,
 ) -> None:
@@ -33,7 +33,7 @@ def explain(
 
 
 def doctor(
-    trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    trace: Annotated[Path, typer.Argument(help="A trace: file, folder, glob, URL, or - for standard input.")],
     tenants: TenantLog = None,
     output: Annotated[TableFormat, typer.Option("--format", help="text for people, json for machines.")] = (
         TableFormat.text

@@ -63,7 +63,7 @@ class _Run:
 
 
 def analyze(
-    trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    trace: Annotated[Path, typer.Argument(help="A trace: file, folder, glob, URL, or - for standard input.")],
     since: Annotated[
         str | None, typer.Option(help="From when on: 2026-01-31T14:05:00, 14:05, +30s (after the start), -5m.")
     ] = None,
@@ -130,6 +130,8 @@ def _diagnosis(
     from stallscope.reports.saved import Saved
 
     saved = Saved(path, repr(asked), out, _logs(asked))
+    if save:
+        saved.check()
     kept = saved.load()
     if kept is not None:
         diagnosis, place = kept

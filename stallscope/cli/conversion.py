@@ -31,7 +31,9 @@ class RowFormat(StrEnum):
 
 
 def convert(
-    trace: Annotated[Path, typer.Argument(metavar="IN", help="A trace file, or a folder of them.")],
+    trace: Annotated[
+        Path, typer.Argument(metavar="IN", help="A trace: file, folder, glob, URL, or - for standard input.")
+    ],
     out: Annotated[
         str,
         typer.Argument(
@@ -83,7 +85,7 @@ def convert(
 
 
 def sql(
-    trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    trace: Annotated[Path, typer.Argument(help="A trace: file, folder, glob, URL, or - for standard input.")],
     query: Annotated[str, typer.Argument(metavar="SELECT", help='Such as "select tenant, count(*) from requests ..."')],
     output: Annotated[
         RowFormat, typer.Option("--format", help="text for people (500 rows), csv and json for all rows.")

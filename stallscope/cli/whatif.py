@@ -13,7 +13,7 @@ from stallscope.errors import UsageError
 
 
 def whatif(
-    trace: Annotated[Path, typer.Argument(help="A trace file, or a folder of them.")],
+    trace: Annotated[Path, typer.Argument(help="A trace: file, folder, glob, URL, or - for standard input.")],
     usual: Annotated[
         list[str] | None, typer.Option(help="With this tenant as it usually is; may be given again.")
     ] = None,

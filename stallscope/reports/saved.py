@@ -33,8 +33,8 @@ class Saved:
 
     def load(self) -> tuple[Diagnosis, Path] | None:
         """What was kept earlier, and where; None where there is nothing that fits."""
-        # Reading the trace to name the file takes time: only where there may be one.
-        if not any(self._kept(folder) for folder in self._folders):
+        # Reading the trace to name the file takes time: only where there may be one. A stream is read but once.
+        if not self._trace.exists() or not any(self._kept(folder) for folder in self._folders):
             return None
         for path in (folder / self._name() for folder in self._folders):
             if not path.is_file():
@@ -44,6 +44,11 @@ class Saved:
             except (OSError, ValueError) as error:
                 log.warning("%s: not readable as a diagnosis (%s); the trace is diagnosed anew", path, error)
         return None
+
+    def check(self) -> None:
+        """Says before any work that a diagnosis can't be kept. Raises UsageError."""
+        if not self._trace.exists():
+            raise UsageError(f"{self._trace}: --save names a diagnosis by the bytes of a file or folder; leave it out")
 
     def keep(self, diagnosis: Diagnosis) -> Path:
         """Writes it to the first folder. Raises UsageError where that can't be written."""

@@ -38,7 +38,7 @@ def client_table(spans: Sequence[ClientSpan], requests: pa.Table, findings: Find
     Joined with ``requests`` by trace id, else by request id where one replica alone has it; then ``replica`` and
     ``request`` are those of the request. A request that never reached an engine has no replica.
     """
-    by_trace, by_id = _places(requests)
+    by_trace, by_id = _places(requests) if spans else ({}, {})
     rows = []
     seen: set[tuple[str, str, int]] = set()
     for span in sorted(spans, key=lambda span: (span.sent, span.end, span.request_id, span.trace_id)):

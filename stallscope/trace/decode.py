@@ -23,7 +23,7 @@ from stallscope.trace.otlp import Attributes, Resource, Span, SpanGroup, Value
 from stallscope.trace.otlp.spans import MALFORMED
 from stallscope.trace.plain_spans import claimed_tenant, sampled_share
 from stallscope_telemetry import names
-from stallscope_telemetry.records import RequestInfo, RequestSnapshot, RequestState, WaitReason
+from stallscope_telemetry.records import RequestInfo, RequestState, WaitReason
 
 Ints = npt.NDArray[np.int64]
 
@@ -132,6 +132,8 @@ class Steps:
     def take(self, order: Ints | npt.NDArray[np.bool_]) -> Steps:
         """The chosen rows, in that order."""
         positions = np.arange(len(self))[order]
+        if len(positions) == len(self) and bool((np.diff(positions) > 0).all()):
+            return self
         return Steps(
             {name: column[positions] for name, column in self.columns.items()},
             [self.composition[position] for position in positions.tolist()],
@@ -265,6 +267,10 @@ def _add_step(replica: ReplicaSpans, resource: int, span: Span) -> int:
             raise
         scalars = tuple(attributes.get(name, 0) for name in _SCALARS)
         missing = sum(name not in attributes for name in _SCALARS)
+    if len(attributes) == len(_SCALARS) and not missing:  # most steps say nothing else
+        replica.rows.append((span.start, span.end, *scalars, 0, NOT_MEASURED, 0, 0, resource))
+        replica.composition.append(None)
+        return 0
     get = attributes.get
     optional = (get(names.IDLE, 0), get(names.DEVICE, NOT_MEASURED), get(names.KV_CACHED, 0), get(names.DROPPED, 0))
     replica.rows.append((span.start, span.end, *scalars, *optional, resource))
@@ -334,8 +340,13 @@ def groups_of(attributes: Attributes, name: str, size: int) -> Iterator[tuple[in
     return zip(*[iter(numbers)] * size, strict=True)
 
 
+def _is_list_of(kind: type, values: Value) -> bool:
+    """Lists are of one type (``otlp.Value``): the first tells of all."""
+    return type(values) is list and (not values or type(values[0]) is kind)
+
+
 def _sound_ints(name: str, values: Value, length: int | None, least: int = 0, limit: int = MOST_TOKENS) -> list[int]:
-    if not isinstance(values, list) or set(map(type, values)) - {int}:
+    if not _is_list_of(int, values):
         raise Unsound(f"{name} is no list of integers")
     numbers = cast(list[int], values)
     if length is not None and len(numbers) != length:
@@ -346,22 +357,63 @@ def _sound_ints(name: str, values: Value, length: int | None, least: int = 0, li
 
 
 def _sound_strings(name: str, values: Value, length: int) -> list[str]:
-    if not isinstance(values, list) or set(map(type, values)) - {str}:
+    if not _is_list_of(str, values):
         raise Unsound(f"{name} is no list of strings")
-    if len(values) != length:
+    words = cast(list[str], values)
+    if len(words) != length:
         raise Unsound(f"{name} has another length than {names.R_HANDLE}")
-    return cast(list[str], values)
+    return words
 
 
 def member(kind: type[_Enum], value: int) -> _Enum | None:
     """The member of an enum of the contract, None where this version knows no such number."""
-    try:
-        return kind(value)
-    except ValueError:
-        return None
+    found = kind._value2member_map_.get(value)
+    return cast("_Enum | None", found)
 
 
-def describe_requests(attributes: Attributes, scheduled_ns: int, unsound: list[str]) -> list[RequestSnapshot]:
+@dataclass(slots=True)
+class Described:
+    """The requests that a step describes, as parallel lists. ``waits``: reason, if it is known, and amount lacking, by
+    handle."""
+
+    scheduled_ns: int
+    handles: list[int]
+    ids: list[str]
+    prompts: list[int]
+    most: list[int]
+    ages: list[int]
+    priorities: list[int]
+    tenants: list[str]
+    sources: list[str]
+    traces: list[str]
+    sessions: list[str]
+    predecessors: list[str]
+    retries: list[str]
+    states: list[RequestState]
+    computed: list[int]
+    output: list[int]
+    cached: list[int]
+    waits: dict[int, tuple[int, int]]
+
+    def info(self, i: int) -> RequestInfo:
+        """What never changes about request ``i``."""
+        return RequestInfo(
+            handle=self.handles[i],
+            request_id=self.ids[i],
+            arrival_ns=self.scheduled_ns - self.ages[i],
+            prompt_tokens=self.prompts[i],
+            max_tokens=self.most[i],
+            tenant=self.tenants[i],
+            tenant_source=self.sources[i],
+            priority=self.priorities[i],
+            session=self.sessions[i],
+            predecessor=self.predecessors[i],
+            retry_of=self.retries[i],
+            trace_id=_trace_id(self.traces[i]),
+        )
+
+
+def describe_requests(attributes: Attributes, scheduled_ns: int, unsound: list[str]) -> Described:
     """The requests that a step's ``stallscope.request.*`` arrays describe.
 
     Raises Unsound where handles, ids or prompt lengths are not sound; of any other array that is not, ``unsound``
@@ -371,72 +423,57 @@ def describe_requests(attributes: Attributes, scheduled_ns: int, unsound: list[s
     length = len(handles)
     ids = _sound_strings(names.R_ID, attributes.get(names.R_ID, []), length)
     prompts = _sound_ints(names.R_PROMPT, attributes.get(names.R_PROMPT, []), length)
+    zeros, empty = [0] * length, [""] * length
 
     def integers(name: str, least: int = 0, limit: int = MOST_TOKENS) -> list[int]:
         if name not in attributes:
-            return [0] * length
+            return zeros
         try:
             return _sound_ints(name, attributes[name], length, least, limit)
         except Unsound as error:
             unsound.append(str(error))
-            return [0] * length
+            return zeros
 
     def strings(name: str) -> list[str]:
         if name not in attributes:
-            return [""] * length
+            return empty
         try:
             return _sound_strings(name, attributes[name], length)
         except Unsound as error:
             unsound.append(str(error))
-            return [""] * length
+            return empty
 
     try:
-        waits = {handle: (reason, lacking) for handle, reason, lacking in groups_of(attributes, names.R_WAITS, 3)}
+        waits = {
+            handle: (reason, lacking)
+            for handle, reason, lacking in groups_of(attributes, names.R_WAITS, 3)
+            if member(WaitReason, reason) is not None
+        }
     except Unsound as error:
         unsound.append(str(error))
         waits = {}
-    most, ages, priorities = (
-        integers(names.R_MAX),
-        integers(names.R_AGE, -MOST, MOST),
-        integers(names.R_PRIORITY, -MOST),
+    states = [member(RequestState, state) for state in integers(names.R_STATE)]
+    unsound += [f"{names.R_STATE} holds a state that is not known"] * states.count(None)
+    return Described(
+        scheduled_ns=scheduled_ns,
+        handles=handles,
+        ids=ids,
+        prompts=prompts,
+        most=integers(names.R_MAX),
+        ages=integers(names.R_AGE, -MOST, MOST),
+        priorities=integers(names.R_PRIORITY, -MOST),
+        tenants=strings(names.R_TENANT),
+        sources=strings(names.R_SOURCE),
+        traces=strings(names.R_TRACE),
+        sessions=strings(names.R_SESSION),
+        predecessors=strings(names.R_PREDECESSOR),
+        retries=strings(names.R_RETRY_OF),
+        states=[RequestState.WAITING if state is None else state for state in states],
+        computed=integers(names.R_COMPUTED),
+        output=integers(names.R_OUTPUT),
+        cached=integers(names.R_CACHED),
+        waits=waits,
     )
-    tenants, sources, traces = strings(names.R_TENANT), strings(names.R_SOURCE), strings(names.R_TRACE)
-    sessions, predecessors, retries = strings(names.R_SESSION), strings(names.R_PREDECESSOR), strings(names.R_RETRY_OF)
-    states, computed, output = integers(names.R_STATE), integers(names.R_COMPUTED), integers(names.R_OUTPUT)
-    cached, blocks = integers(names.R_CACHED), integers(names.R_BLOCKS)
-    snapshots = []
-    for i, handle in enumerate(handles):
-        state = member(RequestState, states[i])
-        if state is None:
-            unsound.append(f"{names.R_STATE} holds a state that is not known")
-        reason, lacking = waits.get(handle, (None, 0))
-        info = RequestInfo(
-            handle=handle,
-            request_id=ids[i],
-            arrival_ns=scheduled_ns - ages[i],
-            prompt_tokens=prompts[i],
-            max_tokens=most[i],
-            tenant=tenants[i],
-            tenant_source=sources[i],
-            priority=priorities[i],
-            session=sessions[i],
-            predecessor=predecessors[i],
-            retry_of=retries[i],
-            trace_id=_trace_id(traces[i]),
-        )
-        snapshots.append(
-            RequestSnapshot(
-                info=info,
-                state=RequestState.WAITING if state is None else state,
-                computed_tokens=computed[i],
-                output_tokens=output[i],
-                cached_tokens=cached[i],
-                blocks=blocks[i],
-                wait_reason=None if reason is None else member(WaitReason, reason),
-                lacking=lacking,
-            )
-        )
-    return snapshots
 
 
 def _trace_id(text: str) -> int:

@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 
 from stallscope.errors import UsageError
 from stallscope.trace.findings import Finding
+from stallscope.trace.gaps import NO_TOKENS, TokenTimes, gap_table, mean_gaps
 from stallscope.trace.model import Trace
 from stallscope.trace.reconstruct import estimate_clock, reconstruct, step_sums
-from stallscope.trace.requests import NO_STEPS, NO_TOKENS, TokenTimes, gap_table, mean_gaps, told_stations
+from stallscope.trace.requests import NO_STEPS, told_stations
 from stallscope.trace.residency import residency_table
 from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import Column, encode, plain_schema, plain_table, same

@@ -21,7 +21,7 @@ from stallscope.errors import UsageError
 from stallscope.nodes import Node, read_yaml
 from stallscope.trace.findings import Finding, Findings
 from stallscope.trace.foreign import ForeignTable, Record, read_foreign, table_of, tidy
-from stallscope.trace.otlp import Reader, SpanGroup, find_files
+from stallscope.trace.otlp import Reader, SpanGroup, find_sources
 from stallscope.trace.references import Ints
 from stallscope.trace.rename import UNKNOWN
 from stallscope.trace.tables import Column, encode, plain_table, same
@@ -152,7 +152,7 @@ def _spans(path: Path, mapping: RequestMapping, findings: Findings) -> ForeignTa
     """Spans of the mapping's name as a table: a column for each attribute, those of the resource behind ``resource.``,
     and ``start``, ``end`` (ns), ``trace_id``. Raises UsageError where there is none."""
     reader = Reader(findings)
-    table = table_of(_span_records(reader.read(find_files(path)), mapping.span), mapping.columns)
+    table = table_of(_span_records(reader.read(find_sources(path)), mapping.span), mapping.columns)
     if not len(table.rows):
         raise UsageError(f"{path}: no span in it is called {mapping.span!r}; give OTLP files with such spans")
     return table

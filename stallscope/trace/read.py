@@ -28,24 +28,21 @@ from stallscope.trace.decode import (
 from stallscope.trace.estimated import FIDELITY_REQUESTS, estimated_tables
 from stallscope.trace.findings import Findings
 from stallscope.trace.frontends import join_frontends
+from stallscope.trace.gaps import (
+    TokenTimes,
+    first_tokens,
+    gap_table,
+    mean_gaps,
+    seen_token_times,
+    told_token_times,
+)
 from stallscope.trace.gpu import gpu_table
 from stallscope.trace.model import Trace
-from stallscope.trace.otlp import Progress, Reader, Resource, find_files
+from stallscope.trace.otlp import Progress, Reader, Resource, find_sources, shown
 from stallscope.trace.plain_spans import engine_of
 from stallscope.trace.rebuild import Rebuilt, rebuild
 from stallscope.trace.reconstruct import known_clock, reconstruct
-from stallscope.trace.requests import (
-    KnownRequest,
-    StepTimes,
-    TokenTimes,
-    gap_table,
-    match_requests,
-    mean_gaps,
-    request_table,
-    seen_token_times,
-    told_stations,
-    told_token_times,
-)
+from stallscope.trace.requests import KnownRequest, StepTimes, match_requests, request_table, told_stations
 from stallscope.trace.residency import ResidencyColumns, residency_columns, residency_table
 from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import Column, encode, names_at, plain_table, same
@@ -84,16 +81,16 @@ Plain = Mapping[str, pa.Table]
 
 
 def read_trace(path: str | Path, progress: Progress | None = None) -> Trace:
-    """Reads OTLP files (JSON or protobuf; plain, gzip or zstd), a folder of them, or one that `write_parquet` wrote.
+    """Reads OTLP (JSON or protobuf; plain, gzip or zstd) from all that ``path`` names (``otlp.sources``), or the folder
+    that `write_parquet` wrote.
 
-    ``progress`` is called with bytes read and bytes in all. Raises UsageError where there is nothing sound to read;
-    anything less is a finding in the trace.
+    ``progress`` is called with bytes read and bytes in all, where they are known. Raises UsageError where there is
+    nothing sound to read; anything less is a finding in the trace.
     """
-    path = Path(path)
-    if parquet.is_trace_folder(path):
-        return parquet.read_parquet(path)
+    if parquet.is_trace_folder(Path(path)):
+        return parquet.read_parquet(Path(path))
     with _no_garbage_collection():
-        return _read_files(path, progress)
+        return _read_sources(path, progress)
 
 
 @contextmanager
@@ -108,14 +105,14 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read_files(path: Path, progress: Progress | None) -> Trace:
-    findings = Findings()
-    files = find_files(path)
+def _read_sources(trace: str | Path, progress: Progress | None) -> Trace:
+    findings, path = Findings(), shown(trace)
     reader = Reader(findings, progress)
-    collected = collect(reader.read(files), findings)
+    collected = collect(reader.read(find_sources(trace)), findings)
     join_frontends(list(collected.replicas.values()))
     if not reader.saw_otlp:
-        damage = next((f" ({one.text.partition(';')[0]})" for one in findings.all() if one.kind == "damaged_file"), "")
+        damaged = (one.text for one in findings.all() if one.kind in ("damaged_file", "unreadable_file"))
+        damage = next((f" ({text.partition(';')[0]})" for text in damaged), "")
         raise UsageError(
             f"{path}: no OTLP in it{damage}; expected what OpenTelemetry exports, JSON or protobuf, plain, gzip or zstd"
         )
@@ -125,7 +122,7 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
             "put the engine's trace into the same folder"
         )
     text = "spans that are neither engine.step nor llm_request, llm_client or gpu.sample"
-    findings.add("foreign_spans", str(path), "", text, collected.foreign)
+    findings.add("foreign_spans", path, "", text, collected.foreign)
     lives = list(_lives(collected, findings))
     if collected.step_count and not any(len(life.steps) for life in lives):
         raise UsageError(
@@ -143,7 +140,7 @@ def _read_files(path: Path, progress: Progress | None) -> Trace:
     tables["clients"] = encode("clients", [client_table(collected.clients, tables["requests"], findings)])
     for finding in check_times(tables):
         findings.add(finding.kind, finding.where, "", finding.text, finding.count)
-    return Trace(tables, str(path), findings.all())
+    return Trace(tables, path, findings.all())
 
 
 # --- one life of a replica's process ------------------------------------------------------------------------
@@ -251,7 +248,7 @@ def _tables_of(life: _Life, findings: Findings) -> Plain:
     models = [_text(one, names.MODEL) or "" for one in life.resources]
     served = models[columns["resource"][0]] if len(life.steps) else ""
     models_of = [served if one.span is None else models[one.span.resource] for one in known]
-    requests = request_table(life.name, known, models_of, times, told)
+    requests = request_table(life.name, known, models_of, times, first_tokens(told))
     tables = {
         "replicas": _replica_table(life, times, [one.arrival for one in known]),
         "requests": requests,

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
-from stallscope.trace.decode import Unsound, describe_requests, groups_of, member
+from stallscope.trace.decode import Described, Unsound, describe_requests, groups_of, member
 from stallscope.trace.findings import Findings
 from stallscope.trace.otlp import Attributes
 from stallscope_telemetry import names
-from stallscope_telemetry.records import FinishReason, RequestInfo, RequestSnapshot, RequestState, WaitReason
+from stallscope_telemetry.records import FinishReason, RequestInfo, RequestState, WaitReason
 
 NOT_WAITING = (-1, -1)  # reason and amount lacking of who does not wait, or did not say why
 _NO_GROUPS: list[tuple[int, ...]] = []
@@ -215,7 +215,7 @@ class _Machine:
             self._note("keyframe_differs", step, text)
             self._forget(step - 1)
 
-        joined = self._join(step, described or [], certainly_now=self.known or keyframe is None)
+        joined = self._join(step, described, certainly_now=self.known or keyframe is None)
         for handle, reason in left_before:
             self._leave(handle, reason, step, step - 1)
         if keyframe is not None and not self.known:
@@ -294,23 +294,24 @@ class _Machine:
 
     # --- requests come and go -------------------------------------------------------------------------------
 
-    def _join(self, step: int, described: list[RequestSnapshot], certainly_now: bool) -> list[SeenRequest]:
+    def _join(self, step: int, described: Described | None, certainly_now: bool) -> list[SeenRequest]:
         """Notes requests not known yet and returns them, waiting; ``certainly_now``: none has joined earlier."""
+        if described is None:
+            return []
         joined = []
-        for snapshot in described:
-            info = snapshot.info
-            known = self._by_handle.get(info.handle)
+        for i, (handle, name) in enumerate(zip(described.handles, described.ids, strict=True)):
+            known = self._by_handle.get(handle)
             if known is not None:
-                if known.info.request_id == info.request_id:
+                if known.info.request_id == name:
                     continue
                 self._note("handle_reused", step, "a handle names another request than before; the later one counts")
-                if self._alive.pop(info.handle, None) is not None:
+                if self._alive.pop(handle, None) is not None:
                     self._close(known, step - 1)
                     known.lost = True
-            request = SeenRequest(len(self.rebuilt.requests), info, cached_tokens=snapshot.cached_tokens)
+            request = SeenRequest(len(self.rebuilt.requests), described.info(i), cached_tokens=described.cached[i])
             request.queued_step = step if certainly_now else None
             self.rebuilt.requests.append(request)
-            self._by_handle[info.handle] = self._alive[info.handle] = request
+            self._by_handle[handle] = self._alive[handle] = request
             joined.append(request)
         return joined
 
@@ -328,22 +329,21 @@ class _Machine:
         if not self.known and request.finish_reason is FinishReason.LENGTH:
             request.output_tokens = request.info.max_tokens
 
-    def _adopt(self, keyframe: list[RequestSnapshot]) -> list[SeenRequest]:
+    def _adopt(self, keyframe: Described) -> list[SeenRequest]:
         """Takes everybody's state from the keyframe; all decode one token unless the step says otherwise."""
-        present = {snapshot.info.handle for snapshot in keyframe}
+        present = set(keyframe.handles)
         for handle in [handle for handle in self._alive if handle not in present]:
             self._alive.pop(handle).lost = True
-        for snapshot in keyframe:
-            request = self._by_handle[snapshot.info.handle]
-            self._alive[snapshot.info.handle] = request
+        for i, handle in enumerate(keyframe.handles):
+            request = self._by_handle[handle]
+            self._alive[handle] = request
             request.lost = False
             request.left_step = request.finish_reason = None
-            request.state = snapshot.state
-            request.computed_tokens = snapshot.computed_tokens
-            request.output_tokens = snapshot.output_tokens
-            request.cached_tokens = snapshot.cached_tokens
-            reason = snapshot.wait_reason
-            request.wait = NOT_WAITING if reason is None else (int(reason), snapshot.lacking)
+            request.state = keyframe.states[i]
+            request.computed_tokens = keyframe.computed[i]
+            request.output_tokens = keyframe.output[i]
+            request.cached_tokens = keyframe.cached[i]
+            request.wait = keyframe.waits.get(handle, NOT_WAITING)
             request.taker = -1
             request.debts.clear()
         self.known = True
@@ -353,7 +353,7 @@ class _Machine:
     def _agrees(
         self,
         step: int,
-        keyframe: list[RequestSnapshot],
+        keyframe: Described,
         left_before: list[tuple[int, ...]],
         preempted: list[tuple[int, ...]],
         chunks: list[tuple[int, ...]],
@@ -363,24 +363,20 @@ class _Machine:
         lost_blocks = {handle for handle, _ in preempted}
         admitted = {handle for handle, _ in chunks}
         expected = self._alive.keys() - {handle for handle, _ in left_before}
-        if not expected <= {snapshot.info.handle for snapshot in keyframe}:
+        if not expected <= set(keyframe.handles):
             return False
-        for snapshot in keyframe:
-            handle = snapshot.info.handle
+        told = zip(keyframe.handles, keyframe.states, keyframe.computed, keyframe.output, strict=True)
+        for handle, state, told_computed, told_output in told:
             request = self._alive.get(handle)
             if request is None:  # it has just joined, or else it was missed
-                if handle in self._by_handle or snapshot.output_tokens or snapshot.state is RequestState.PREEMPTED:
+                if handle in self._by_handle or told_output or state is RequestState.PREEMPTED:
                     return False
                 continue
             runs = handle in admitted or (request.state is RequestState.RUNNING and handle not in lost_blocks)
             computed, output, _ = request.progress(step - 1)
             if handle in lost_blocks or handle in cached:
                 computed = cached.get(handle, 0)
-            if (runs, computed, output) != (
-                snapshot.state is RequestState.RUNNING,
-                snapshot.computed_tokens,
-                snapshot.output_tokens,
-            ):
+            if (runs, computed, output) != (state is RequestState.RUNNING, told_computed, told_output):
                 return False
         return True
 
@@ -462,10 +458,10 @@ class _Machine:
 
     # --- reading what a step says ---------------------------------------------------------------------------
 
-    def _describe(self, step: int, scheduled_ns: int, attributes: Attributes) -> list[RequestSnapshot] | None:
-        """Requests that the step describes; None where it should and can't."""
+    def _describe(self, step: int, scheduled_ns: int, attributes: Attributes) -> Described | None:
+        """Requests that the step describes; None where there are none, or it can't be told."""
         if names.R_HANDLE not in attributes:
-            return None if names.KEYFRAME in attributes else []
+            return None
         unsound: list[str] = []
         try:
             described = describe_requests(attributes, scheduled_ns, unsound)

@@ -1,34 +1,47 @@
-"""Requests and their inter-token gaps: what the steps saw, completed by the request spans."""
+"""Requests: what the steps saw, completed by the request spans."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stallscope.trace import reconstruct
-from stallscope.trace.decode import LATEST, UNKNOWN, Ints, RequestSpan
+from stallscope.trace.decode import MOST, UNKNOWN, Ints, RequestSpan
 from stallscope.trace.findings import Findings
+from stallscope.trace.otlp import Attributes
 from stallscope.trace.plain_spans import Stations, stations
-from stallscope.trace.rebuild import Phase, Rebuilt, SeenRequest
-from stallscope.trace.residency import ResidencyColumns
-from stallscope.trace.schema import TABLES
-from stallscope.trace.tables import Column, names_at, plain_table, same
+from stallscope.trace.rebuild import Rebuilt, SeenRequest
+from stallscope.trace.tables import Column, plain_table, same
 from stallscope_telemetry import names
-from stallscope_telemetry.records import FinishReason
+from stallscope_telemetry.records import FinishReason, RequestInfo
 
-# A gap of four typical steps is one that a user of a streaming answer can notice and an analysis must keep; the usual
-# ones only shape percentiles, for which a few bins do. Below 1 ms nobody notices any gap.
-GAP_FLOOR_STEPS = 4
-LEAST_GAP_FLOOR_NS = 1_000_000
 _SAID_BY_ABSENCE = ("queued", "scheduled", "first_token")  # a span of ours has what the request got to
-_FINISH_REASONS = frozenset(reason.name.lower() for reason in FinishReason)
-# 16 digits are 115 days of ns: a gap beyond is damage.
-_TOKEN_TIMES = r"^[0-9]{1,16}(,[0-9]{1,16})*$"
+_REASON_NAMES = {reason: reason.name.lower() for reason in FinishReason}
+_FINISH_REASONS = frozenset(_REASON_NAMES.values())
+_TOLD = (
+    names.HANDLE,
+    names.TENANT_SOURCE,
+    names.PRIORITY,
+    names.SESSION,
+    names.PREDECESSOR,
+    names.RETRY_OF,
+    names.QUEUED,
+    names.SCHEDULED,
+    names.DELIVERED,
+    names.USAGE_PROMPT,
+    names.CACHED_TOKENS,
+    names.PREFIX,
+    names.REQUEST_MAX_TOKENS,
+    names.USAGE_COMPLETION,
+    names.PREEMPTIONS,
+    names.FINISH_REASON,
+)  # what a request span says that goes into the table as it is
+_NOT_TOLD = Stations(None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +85,7 @@ def match_requests(
     matched: set[int] = set()
     handles: set[int | None] = set()
     kept: set[tuple[str, int | None]] = set()
-    for span in sorted(spans, key=lambda span: (span.arrival, span.end, span.request_id, repr(span.attributes))):
+    for span in _in_order(spans):
         handle = span.integer(names.HANDLE)
         if (span.request_id, handle) in kept:
             findings.add("duplicate_request", replica, "", "request spans that came twice; the first one counts")
@@ -104,6 +117,14 @@ def match_requests(
     return named
 
 
+def _in_order(spans: Sequence[RequestSpan]) -> list[RequestSpan]:
+    """By arrival, end and id, and by all else that they say where these are the same: whichever was read first."""
+    order = [(span.arrival, span.end, span.request_id) for span in spans]
+    if len(set(order)) == len(order):
+        return [spans[position] for position in sorted(range(len(order)), key=order.__getitem__)]
+    return sorted(spans, key=lambda span: (span.arrival, span.end, span.request_id, repr(span.attributes)))
+
+
 def _id_of(seen: SeenRequest | None, span: RequestSpan | None) -> str:
     if seen is not None:
         return seen.info.request_id
@@ -121,221 +142,158 @@ class StepTimes:
     scheduled: Ints
     ready: Ints
 
-    def scheduled_at(self, step: int | None) -> int | None:
-        return None if step is None else int(self.scheduled[np.searchsorted(self.steps, step)])
+    def scheduled_at(self, steps: Iterable[int | None]) -> list[int | None]:
+        return self._at(self.scheduled, steps)
 
-    def ready_at(self, step: int | None) -> int | None:
-        return None if step is None else int(self.ready[np.searchsorted(self.steps, step)])
+    def ready_at(self, steps: Iterable[int | None]) -> list[int | None]:
+        return self._at(self.ready, steps)
+
+    def _at(self, times: Ints, steps: Iterable[int | None]) -> list[int | None]:
+        """Times of these steps, None where there is none."""
+        told = list(steps)
+        known = np.array([step for step in told if step is not None], dtype=np.int64)
+        found = iter(times[np.searchsorted(self.steps, known)].tolist())
+        return [None if step is None else next(found) for step in told]
 
 
 def request_table(
-    replica: str, known: Sequence[KnownRequest], models: Sequence[str], times: StepTimes, tokens: TokenTimes
+    replica: str,
+    known: Sequence[KnownRequest],
+    models: Sequence[str],
+    times: StepTimes,
+    first_tokens: Mapping[int, int],
 ) -> pa.Table:
-    """One row a request; ``models`` is parallel to ``known``."""
-    firsts = np.flatnonzero(np.diff(tokens.request, prepend=-1))
-    first_token = dict(zip(tokens.request[firsts].tolist(), tokens.time[firsts].tolist(), strict=True))
-    rows = []
-    for position, one in enumerate(known):
-        row: dict[str, object] = {} if one.seen is None else _seen_part(one.seen, times)
-        if one.span is not None:
-            part = _span_part(one.span)
-            part["first_token"] = first_token.get(position, part["first_token"])
-            said = _SAID_BY_ABSENCE if one.span.integer(names.HANDLE) is not None else ()
-            row |= {name: value for name, value in part.items() if value is not None or name in said}
-        names_of = {"replica": replica, "request": one.name, "tenant": one.tenant, "model": models[position] or None}
-        rows.append(row | names_of)
-    columns = {name: [row.get(name) for row in rows] for name in TABLES["requests"].names}
-    return plain_table("requests", columns, len(rows))
-
-
-def _seen_part(seen: SeenRequest, times: StepTimes) -> dict[str, object]:
-    info, reason = seen.info, seen.finish_reason
-    left_before = reason not in (None, FinishReason.STOP, FinishReason.LENGTH)
-    alive = "lost" if seen.lost else "open"
-    return {
-        "handle": info.handle,
-        "tenant_source": info.tenant_source or None,
-        "priority": info.priority,
-        "session": info.session or None,
-        "predecessor": info.predecessor or None,
-        "retry_of": info.retry_of or None,
-        "arrival": info.arrival_ns,
-        "queued": times.scheduled_at(seen.queued_step),
-        "scheduled": times.scheduled_at(seen.scheduled_step),
-        "first_token": times.ready_at(seen.first_token_step),
-        "end": times.scheduled_at(seen.left_step) if left_before else times.ready_at(seen.left_step),
-        "prompt_tokens": info.prompt_tokens,
-        "cached_tokens": seen.cached_tokens,
-        "max_tokens": info.max_tokens,
-        "output_tokens": seen.output_tokens,
-        "preemptions": seen.preemptions,
-        "state": alive if seen.left_step is None else "finished",
-        "finish_reason": None if reason is None else reason.name.lower(),
-        "trace_id": f"{info.trace_id:032x}" if info.trace_id else None,
+    """One row a request; ``models`` is parallel to ``known``, ``first_tokens`` are by position, where tokens have times
+    of their own."""
+    seen = _seen_columns([one.seen for one in known], times)
+    told = _span_columns([one.span for one in known])
+    for position, time in first_tokens.items():
+        told["first_token"][position] = time
+    ours = [handle is not None for handle in told["handle"]]
+    columns: dict[str, Column] = {
+        "replica": same(replica, len(known)),
+        "request": [one.name for one in known],
+        "tenant": [one.tenant for one in known],
+        "model": [model or None for model in models],
+        "prefix": told.pop("prefix"),
+        "delivered": told.pop("delivered"),
     }
+    for name, values in told.items():
+        said = ours if name in _SAID_BY_ABSENCE else repeat(False)
+        columns[name] = [
+            value if value is not None or all_said else from_steps
+            for value, all_said, from_steps in zip(values, said, seen[name], strict=False)
+        ]
+    return plain_table("requests", columns, len(known))
 
 
-def _span_part(span: RequestSpan) -> dict[str, object]:
-    """What the span tells; None where it does not. A span with our handle leaves out what is 0."""
-    absent = None if span.integer(names.HANDLE) is None else 0
-    reason = span.text(names.FINISH_REASON)
-    queued, scheduled, delivered = map(span.integer, (names.QUEUED, names.SCHEDULED, names.DELIVERED))
+_Values = list[Any]  # integers or strings, None where nothing is told
+
+
+def _seen_columns(requests: Sequence[SeenRequest | None], times: StepTimes) -> dict[str, _Values]:
+    """What the steps tell of each, None of those that they don't know."""
+    none = SeenRequest(-1, RequestInfo(-1, "", 0, 0, 0))
+    seen = [none if one is None else one for one in requests]
+    infos = [one.info for one in seen]
+    before = [one.finish_reason not in (None, FinishReason.STOP, FinishReason.LENGTH) for one in seen]
+    left = [one.left_step for one in seen]
+    ends = zip(before, times.scheduled_at(left), times.ready_at(left), strict=True)
+    columns: dict[str, _Values] = {
+        "handle": [info.handle for info in infos],
+        "tenant_source": [info.tenant_source or None for info in infos],
+        "priority": [info.priority for info in infos],
+        "session": [info.session or None for info in infos],
+        "predecessor": [info.predecessor or None for info in infos],
+        "retry_of": [info.retry_of or None for info in infos],
+        "arrival": [info.arrival_ns for info in infos],
+        "queued": times.scheduled_at([one.queued_step for one in seen]),
+        "scheduled": times.scheduled_at([one.scheduled_step for one in seen]),
+        "first_token": times.ready_at([one.first_token_step for one in seen]),
+        "end": [scheduled if left_before else ready for left_before, scheduled, ready in ends],
+        "prompt_tokens": [info.prompt_tokens for info in infos],
+        "cached_tokens": [one.cached_tokens for one in seen],
+        "max_tokens": [info.max_tokens for info in infos],
+        "output_tokens": [one.output_tokens for one in seen],
+        "preemptions": [one.preemptions for one in seen],
+        "state": ["finished" if one.left_step is not None else "lost" if one.lost else "open" for one in seen],
+        "finish_reason": [None if one.finish_reason is None else _REASON_NAMES[one.finish_reason] for one in seen],
+        "trace_id": [f"{info.trace_id:032x}" if info.trace_id else None for info in infos],
+    }
+    if none in seen:
+        known = [one is not None for one in requests]
+        columns = {
+            name: [value if is_known else None for value, is_known in zip(column, known, strict=True)]
+            for name, column in columns.items()
+        }
+    return columns
+
+
+def _span_columns(spans: Sequence[RequestSpan | None]) -> dict[str, _Values]:
+    """What the spans tell; None where one does not, or is None. A span with our handle leaves out what is 0."""
+    attributes: list[Attributes] = [{} if one is None else one.attributes for one in spans]
+    # All of one span, then the next: looked up name by name, each is out of the processor's cache again.
+    rows = [tuple(map(one.get, _TOLD)) for one in attributes]
+    told_values = dict(zip(_TOLD, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(_TOLD, ())
+
+    def integers(name: str) -> list[int | None]:
+        values = told_values[name]
+        return [value if type(value) is int and 0 <= value < MOST else None for value in values]
+
+    def texts(name: str) -> list[str | None]:
+        return [value if isinstance(value, str) and value else None for value in told_values[name]]
+
+    handles = integers(names.HANDLE)
+
+    def amounts(name: str) -> list[int | None]:
+        pairs = zip(integers(name), handles, strict=True)
+        return [0 if value is None and handle is not None else value for value, handle in pairs]
+
+    arrivals = [None if one is None else one.arrival for one in spans]
+    ends = [None if one is None else one.end for one in spans]
+    reasons = texts(names.FINISH_REASON)
+    claims = [None if one is None else one.claim[1] or None for one in spans]
     # Ours says its times in ns, all of them; another engine's span says some in seconds.
-    told = stations(span.attributes, span.arrival) if absent is None else Stations(None, None, None)
+    told = [
+        _NOT_TOLD if one is None or handle is not None else stations(one.attributes, one.arrival)
+        for one, handle in zip(spans, handles, strict=True)
+    ]
     return {
-        "handle": span.integer(names.HANDLE),
-        "tenant_source": span.text(names.TENANT_SOURCE) or span.claim[1] or None,
-        "priority": _or(span.integer(names.PRIORITY), absent),
-        "session": span.text(names.SESSION) or None,
-        "predecessor": span.text(names.PREDECESSOR) or None,
-        "retry_of": span.text(names.RETRY_OF) or None,
-        "arrival": span.arrival,
-        "queued": told.queued if queued is None else span.arrival + queued,
-        "scheduled": told.scheduled if scheduled is None else span.arrival + scheduled,
-        "first_token": told.first_token,
-        "end": span.end,
-        "delivered": None if delivered is None and absent is None else span.end + (delivered or 0),
-        "prompt_tokens": span.integer(names.USAGE_PROMPT),
-        "cached_tokens": _or(span.integer(names.CACHED_TOKENS), absent),
-        "prefix": span.integer(names.PREFIX),
-        "max_tokens": span.integer(names.REQUEST_MAX_TOKENS),
-        "output_tokens": span.integer(names.USAGE_COMPLETION),
-        "preemptions": _or(span.integer(names.PREEMPTIONS), absent),
-        "state": "finished",
-        "finish_reason": reason if reason in _FINISH_REASONS else None,
-        "trace_id": span.trace_id or None,
+        "handle": handles,
+        "tenant_source": [source or claim for source, claim in zip(texts(names.TENANT_SOURCE), claims, strict=True)],
+        "priority": amounts(names.PRIORITY),
+        "session": texts(names.SESSION),
+        "predecessor": texts(names.PREDECESSOR),
+        "retry_of": texts(names.RETRY_OF),
+        "arrival": arrivals,
+        "queued": _after(arrivals, integers(names.QUEUED), [one.queued for one in told]),
+        "scheduled": _after(arrivals, integers(names.SCHEDULED), [one.scheduled for one in told]),
+        "first_token": [one.first_token for one in told],
+        "end": ends,
+        "delivered": _after(ends, amounts(names.DELIVERED), repeat(None)),
+        "prompt_tokens": integers(names.USAGE_PROMPT),
+        "cached_tokens": amounts(names.CACHED_TOKENS),
+        "prefix": integers(names.PREFIX),
+        "max_tokens": integers(names.REQUEST_MAX_TOKENS),
+        "output_tokens": integers(names.USAGE_COMPLETION),
+        "preemptions": amounts(names.PREEMPTIONS),
+        "state": [None if one is None else "finished" for one in spans],
+        "finish_reason": [reason if reason in _FINISH_REASONS else None for reason in reasons],
+        "trace_id": [None if one is None else one.trace_id or None for one in spans],
     }
 
 
-def _or(value: int | None, otherwise: int | None) -> int | None:
-    return otherwise if value is None else value
-
-
-# --- token times and gaps -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class TokenTimes:
-    """When output tokens were ready, ordered by request and time.
-
-    ``request``: position of the request; ``time``: ns; ``count``: tokens ready at once; ``stretch``: gaps are known
-    only between tokens of the same stretch.
-    """
-
-    request: Ints
-    time: Ints
-    count: Ints
-    stretch: Ints
+def _after(
+    times: Iterable[int | None], durations: Iterable[int | None], otherwise: Iterable[int | None]
+) -> list[int | None]:
+    """The times after these durations, or else what is told ``otherwise``."""
+    return [
+        other if time is None or duration is None else time + duration
+        for time, duration, other in zip(times, durations, otherwise, strict=False)
+    ]
 
 
 _NONE: Ints = np.zeros(0, dtype=np.int64)
-NO_TOKENS = TokenTimes(_NONE, _NONE, _NONE, _NONE)
 NO_STEPS = StepTimes(_NONE, _NONE, _NONE)
-
-
-def told_token_times(replica: str, known: Sequence[KnownRequest], findings: Findings) -> TokenTimes:
-    """Token times that request spans carry. Those that are no list of durations are left out."""
-    texts = pa.array([one.span.text(names.TOKEN_TIMES) or None if one.span else None for one in known], pa.string())
-    sound = pc.match_substring_regex(texts, _TOKEN_TIMES).fill_null(False)
-    lists = pc.split_pattern(pc.if_else(sound, texts, None), ",")
-    lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    durations = pc.list_flatten(lists).cast(pa.int64()).to_numpy(zero_copy_only=False)
-    request = np.repeat(np.arange(len(known)), lengths)
-    within = np.bincount(request, weights=durations, minlength=len(known)) < LATEST
-    unsound = len(known) - texts.null_count - int(np.count_nonzero((lengths > 0) & within))
-    text = f"values of {names.TOKEN_TIMES} are no list of durations and count as absent"
-    findings.add("unsound_value", replica, f" {names.TOKEN_TIMES}", text, unsound)
-    request, durations = request[within[request]], durations[within[request]]
-
-    arrivals = np.array([one.arrival for one in known], dtype=np.int64)
-    elapsed = np.cumsum(durations)
-    before = np.concatenate([[0], elapsed])[np.searchsorted(request, request)]
-    ones = np.ones(len(request), dtype=np.int64)
-    return TokenTimes(request, arrivals[request] + elapsed - before, ones, np.zeros_like(ones))
-
-
-def seen_token_times(rows: ResidencyColumns, wanted: npt.NDArray[np.bool_], times: StepTimes) -> TokenTimes:
-    """Token times of the wanted requests as the steps show them, for requests without a span.
-
-    A decode's tokens are ready with each step of its row, a prefill's with its last step if that samples.
-    """
-    decodes = rows.phase == Phase.DECODE
-    chosen = np.flatnonzero(wanted[rows.request] & (decodes | rows.samples))
-    chosen = chosen[np.lexsort((rows.first_step[chosen], rows.request[chosen]))]
-    decodes, last = decodes[chosen], rows.last_step[chosen]
-    first = np.where(decodes, rows.first_step[chosen], last)
-    lengths = last - first + 1
-    row = np.repeat(np.arange(len(chosen)), lengths)
-    step = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + first[row]
-    count = np.where(decodes, rows.tokens[chosen], 1)[row]
-    time = times.ready[np.searchsorted(times.steps, step)]
-    return TokenTimes(rows.request[chosen][row], time, count, rows.stretch[chosen][row])
-
-
-Gaps = tuple[Ints, Ints, Ints, Ints]  # request, start, length, count
-
-
-def mean_gaps(requests: pa.Table, told: TokenTimes) -> Gaps:
-    """Of requests whose tokens have no times: all gaps as long as they were on average."""
-    first, end, count = (requests[name].fill_null(-1).to_numpy() for name in ("first_token", "end", "output_tokens"))
-    some = (first >= 0) & (end >= first) & (count > 1)
-    some[told.request] = False
-    request = np.flatnonzero(some)
-    count = count[request] - 1
-    return request, first[request], (end - first)[request] // count, count
-
-
-def gap_table(
-    replica: str,
-    names_of: Sequence[str],
-    tokens: Sequence[TokenTimes],
-    times: StepTimes,
-    means: Gaps | None = None,
-) -> pa.Table:
-    """Gaps from the floor on one by one; of each request the shorter ones by octave: first start, mean and count.
-
-    ``names_of`` the requests; ``means`` are added as they are.
-    """
-    parts = [*([] if means is None else [means]), *map(_gaps_between, tokens)]
-    request, start, length, count = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    steps = np.median(times.ready - times.scheduled) if len(times.steps) else 0
-    floor = max(LEAST_GAP_FLOOR_NS, GAP_FLOOR_STEPS * int(steps))
-    long = length >= floor
-
-    octave = np.log2(np.maximum(length[~long], 1)).astype(np.int64) + (length[~long] > 0)
-    octaves = int(octave.max(initial=0)) + 1
-    key, inverse = np.unique(request[~long] * octaves + octave, return_inverse=True)
-    binned_count = np.bincount(inverse, count[~long], len(key)).astype(np.int64)
-    total = np.bincount(inverse, count[~long] * length[~long], len(key))
-    earliest = np.full(len(key), LATEST)
-    np.minimum.at(earliest, inverse, start[~long])
-
-    request = np.concatenate([request[long], key // octaves])
-    start = np.concatenate([start[long], earliest])
-    length = np.concatenate([length[long], np.rint(total / np.maximum(binned_count, 1)).astype(np.int64)])
-    count = np.concatenate([count[long], binned_count])
-    order = np.lexsort((length, start, request))
-    columns: dict[str, Column] = {
-        "replica": same(replica, len(order)),
-        "request": names_at(names_of, request[order]),
-        "start": start[order],
-        "length_ns": length[order],
-        "count": count[order],
-    }
-    return plain_table("gaps", columns, len(order))
-
-
-def _gaps_between(tokens: TokenTimes) -> Gaps:
-    """Request, start, length and count of the gaps; tokens that are ready at once have gaps of 0."""
-    follows = (np.diff(tokens.request) == 0) & (np.diff(tokens.stretch) == 0)
-    later = np.flatnonzero(follows) + 1
-    together = np.flatnonzero(tokens.count > 1)
-    return (
-        np.concatenate([tokens.request[later], tokens.request[together]]),
-        np.concatenate([tokens.time[later - 1], tokens.time[together]]),
-        np.concatenate([tokens.time[later] - tokens.time[later - 1], np.zeros(len(together), dtype=np.int64)]),
-        np.concatenate([np.ones(len(later), dtype=np.int64), tokens.count[together] - 1]),
-    )
 
 
 # --- what requests tell of batches ----------------------------------------------------------------------------

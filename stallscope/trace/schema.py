@@ -116,7 +116,7 @@ REQUESTS = pa.schema(
     ]
 )
 
-# Every inter-token gap from the floor on (count 1; the floor is in ``requests``), or all of a request's gaps in one
+# Every inter-token gap from the floor on (count 1; the floor is in ``gaps``), or all of a request's gaps in one
 # octave below it: start of the first, mean length, count.
 GAPS = pa.schema([("replica", NAME), ("request", NAME), ("start", INT), ("length_ns", INT), ("count", INT)])
 

@@ -15,7 +15,7 @@ from stallscope.diagnosis.replica import BATCHES_SEEN, Replica, replicas
 from stallscope.diagnosis.timeline import Ints
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
-from stallscope.trace.requests import GAP_FLOOR_STEPS
+from stallscope.trace.gaps import GAP_FLOOR_STEPS
 
 OWN, ENGINE, FRONTEND, TELEMETRY = "(own)", "(engine)", "(frontend)", "(telemetry)"
 _PARTIES = {Party.OWN: OWN, Party.ENGINE: ENGINE, Party.FRONTEND: FRONTEND, Party.UNSEEN: TELEMETRY}

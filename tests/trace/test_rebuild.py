@@ -41,8 +41,11 @@ def test_lost_steps_are_noticed_and_cost_no_batch_beyond_the_next_keyframe(
     recording = run(workload)
     draw = random.Random(seed)
     kept = [one for one in recording.steps if draw.random() >= share]
-    if not kept:
-        return
+    if not any(
+        one.keyframe or one.joined or one.chunks or one.decodes or one.waits or one.preempted or one.left
+        for one in kept
+    ):
+        return  # nothing tells that these steps had batches: they are sums, and what was in them is estimated
     seen = [one.step for one in kept]
     keyframes = {one.step for one in kept if one.keyframe is not None}
     lines = dict(zip((one.step for one in recording.steps), recording.step_lines(), strict=True))

@@ -22,7 +22,7 @@ from stallscope.errors import UsageError
 from stallscope.trace.clients import ClientSpan
 from stallscope.trace.decode import collect
 from stallscope.trace.findings import Findings
-from stallscope.trace.otlp import Reader
+from stallscope.trace.otlp import Reader, find_sources
 from stallscope.workloads.clients import FILE_NAME
 from stallscope.workloads.draws import Literal
 from stallscope.workloads.endpoint import Target, read_key, read_keys
@@ -53,7 +53,7 @@ def story(*tenants: Tenant, duration_s: float = 0.5) -> Scenario:
 def spans(path: Path) -> list[ClientSpan]:
     """Sound client spans, in the order of sending; anything else in the file is an error."""
     findings = Findings()
-    collected = collect(Reader(findings).read([path]), findings)
+    collected = collect(Reader(findings).read(find_sources(path)), findings)
     assert (findings.all(), collected.foreign, collected.replicas.keys()) == ((), 0, {"(unknown)"})
     return sorted(collected.clients, key=lambda span: span.sent)
 

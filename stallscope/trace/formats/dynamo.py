@@ -31,12 +31,12 @@ def is_mine(record: Record) -> bool:
     return _event(record).get("schema") in (_PASS, _REQUEST)
 
 
-def convert(record: Record) -> Converted | None:
-    """None where it tells of something else, a tool or a payload. Raises one of ``MALFORMED``."""
+def convert(record: Record) -> list[Converted]:
+    """Nothing where it tells of something else, a tool or a payload. Raises one of ``MALFORMED``."""
     event = _event(record)
     if event["schema"] == _PASS:
-        return _step(event)
-    return _request(event) if event.get("event_type") == "request_end" else None
+        return [_step(event)]
+    return [_request(event)] if event.get("event_type") == "request_end" else []
 
 
 def _event(record: Record) -> Record:

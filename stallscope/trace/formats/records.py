@@ -18,11 +18,12 @@ _MOST_MS = 1e10
 @dataclass(frozen=True, slots=True)
 class Converted:
     """Attributes of the process that a record is of, and its spans. ``remark``: kind and text of what its reader should
-    know besides."""
+    know besides; ``malformed``: how many more spans there were."""
 
     resource: Attributes
     spans: list[Span]
     remark: tuple[str, str] | None = None
+    malformed: int = 0
 
 
 def part(record: Record, name: str) -> Record:

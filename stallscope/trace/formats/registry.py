@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from stallscope.trace.formats import dynamo, tensorrt_llm
+from stallscope.trace.formats import dynamo, jaeger, tensorrt_llm
 from stallscope.trace.formats.records import Converted, Record
 
 
@@ -17,12 +18,12 @@ class Format(Protocol):
         """Whether the record is of this producer."""
         ...
 
-    def convert(self, record: Record) -> Converted | None:
-        """Its spans, None where it has none. Raises one of ``MALFORMED``."""
+    def convert(self, record: Record) -> Sequence[Converted]:
+        """Its spans, by the process that they are of. Raises one of ``MALFORMED``."""
         ...
 
 
-_FORMATS: tuple[Format, ...] = (dynamo, tensorrt_llm)
+_FORMATS: tuple[Format, ...] = (dynamo, tensorrt_llm, jaeger)
 
 
 def format_of(record: object) -> Format | None:
@@ -33,5 +34,5 @@ def format_of(record: object) -> Format | None:
 # A finding: kind and text.
 EXPERIMENTAL = (
     "experimental_format",
-    "checks against a live engine were never made: experimental, read by the producer's documents",
+    "checks against a live one were never made: experimental, read by the producer's documents",
 )

@@ -8,7 +8,9 @@ how long it queued. Written from those: never seen from a live engine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from stallscope.trace.otlp.spans import Resource, Span
 from stallscope.trace.plain_spans import PREFILL_TIME

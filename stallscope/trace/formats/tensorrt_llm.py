@@ -23,11 +23,11 @@ def is_mine(record: Record) -> bool:
     return "iter" in record and "iterLatencyMS" in record
 
 
-def convert(record: Record) -> Converted | None:
-    """None for an iteration without a batch's sums. Raises one of ``MALFORMED``."""
+def convert(record: Record) -> list[Converted]:
+    """Nothing for an iteration without a batch's sums. Raises one of ``MALFORMED``."""
     batch, cache = part(record, "inflightBatchingStats"), part(record, "kvCacheStats")
     if not batch:
-        return None
+        return []
     latency = milliseconds(record, "iterLatencyMS")
     if latency is None:
         raise ValueError("an iteration without a duration")
@@ -43,9 +43,7 @@ def convert(record: Record) -> Converted | None:
         names.WAITING: amount(record, "numQueuedRequests", 0) + amount(batch, "numPausedRequests", 0),
         names.KV_USED: amount(cache, "usedNumBlocks", 0),
     }
-    return Converted(
-        _resource(record, cache), [step_span(end - round(latency * 1e6), end, attributes)]
-    )  # fmt: skip
+    return [Converted(_resource(record, cache), [step_span(end - round(latency * 1e6), end, attributes)])]
 
 
 def _resource(record: Record, cache: Record) -> Attributes:

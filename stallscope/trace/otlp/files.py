@@ -1,40 +1,13 @@
-"""Which files a path names, and their bytes without compression, a bounded piece at a time."""
+"""The bytes of a file without its compression, a bounded piece at a time."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Protocol
 
-from stallscope.errors import UsageError
-
-SUFFIXES = tuple(
-    kind + compression for kind in (".jsonl", ".json", ".binpb", ".pb", ".bin") for compression in ("", ".gz", ".zst")
-)
-CHUNK_BYTES = 1 << 18
 # Compressed bytes at a time: a bomb makes at most 32 thousand times as many of them.
 _COMPRESSED_BYTES = 1 << 10
-
-Progress = Callable[[int, int], None]  # bytes read so far, bytes there are
-
-
-def find_files(path: Path) -> list[Path]:
-    """The trace files that ``path`` names: itself, or all below a folder, in the order of their names.
-
-    Raises UsageError where there is none.
-    """
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; give a trace file or a folder of them")
-    if not path.is_dir():
-        if path.stat().st_size == 0:
-            raise UsageError(f"{path}: the file is empty; record again, or wait until the exporter has written")
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
-    if not files:
-        names = ", ".join(suffix for suffix in SUFFIXES if suffix.count(".") == 1)
-        raise UsageError(f"{path}: no trace file in this folder; expected names that end in {names}, or in these + .gz")
-    return files
 
 
 class _Decompressor(Protocol):

@@ -113,20 +113,29 @@ def _decompressed(message: bytes) -> bytes:
 
 def _one_by_one(stream: _Bytes) -> Iterator[bytes]:
     """Each ResourceSpans of a message of any length, as a message of its own."""
+    for tag, message in _fields(stream):
+        if tag == RESOURCE_SPANS:
+            yield bytes([RESOURCE_SPANS]) + _varint(len(message)) + message
+
+
+def _fields(stream: _Bytes) -> Iterator[tuple[int, bytes]]:
+    """Tag and content of each field, in order; of a number its content is what it takes."""
     while stream.peek(1):
         tag = stream.varint()
         kind = tag & 7
-        if tag == RESOURCE_SPANS:
-            message = stream.take(stream.varint())
-            yield bytes([RESOURCE_SPANS]) + _varint(len(message)) + message
-        elif kind == 0:
-            stream.varint()
+        if kind == 0:
+            yield tag, _varint(stream.varint())
         elif kind == 2:
-            stream.take(stream.varint())  # a field of a later version
+            yield tag, stream.take(stream.varint())
         elif kind in _FIXED_BYTES:
-            stream.take(_FIXED_BYTES[kind])
+            yield tag, stream.take(_FIXED_BYTES[kind])
         else:
             raise Damaged("no protobuf")
+
+
+def fields(message: bytes) -> list[tuple[int, bytes]]:
+    """Tag and content of each field of a message. Raises Damaged."""
+    return list(_fields(_Bytes([message])))
 
 
 def _varint(value: int) -> bytes:

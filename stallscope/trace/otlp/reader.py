@@ -1,18 +1,20 @@
-"""Files to spans: looks at what each file holds, and has it read as that."""
+"""Sources to spans: looks at what each holds, and has it read as that."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from stallscope.errors import UsageError
 from stallscope.trace.findings import Findings
-from stallscope.trace.otlp.files import CHUNK_BYTES, Progress, plain_bytes
+from stallscope.trace.otlp.files import plain_bytes
 from stallscope.trace.otlp.json import JsonDecoder, texts
 from stallscope.trace.otlp.protobuf import Damaged, ProtobufDecoder, messages
+from stallscope.trace.otlp.sources import Source
 from stallscope.trace.otlp.spans import MALFORMED, Resource, Resources, Span, SpanGroup
+
+Progress = Callable[[int, int], None]  # bytes read so far, bytes there are
 
 _BINARY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _NO_JSON = "a line is no OTLP JSON (truncated or damaged) and is left out"
@@ -20,40 +22,50 @@ _NO_JSON = "a line is no OTLP JSON (truncated or damaged) and is left out"
 
 @dataclass(slots=True)
 class Reader:
-    """Reads files one after the other; afterwards knows whether there was OTLP in them at all."""
+    """Reads sources one after the other; afterwards knows whether there was OTLP in them at all."""
 
     findings: Findings
     progress: Progress | None = None
     saw_otlp: bool = False
     _resources: Resources = field(default_factory=Resources)
 
-    def read(self, files: list[Path]) -> Iterator[SpanGroup]:
-        """Yields all spans. Lines and messages that hold none become findings. Raises UsageError where a file can't be
-        opened."""
-        total = sum(file.stat().st_size for file in files)
+    def read(self, sources: Sequence[Source]) -> Iterator[SpanGroup]:
+        """Yields all spans. Lines and messages that hold none become findings, and so does a source among others that
+        can't be read. Raises UsageError where it is the only one."""
+        total = sum(source.size or 0 for source in sources)
         done = 0
-        for file in files:
-            yield from self._read_file(file, done, total)
-            done += file.stat().st_size
+        for source in sources:
+            try:
+                yield from self._read_source(source, done, total)
+            except UsageError as error:
+                if len(sources) == 1:
+                    raise
+                self.findings.add("unreadable_file", source.name, "", f"{error}; the other files are used")
+            done += source.size or 0
 
-    def _read_file(self, file: Path, done: int, total: int) -> Iterator[SpanGroup]:
+    def _read_source(self, source: Source, done: int, total: int) -> Iterator[SpanGroup]:
+        name = source.name
+
         def broken(reason: str) -> None:
-            self.findings.add("damaged_file", str(file), "", f"{reason}; what came before is used")
+            self.findings.add("damaged_file", name, "", f"{reason}; what came before is used")
+
+        def note(kind: str, text: str) -> None:
+            self.findings.add(kind, name, "", text)
 
         try:
-            with file.open("rb") as stream:
-                chunks = plain_bytes(self._chunks(lambda: stream.read(CHUNK_BYTES), done, total), broken)
-                head = next(chunks, b"")
-                form = self._read_json if _is_text(head) else self._read_protobuf
-                yield from form(_again(head, chunks), str(file), broken)
+            chunks = plain_bytes(self._told(source.chunks(note), done, total), broken)
+            head = next(chunks, b"")
+            form = self._read_json if _is_text(head) else self._read_protobuf
+            yield from form(_again(head, chunks), name, broken)
         except OSError as error:
-            raise UsageError(f"{file}: cannot be read ({error.strerror}); check the path and its rights") from error
+            raise UsageError(f"{name}: cannot be read ({error.strerror}); check the path and its rights") from error
 
-    def _chunks(self, read: Callable[[], bytes], done: int, total: int) -> Iterator[bytes]:
-        while chunk := read():
+    def _told(self, chunks: Iterator[bytes], done: int, total: int) -> Iterator[bytes]:
+        """The same, with the progress told; of a source whose size nobody knows there is none."""
+        for chunk in chunks:
             yield chunk
             done += len(chunk)
-            if self.progress is not None:
+            if self.progress is not None and done <= total:
                 self.progress(done, total)
 
     def _read_json(self, chunks: Iterator[bytes], source: str, broken: Callable[[str], None]) -> Iterator[SpanGroup]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 Value = int | str | bool | float | list[int] | list[str]
 Attributes = dict[str, Value]
 
@@ -36,8 +38,7 @@ class Resources:
         return known
 
 
-@dataclass(eq=False, slots=True)
-class Span:
+class Span(msgspec.Struct, gc=False, eq=False):
     """What is read of a span: times in ns since the epoch, ids in lower-case hex.
 
     ``bad``: attributes that were left out, since their values are nothing that OTLP allows here.
