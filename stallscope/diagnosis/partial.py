@@ -98,6 +98,7 @@ def merge(one: Partial, other: Partial) -> Partial:
     checks = dict(one.checks)
     for name, check in other.checks.items():
         checks[name] = min(check, checks.get(name, check), key=_trust)
+    tenants = _added(one.tenants, other.tenants)
     levels = dict(one.levels)
     for name, some in other.levels.items():
         levels[name] = tuple(sorted((*levels.get(name, ()), *some)))
@@ -107,7 +108,7 @@ def merge(one: Partial, other: Partial) -> Partial:
         tuple(kept),
         one.left_out + other.left_out + len(rest),
         one.left_out_ns + other.left_out_ns + sum(found.lost_ns for found in rest),
-        _largest(_added(one.tenants, other.tenants), MOST_NAMES),
+        tenants if len(tenants) <= MOST_NAMES else _largest(tenants, MOST_NAMES),
         checks,
         levels,
         _both(one.seen, other.seen),
