@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -153,14 +153,24 @@ def test_a_process_that_is_killed_is_one_line(dataset: Path, monkeypatch: pytest
 HOURLY_CLI = "import stallscope.fleet.plan as p; p.ENOUGH_REQUESTS = 300; from stallscope.cli import main; main()"
 
 
-def test_an_interrupt_ends_all_processes_without_a_word_of_theirs(dataset: Path) -> None:
+@pytest.mark.parametrize("tell", [os.kill, os.killpg], ids=["to one", "from a terminal"])
+def test_an_interrupt_ends_all_processes_without_a_word_of_theirs(
+    dataset: Path, tell: Callable[[int, int], None]
+) -> None:
     if not Path("/proc").is_dir():
         pytest.skip("needs /proc to see the processes")
     command = [sys.executable, "-c", f"if __name__ == '__main__': {HOURLY_CLI}", "analyze", str(dataset)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as run:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+        start_new_session=True,
+    ) as run:
         workers = _wait_for_workers(run.pid)
-        run.send_signal(signal.SIGINT)
+        tell(run.pid, signal.SIGINT)
         _, errors = run.communicate(timeout=60)
     assert run.returncode not in (0, 1)
     assert "Traceback" not in errors
