@@ -28,7 +28,7 @@ class Processes:
 
     def __call__(self, tasks: Sequence[Task], options: Options, progress: Progress) -> Partial:
         """Raises StallscopeError where a process is ended from outside."""
-        jobs = min(self.jobs or len(os.sched_getaffinity(0)), len(tasks))
+        jobs = min(self.jobs or _cores(), len(tasks))
         os.environ.update(_ONE_THREAD)
         context = multiprocessing.get_context("spawn")
         others = set(multiprocessing.active_children())
@@ -48,6 +48,11 @@ class Processes:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return total
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _end_at_once() -> None:
