@@ -13,16 +13,16 @@ from stallscope.diagnosis.changes import find_changes
 from stallscope.diagnosis.incidents import Waits, find_episodes, find_windows, measure_waits
 from stallscope.diagnosis.levels import level_of
 from stallscope.diagnosis.load import KV, STEP_TIME, Loads
-from stallscope.diagnosis.metrics import METRICS
+from stallscope.diagnosis.metrics import METRICS, TTFT
 from stallscope.diagnosis.model import Diagnosis, ReplayCheck
-from stallscope.diagnosis.partial import Partial, Seen, TenantTotals, finish, merge
+from stallscope.diagnosis.partial import CROWDED_NS, CROWDED_TIMES, Partial, Seen, TenantTotals, finish, merge
 from stallscope.diagnosis.portion import WHOLE, Portion
 from stallscope.diagnosis.replay.replayer import prepare_replay
 from stallscope.diagnosis.replica import BATCHES_SEEN, UNKNOWN, Replica, replicas
 from stallscope.diagnosis.sketch import Sketch
 from stallscope.diagnosis.slo import Slo, check_tenants
 from stallscope.diagnosis.stitch import Found
-from stallscope.diagnosis.timeline import Ints
+from stallscope.diagnosis.timeline import Ints, Mask
 from stallscope.diagnosis.verdict import judge
 from stallscope.trace import Trace
 
@@ -154,7 +154,20 @@ def _totals(replica: Replica, waits: Waits, portion: Portion) -> Partial:
         if count[code] or step_ns[code] > 0
     }
     level = level_of(start, end, [each[some] for each, some in zip(longest, waited, strict=True)])
-    return Partial(tenants=tenants, levels={replica.name: (level,)})
+    return Partial(
+        tenants=tenants, levels={replica.name: (level,)}, seen=Seen(requests_queued=_queued(waits, len(requests), mine))
+    )
+
+
+def _queued(waits: Waits, requests: int, mine: Mask) -> int:
+    """How many of these requests waited far longer for their first token than their own work took, where nobody said
+    how long is right."""
+    table = waits.table[(waits.table["metric"] == TTFT) & ~waits.table["promised"]]
+    delay = table["delay"].to_numpy()
+    own = (table["end"] - table["begin"]).to_numpy() - delay
+    queued = np.zeros(requests, dtype=np.bool_)
+    queued[table["request"].to_numpy()] = (delay > CROWDED_NS) & (delay > CROWDED_TIMES * own)
+    return int((queued & mine).sum())
 
 
 def _longest(waits: Waits, metric: int, requests: int) -> Ints:

@@ -33,6 +33,7 @@ FEWEST_REQUESTS = 20  # below, usual and unusual can't be told apart
 MOST_INCIDENTS = 500
 MOST_NAMES = 10_000
 NAMED_FAILURES = MOST_SLOW = 10
+CROWDED_NS, CROWDED_TIMES = 1_000_000_000, 10.0  # a wait for a first token that is no usual one, whatever else is
 _NEVER = 1 << 62
 
 
@@ -65,6 +66,7 @@ class Seen:
     requests_open: int = 0
     requests_lost: int = 0
     requests_named: int = 0
+    requests_queued: int = 0  # that waited far longer for their first token than their own work took
     kept_share: float = 1.0
     error: float = 0.0
 
@@ -126,7 +128,7 @@ def finish(partial: Partial, source: str, notes: Iterable[str] = ()) -> Diagnosi
     """The diagnosis that a sum makes; ``notes`` are those of the trace."""
     incidents = stitched(partial.incidents)
     coverage = _coverage(partial.seen)
-    verdict, confidence = _overall(incidents, coverage)
+    verdict, confidence = _overall(incidents, coverage, partial.seen)
     nothing = partial.start_ns > partial.end_ns
     return Diagnosis(
         source=source,
@@ -137,7 +139,7 @@ def finish(partial: Partial, source: str, notes: Iterable[str] = ()) -> Diagnosi
         coverage=coverage,
         incidents=incidents,
         tenants=_summaries(_largest(partial.tenants, MOST_TENANTS)),
-        notes=(*notes, *_notes(partial)),
+        notes=(*notes, *_notes(partial, incidents)),
         replays=tuple(partial.checks[name] for name in sorted(partial.checks)),
     )
 
@@ -158,6 +160,7 @@ def _both(one: Seen, other: Seen) -> Seen:
         one.requests_open + other.requests_open,
         one.requests_lost + other.requests_lost,
         one.requests_named + other.requests_named,
+        one.requests_queued + other.requests_queued,
         min(one.kept_share, other.kept_share),
         max(one.error, other.error),
     )
@@ -238,19 +241,30 @@ def _coverage(seen: Seen) -> Coverage:
     )
 
 
-def _overall(incidents: tuple[Incident, ...], coverage: Coverage) -> tuple[Verdict, Confidence]:
+def _overall(incidents: tuple[Incident, ...], coverage: Coverage, seen: Seen) -> tuple[Verdict, Confidence]:
     """The verdict of the most harmful incident; without one, healthy if there was enough to see."""
     if incidents:
         return incidents[0].verdict, incidents[0].confidence
     too_little = coverage.requests < FEWEST_REQUESTS or coverage.steps_lost > coverage.steps
-    if too_little or coverage.kept_share < LEAST_KEPT:
+    if too_little or coverage.kept_share < LEAST_KEPT or _is_crowded(seen):
         return Verdict.INSUFFICIENT_DATA, Confidence.LOW
     return Verdict.HEALTHY, Confidence.MEDIUM if coverage.fidelity >= BATCHES_SEEN else Confidence.LOW
 
 
-def _notes(partial: Partial) -> list[str]:
+def _is_crowded(seen: Seen) -> bool:
+    """Most waited: so that is the usual, beside which nothing stands out, but healthy it is not."""
+    return seen.requests_queued > seen.requests / 2
+
+
+def _notes(partial: Partial, incidents: tuple[Incident, ...]) -> list[str]:
     slow = list(slow_portions(partial.levels))
     notes = slow[:MOST_SLOW]
+    if not incidents and _is_crowded(partial.seen):
+        notes.append(
+            f"{partial.seen.requests_queued:,} of {partial.seen.requests:,} requests waited for over "
+            f"{CROWDED_NS / 1e9:g} s and {CROWDED_TIMES:g} times their own work before their first token: no calm "
+            "stretch says what is usual here; say what is right with --slo, or record from before it began"
+        )
     if len(slow) > MOST_SLOW:
         notes.append(f"{len(slow) - MOST_SLOW:,} more portions were slow")
     if partial.left_out:

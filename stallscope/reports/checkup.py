@@ -17,7 +17,7 @@ def print_checkup(checkup: Checkup, console: Console) -> None:
     console.print(_headline(checkup), soft_wrap=True)
     console.print(Text(_evidence(checkup), style="dim"), soft_wrap=True)
     for note in checkup.notes:
-        console.print(Text(f"left out: {words.printable(note)}", style="yellow"), soft_wrap=True)
+        console.print(Text(f"note: {words.printable(note)}", style="yellow"), soft_wrap=True)
     console.print()
     table = plain_table(("can it say", "left"), ("", "left"), ("why not, and what to do", "left"))
     for one in sorted(checkup.questions, key=lambda one: not one.main):

@@ -105,7 +105,7 @@ def _head(diagnosis: Diagnosis) -> Iterable[Html]:
     for check in diagnosis.replays:
         yield element("p", f"replay of {words.replay_line(check)}", class_="dim" if check.trusted else "note")
     for note in diagnosis.notes:
-        yield element("p", f"left out: {note}", class_="note")
+        yield element("p", f"note: {note}", class_="note")
     yield from _do_now(diagnosis)
 
 

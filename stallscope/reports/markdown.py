@@ -32,7 +32,7 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
     yield ""
     yield from (f"- {fact}" for fact in map(_sentence, words.evidence(diagnosis).split(" · ")))
     yield from (f"- replay of {_sentence(words.replay_line(check))}" for check in diagnosis.replays)
-    yield from (f"- left out: {_sentence(note)}" for note in diagnosis.notes)
+    yield from (f"- note: {_sentence(note)}" for note in diagnosis.notes)
     for number, incident in enumerate(diagnosis.incidents[:MOST_INCIDENTS], start=1):
         yield from ("", f"## {number}. {_sentence(words.incident_line(incident))}", "")
         yield from _incident(incident)

@@ -35,7 +35,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
         line = f"replay of {words.replay_line(check)}"
         console.print(Text(line, style="dim" if check.trusted else "yellow"), soft_wrap=True)
     for note in diagnosis.notes:
-        console.print(Text(f"left out: {note}", style="yellow"), soft_wrap=True)
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
     for number, incident in enumerate(diagnosis.incidents[:MOST_INCIDENTS], start=1):
         console.print()
         console.print(_incident(number, incident))

@@ -121,7 +121,7 @@ def _read_sources(trace: str | Path, progress: Progress | None) -> Trace:
             f"{path} holds only what clients saw ({len(collected.clients)} llm_client spans); "
             "put the engine's trace into the same folder"
         )
-    text = "spans that are neither engine.step nor llm_request, llm_client or gpu.sample"
+    text = "left out: spans that are neither engine.step nor llm_request, llm_client or gpu.sample"
     findings.add("foreign_spans", path, "", text, collected.foreign)
     lives = list(_lives(collected, findings))
     if collected.step_count and not any(len(life.steps) for life in lives):

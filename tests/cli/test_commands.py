@@ -78,7 +78,7 @@ def test_a_truncated_trace_is_used_and_the_loss_is_said(run: Run, trace: Path, t
     code, out, err = run("analyze", cut)
     assert code == 0
     assert out.startswith("NOISY NEIGHBOR: reasoner")
-    assert "left out:" in out
+    assert "note:" in out
     assert err.startswith("warning:")
 
 

@@ -204,3 +204,14 @@ def test_the_backlog_of_a_pause_does_not_make_it_an_overload(story: Callable[...
     assert queued > 0.35
     assert (incident.verdict, incident.culprits) == (Verdict.ENGINE_STALL, ())
     assert "backlog" in incident.reasons[-1]
+
+
+def test_a_recording_in_which_everybody_waits_from_the_first_second_on_is_not_called_healthy(
+    story: Callable[..., Scenario],
+) -> None:
+    crowded = story(
+        usual=USUAL.replace("max_num_seqs: 32", "max_num_seqs: 2").replace("poisson_per_s: 6", "poisson_per_s: 20")
+    )
+    said = diagnosed(crowded, SEEDS[0])
+    assert (said.verdict, said.confidence, said.incidents) == (Verdict.INSUFFICIENT_DATA, Confidence.LOW, ())
+    assert "no calm stretch says what is usual here" in said.notes[-1]
