@@ -14,6 +14,7 @@ import pyarrow as pa
 from stallscope.errors import UsageError
 from stallscope.trace import parquet
 from stallscope.trace.clients import client_table
+from stallscope.trace.configuration import RESOURCE_COLUMNS
 from stallscope.trace.decode import (
     MOST,
     NOT_MEASURED,
@@ -53,32 +54,6 @@ from stallscope.trace.validate import check_times
 from stallscope_telemetry import names
 
 FIDELITY_BATCHES, FIDELITY_SUMS = 3, 2
-
-_RESOURCE_COLUMNS = {
-    "group": names.GROUP,
-    "rank": names.RANK,
-    "role": names.ROLE,
-    "model": names.MODEL,
-    "engine": names.ENGINE,
-    "engine_version": names.ENGINE_VERSION,
-    "executor": names.EXECUTOR,
-    "policy": names.POLICY,
-    "block_size": names.BLOCK_SIZE,
-    "kv_total": names.KV_TOTAL,
-    "max_num_seqs": names.MAX_NUM_SEQS,
-    "max_num_batched_tokens": names.MAX_NUM_BATCHED_TOKENS,
-    "chunked_prefill": names.CHUNKED_PREFILL,
-    "watermark": names.WATERMARK,
-    "prefix_caching": names.PREFIX_CACHING,
-    "async_scheduling": names.ASYNC_SCHEDULING,
-    "preemption": names.PREEMPTION,
-    "long_prefill_token_threshold": names.LONG_PREFILL_THRESHOLD,
-    "tenant_kv_share": names.TENANT_KV_SHARE,
-    "tenant_token_share": names.TENANT_TOKEN_SHARE,
-    "tp_size": names.TENSOR_PARALLEL,
-    "pp_size": names.PIPELINE_PARALLEL,
-    "dp_size": names.DATA_PARALLEL,
-}
 
 Plain = Mapping[str, pa.Table]
 
@@ -275,8 +250,7 @@ def _rebuilt_tables(
         if one.seen is not None:
             positions[one.seen.index] = position
     rows = residency_columns(rebuilt, positions, times.steps)
-    untold = np.ones(len(known), dtype=np.bool_)
-    untold[told.request] = False
+    untold = told.untold(len(known))
     return {
         "steps": _step_table(life),
         "residency": _residency_table(life, times, rows, known),
@@ -297,8 +271,7 @@ def _summed_tables(
         return {**tables, "gaps": gap_table(life.name, names_of, [told], times, mean_gaps(requests, told))}
     clock = known_clock(stations, times.scheduled, times.ready)
     rows = reconstruct(stations, clock, times.steps, life.steps.columns["prefill_tokens"]).of_requests(rows_of)
-    untold = np.ones(len(known), dtype=np.bool_)
-    untold[told.request] = False
+    untold = told.untold(len(known))
     return {
         **tables,
         "residency": _residency_table(life, times, rows, known),
@@ -321,7 +294,7 @@ def _replica_table(life: _Life, times: StepTimes, arrivals: Sequence[int]) -> pa
     if not chosen:  # requests only
         chosen, since = [life.requests[0].resource], [min(arrivals)]
     columns: dict[str, Column] = {"replica": [life.name] * len(chosen), "since": since}
-    for column, name in _RESOURCE_COLUMNS.items():
+    for column, name in RESOURCE_COLUMNS.items():
         kind = TABLES["replicas"].field(column).type
         read = (
             _integer if pa.types.is_int64(kind) else _text if pa.types.is_dictionary(kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stallscope.trace import reconstruct
-from stallscope.trace.decode import LATEST, UNKNOWN, Ints, RequestSpan
+from stallscope.trace.decode import LATEST, MOST, UNKNOWN, Ints, RequestSpan
 from stallscope.trace.findings import Findings
 from stallscope.trace.plain_spans import Stations, stations
 from stallscope.trace.rebuild import Phase, Rebuilt, SeenRequest
@@ -27,8 +27,10 @@ GAP_FLOOR_STEPS = 4
 LEAST_GAP_FLOOR_NS = 1_000_000
 _SAID_BY_ABSENCE = ("queued", "scheduled", "first_token")  # a span of ours has what the request got to
 _FINISH_REASONS = frozenset(reason.name.lower() for reason in FinishReason)
+_UNFINISHED = ("open", "lost")
 # 16 digits are 115 days of ns: a gap beyond is damage.
 _TOKEN_TIMES = r"^[0-9]{1,16}(,[0-9]{1,16})*$"
+_GAPS = r"^-?[0-9]{1,16}(,[0-9]{1,16}){2}(,-?[0-9]{1,16}(,[0-9]{1,16}){2})*$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ def request_table(
             part = _span_part(one.span)
             part["first_token"] = first_token.get(position, part["first_token"])
             said = _SAID_BY_ABSENCE if one.span.integer(names.HANDLE) is not None else ()
+            said = tuple(part) if one.span.is_whole else said
             row |= {name: value for name, value in part.items() if value is not None or name in said}
         names_of = {"replica": replica, "request": one.name, "tenant": one.tenant, "model": models[position] or None}
         rows.append(row | names_of)
@@ -177,23 +180,27 @@ def _seen_part(seen: SeenRequest, times: StepTimes) -> dict[str, object]:
 
 def _span_part(span: RequestSpan) -> dict[str, object]:
     """What the span tells; None where it does not. A span with our handle leaves out what is 0."""
-    absent = None if span.integer(names.HANDLE) is None else 0
+    ours = span.is_whole or span.integer(names.HANDLE) is not None
+    absent = 0 if ours and not span.is_whole else None
     reason = span.text(names.FINISH_REASON)
-    queued, scheduled, delivered = map(span.integer, (names.QUEUED, names.SCHEDULED, names.DELIVERED))
+    state = span.text(names.STATE) if span.text(names.STATE) in _UNFINISHED else "finished"
+    least = -MOST if span.is_whole else 0
+    queued, scheduled, delivered = (span.integer(name, least) for name in (names.QUEUED, names.SCHEDULED, names.DELIVERED))
     # Ours says its times in ns, all of them; another engine's span says some in seconds.
-    told = stations(span.attributes, span.arrival) if absent is None else Stations(None, None, None)
+    told = Stations(None, None, None) if ours else stations(span.attributes, span.arrival)
     return {
         "handle": span.integer(names.HANDLE),
         "tenant_source": span.text(names.TENANT_SOURCE) or span.claim[1] or None,
-        "priority": _or(span.integer(names.PRIORITY), absent),
+        "priority": _or(span.integer(names.PRIORITY, -MOST), absent),
         "session": span.text(names.SESSION) or None,
         "predecessor": span.text(names.PREDECESSOR) or None,
         "retry_of": span.text(names.RETRY_OF) or None,
+        "adapter": span.text(names.ADAPTER) or None,
         "arrival": span.arrival,
         "queued": told.queued if queued is None else span.arrival + queued,
         "scheduled": told.scheduled if scheduled is None else span.arrival + scheduled,
         "first_token": told.first_token,
-        "end": span.end,
+        "end": span.end if state == "finished" else None,
         "delivered": None if delivered is None and absent is None else span.end + (delivered or 0),
         "prompt_tokens": span.integer(names.USAGE_PROMPT),
         "cached_tokens": _or(span.integer(names.CACHED_TOKENS), absent),
@@ -201,7 +208,7 @@ def _span_part(span: RequestSpan) -> dict[str, object]:
         "max_tokens": span.integer(names.REQUEST_MAX_TOKENS),
         "output_tokens": span.integer(names.USAGE_COMPLETION),
         "preemptions": _or(span.integer(names.PREEMPTIONS), absent),
-        "state": "finished",
+        "state": state,
         "finish_reason": reason if reason in _FINISH_REASONS else None,
         "trace_id": span.trace_id or None,
     }
@@ -214,35 +221,43 @@ def _or(value: int | None, otherwise: int | None) -> int | None:
 # --- token times and gaps -----------------------------------------------------------------------------------
 
 
+_NONE: Ints = np.zeros(0, dtype=np.int64)
+Gaps = tuple[Ints, Ints, Ints, Ints]  # request, start, length, count
+
+
 @dataclass(frozen=True, slots=True)
 class TokenTimes:
     """When output tokens were ready, ordered by request and time.
 
     ``request``: position of the request; ``time``: ns; ``count``: tokens ready at once; ``stretch``: gaps are known
-    only between tokens of the same stretch.
+    only between tokens of the same stretch. The requests at the positions ``whole`` have ``gaps`` instead, all there
+    are, as the table has them.
     """
 
     request: Ints
     time: Ints
     count: Ints
     stretch: Ints
+    whole: Ints = field(default_factory=lambda: _NONE)
+    gaps: Gaps = (_NONE, _NONE, _NONE, _NONE)
+
+    def untold(self, requests: int) -> npt.NDArray[np.bool_]:
+        """Of which of so many requests nothing is told."""
+        untold = np.ones(requests, dtype=np.bool_)
+        untold[self.request] = False
+        untold[self.whole] = False
+        return untold
 
 
-_NONE: Ints = np.zeros(0, dtype=np.int64)
 NO_TOKENS = TokenTimes(_NONE, _NONE, _NONE, _NONE)
 NO_STEPS = StepTimes(_NONE, _NONE, _NONE)
 
 
 def told_token_times(replica: str, known: Sequence[KnownRequest], findings: Findings) -> TokenTimes:
     """Token times that request spans carry. Those that are no list of durations are left out."""
-    texts = pa.array([one.span.text(names.TOKEN_TIMES) or None if one.span else None for one in known], pa.string())
-    sound = pc.match_substring_regex(texts, _TOKEN_TIMES).fill_null(False)
-    lists = pc.split_pattern(pc.if_else(sound, texts, None), ",")
-    lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    durations = pc.list_flatten(lists).cast(pa.int64()).to_numpy(zero_copy_only=False)
-    request = np.repeat(np.arange(len(known)), lengths)
+    request, durations, unsound = _numbers(known, names.TOKEN_TIMES, _TOKEN_TIMES)
     within = np.bincount(request, weights=durations, minlength=len(known)) < LATEST
-    unsound = len(known) - texts.null_count - int(np.count_nonzero((lengths > 0) & within))
+    unsound += int(np.count_nonzero(~within))
     text = f"values of {names.TOKEN_TIMES} are no list of durations and count as absent"
     findings.add("unsound_value", replica, f" {names.TOKEN_TIMES}", text, unsound)
     request, durations = request[within[request]], durations[within[request]]
@@ -251,7 +266,30 @@ def told_token_times(replica: str, known: Sequence[KnownRequest], findings: Find
     elapsed = np.cumsum(durations)
     before = np.concatenate([[0], elapsed])[np.searchsorted(request, request)]
     ones = np.ones(len(request), dtype=np.int64)
-    return TokenTimes(request, arrivals[request] + elapsed - before, ones, np.zeros_like(ones))
+    whole = np.flatnonzero([one.span is not None and one.span.is_whole for one in known])
+    gaps = _told_gaps(replica, known, arrivals, findings)
+    return TokenTimes(request, arrivals[request] + elapsed - before, ones, np.zeros_like(ones), whole, gaps)
+
+
+def _told_gaps(replica: str, known: Sequence[KnownRequest], arrivals: Ints, findings: Findings) -> Gaps:
+    """Gaps that request spans carry as the table has them."""
+    request, numbers, unsound = _numbers(known, names.GAPS, _GAPS)
+    text = f"values of {names.GAPS} are no list of starts, durations and counts, and count as absent"
+    findings.add("unsound_value", replica, f" {names.GAPS}", text, unsound)
+    start, length, count = numbers.reshape(-1, 3).T
+    return request[::3], arrivals[request[::3]] + start, length, count
+
+
+def _numbers(known: Sequence[KnownRequest], name: str, form: str) -> tuple[Ints, Ints, int]:
+    """The comma-separated numbers of an attribute of this form, the positions of the requests that each is of, and how
+    many of the attributes have another form."""
+    texts = pa.array([one.span.text(name) or None if one.span else None for one in known], pa.string())
+    sound = pc.match_substring_regex(texts, form).fill_null(False)
+    lists = pc.split_pattern(pc.if_else(sound, texts, None), ",")
+    lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    numbers = pc.list_flatten(lists).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    unsound = len(known) - texts.null_count - int(np.count_nonzero(lengths))
+    return np.repeat(np.arange(len(known)), lengths), numbers, unsound
 
 
 def seen_token_times(rows: ResidencyColumns, wanted: npt.NDArray[np.bool_], times: StepTimes) -> TokenTimes:
@@ -272,14 +310,10 @@ def seen_token_times(rows: ResidencyColumns, wanted: npt.NDArray[np.bool_], time
     return TokenTimes(rows.request[chosen][row], time, count, rows.stretch[chosen][row])
 
 
-Gaps = tuple[Ints, Ints, Ints, Ints]  # request, start, length, count
-
-
 def mean_gaps(requests: pa.Table, told: TokenTimes) -> Gaps:
     """Of requests whose tokens have no times: all gaps as long as they were on average."""
     first, end, count = (requests[name].fill_null(-1).to_numpy() for name in ("first_token", "end", "output_tokens"))
-    some = (first >= 0) & (end >= first) & (count > 1)
-    some[told.request] = False
+    some = (first >= 0) & (end >= first) & (count > 1) & told.untold(len(count))
     request = np.flatnonzero(some)
     count = count[request] - 1
     return request, first[request], (end - first)[request] // count, count
@@ -310,10 +344,13 @@ def gap_table(
     earliest = np.full(len(key), LATEST)
     np.minimum.at(earliest, inverse, start[~long])
 
-    request = np.concatenate([request[long], key // octaves])
-    start = np.concatenate([start[long], earliest])
-    length = np.concatenate([length[long], np.rint(total / np.maximum(binned_count, 1)).astype(np.int64)])
-    count = np.concatenate([count[long], binned_count])
+    mean = np.rint(total / np.maximum(binned_count, 1)).astype(np.int64)
+    parts = [
+        (request[long], start[long], length[long], count[long]),
+        (key // octaves, earliest, mean, binned_count),
+        *(one.gaps for one in tokens),
+    ]
+    request, start, length, count = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.lexsort((length, start, request))
     columns: dict[str, Column] = {
         "replica": same(replica, len(order)),
