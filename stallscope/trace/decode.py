@@ -290,7 +290,7 @@ def _add_request(replica: ReplicaSpans, resource: int, span: Span) -> None:
 
 
 def _trace_id_of(span: Span) -> str:
-    """"" where it was made up."""
+    """ "" where it was made up."""
     return "" if span.attributes.get(names.UNTRACED) is True else span.trace_id
 
 

@@ -16,6 +16,7 @@ from stallscope.trace import parquet
 from stallscope.trace.clients import client_table
 from stallscope.trace.configuration import RESOURCE_COLUMNS
 from stallscope.trace.decode import (
+    LATEST,
     MOST,
     NOT_MEASURED,
     Collected,
@@ -293,6 +294,8 @@ def _replica_table(life: _Life, times: StepTimes, arrivals: Sequence[int]) -> pa
     chosen, since = numbers[order].tolist(), times.scheduled[first[order]].tolist()
     if not chosen:  # requests only
         chosen, since = [life.requests[0].resource], [min(arrivals)]
+    told = (life.resources[number].attributes.get(names.SINCE) for number in chosen)
+    since = [one if type(one) is int and 0 <= one < LATEST else seen for one, seen in zip(told, since, strict=True)]
     columns: dict[str, Column] = {"replica": [life.name] * len(chosen), "since": since}
     for column, name in RESOURCE_COLUMNS.items():
         kind = TABLES["replicas"].field(column).type
@@ -302,8 +305,8 @@ def _replica_table(life: _Life, times: StepTimes, arrivals: Sequence[int]) -> pa
         )  # fmt: skip
         columns[column] = [read(life.resources[number], name) for number in chosen]
     columns["engine"] = [
-        told or engine_of(life.resources[number].attributes) or None
-        for told, number in zip(columns["engine"], chosen, strict=True)
+        said or engine_of(life.resources[number].attributes) or None
+        for said, number in zip(columns["engine"], chosen, strict=True)
     ]
     return plain_table("replicas", columns, len(chosen))
 

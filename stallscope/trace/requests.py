@@ -142,8 +142,8 @@ def request_table(
         if one.span is not None:
             part = _span_part(one.span)
             part["first_token"] = first_token.get(position, part["first_token"])
-            said = _SAID_BY_ABSENCE if one.span.integer(names.HANDLE) is not None else ()
-            said = tuple(part) if one.span.is_whole else said
+            ours = one.span.integer(names.HANDLE) is not None
+            said = part.keys() if one.span.is_whole else _SAID_BY_ABSENCE if ours else ()
             row |= {name: value for name, value in part.items() if value is not None or name in said}
         names_of = {"replica": replica, "request": one.name, "tenant": one.tenant, "model": models[position] or None}
         rows.append(row | names_of)
@@ -185,7 +185,9 @@ def _span_part(span: RequestSpan) -> dict[str, object]:
     reason = span.text(names.FINISH_REASON)
     state = span.text(names.STATE) if span.text(names.STATE) in _UNFINISHED else "finished"
     least = -MOST if span.is_whole else 0
-    queued, scheduled, delivered = (span.integer(name, least) for name in (names.QUEUED, names.SCHEDULED, names.DELIVERED))
+    queued, scheduled, delivered = (
+        span.integer(name, least) for name in (names.QUEUED, names.SCHEDULED, names.DELIVERED)
+    )
     # Ours says its times in ns, all of them; another engine's span says some in seconds.
     told = Stations(None, None, None) if ours else stations(span.attributes, span.arrival)
     return {

@@ -32,7 +32,7 @@ ZSTD_WINDOW_LOG = 23
 
 
 class OtlpFileExporter(SpanExporter):
-    """Writes spans to a new file; the suffix of ``path`` (or ``named``), one of ``SUFFIXES``, says how it is compressed.
+    """Writes spans to a new file; the suffix of ``path`` (or of ``named``), one of ``SUFFIXES``, says how it is packed.
 
     ``force_flush`` makes what was exported so far readable even if the process is killed, at the price of some
     compression; ``shutdown`` ends the file. After an error of the file system it stays closed, so that whatever

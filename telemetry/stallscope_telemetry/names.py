@@ -251,17 +251,13 @@ GAPS = _declare(
     "stallscope.gaps",
     "str",
     "ns",
-    "of a request, comma-separated triples: arrival to the start of a gap between tokens, its length, and how many were "
-    "so long on average; token_times has the first token only",
+    "of a request, comma-separated triples: arrival to the start of a gap between tokens, its length, how many were so "
+    "long on average; token_times has the first token only",
 )
 ADAPTER = _declare("converted", "stallscope.adapter", "str", "", "of a request, the adapter it asked for")
 UNTRACED = _declare(
     "converted", "stallscope.untraced", "bool", "", "of a request or client: the trace id is not known, and made up"
 )
-CONFIGURATION = _declare(
-    "converted",
-    "stallscope.configuration",
-    "int",
-    "",
-    "of a resource: which of the replica's configurations it is, since two may be alike",
+SINCE = _declare(
+    "converted", "stallscope.since", "int", "ns", "of a resource: from when on the replica had this configuration"
 )

@@ -40,12 +40,11 @@ _LATENCIES = {"scheduled": names.LATENCY_QUEUE, "first_token": names.LATENCY_TTF
 _STATIONS = ("arrival", "queued", "scheduled", "first_token", "end")
 
 
-def resource_attributes(row: Row, number: int | None) -> Attributes:
-    """Of a row of ``replicas``; ``number``: which of several of its replica it is."""
+def resource_attributes(row: Row) -> Attributes:
+    """Of a row of ``replicas``."""
     attributes: Attributes = {names.SERVICE_NAME: row["engine"] or "stallscope", names.REPLICA: row["replica"]}
     attributes |= {name: row[column] for column, name in RESOURCE_COLUMNS.items() if row[column] is not None}
-    if number is not None:
-        attributes[names.CONFIGURATION] = number
+    attributes[names.SINCE] = row["since"]
     return attributes
 
 
@@ -99,7 +98,7 @@ def request_events(row: Row) -> list[tuple[str, int]]:
 
 def last_known(row: Row) -> int:
     """When a request ended, or else was last known to get on."""
-    return max(row[name] for name in _STATIONS if row[name] is not None)
+    return int(max(row[name] for name in _STATIONS if row[name] is not None))
 
 
 def client_attributes(row: Row) -> Attributes:

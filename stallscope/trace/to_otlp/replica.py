@@ -12,7 +12,9 @@ import pyarrow.compute as pc
 from stallscope.trace.model import Trace
 from stallscope.trace.residency import PHASES, REASONS
 from stallscope.trace.schema import TABLES
-from stallscope.trace.to_otlp.batches import Asked, Batches, Ints, Mask, Rows, StepRuns
+from stallscope.trace.to_otlp.batches import Batches
+from stallscope.trace.to_otlp.keyframes import Keyframes
+from stallscope.trace.to_otlp.rows import Asked, Ints, Mask, Rows, StepRuns
 from stallscope_telemetry.records import FinishReason
 
 _FIDELITY_BATCHES, _FIDELITY_SUMS = 3, 2
@@ -91,7 +93,8 @@ class ReplicaTables:
     @property
     def kept_share(self) -> float:
         """Of requests; 1 where all are there."""
-        return float(pc.min(self.coverage["sampled_share"]).as_py() or 1.0)
+        share = pc.min(self.coverage["sampled_share"]).as_py()
+        return 1.0 if share is None else float(share)
 
     @cached_property
     def _stretch(self) -> Ints:
@@ -118,8 +121,8 @@ class ReplicaTables:
         """Who did what, as far as it is no estimate (None: all is), and how many rows of residency are estimates."""
         residency = self.table("residency")
         known = np.append(ints(self.coverage["fidelity"]) == _FIDELITY_BATCHES, False)[self._stretch]
-        is_unknown = not known.any() and not len(residency) and self.kept_share == 1.0
-        if not len(self.steps) or not (known.any() or is_unknown):
+        was_never_known = not known.any() and not len(residency) and self.kept_share == 1.0
+        if not len(self.steps) or not (known.any() or was_never_known):
             return None, 0
         runs = StepRuns(ints(self.steps["step"]), known)
         rows = self._rows(residency, runs)
@@ -127,7 +130,8 @@ class ReplicaTables:
         block_size = pc.max(self.table("replicas")["block_size"]).as_py() or 0
         kept = rows.take(told)
         kept = kept.take(np.lexsort((kept.first, kept.request)))
-        return Batches(runs, kept, self._asked(), self._evictions(runs), block_size, is_unknown), int((~told).sum())
+        keyframes = Keyframes(runs, kept, self._asked(), self._evictions(runs))
+        return Batches(keyframes, block_size, was_never_known), int((~told).sum())
 
     def _rows(self, residency: pa.Table, runs: StepRuns) -> Rows:
         return Rows(

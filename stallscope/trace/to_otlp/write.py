@@ -26,7 +26,8 @@ from stallscope.trace.to_otlp.attributes import (
     trace_number,
 )
 from stallscope.trace.to_otlp.batches import Batches, Change
-from stallscope.trace.to_otlp.replica import Ints, ReplicaTables, ints
+from stallscope.trace.to_otlp.replica import ReplicaTables, ints
+from stallscope.trace.to_otlp.rows import Ints
 from stallscope_telemetry import __version__, names
 from stallscope_telemetry.records import RequestState, StepRecord
 from stallscope_telemetry.spans import Attributes, step_attributes
@@ -96,7 +97,9 @@ class _Writer:
     def _replicas(self) -> list[str]:
         tables = ("steps", "requests", "gpu")
         columns = [self._trace.columns(table, ["replica"])["replica"].cast(pa.string()) for table in tables]
-        names_of: list[str] = pc.unique(pa.chunked_array([chunk for one in columns for chunk in one.chunks])).to_pylist()
+        names_of: list[str] = pc.unique(
+            pa.chunked_array([chunk for one in columns for chunk in one.chunks])
+        ).to_pylist()
         return names_of
 
     # --- a replica ------------------------------------------------------------------------------------------------
@@ -239,10 +242,10 @@ def _step_attributes(row: Row, change: Change, dropped: int) -> Attributes:
         cached=change.cached,
         chunks=change.chunks,
         decodes=change.decodes,
-        waits=change.waits,  # type: ignore[arg-type]
-        preempted=change.preempted,  # type: ignore[arg-type]
-        evicted=change.evicted,  # type: ignore[arg-type]
-        left=change.left,  # type: ignore[arg-type]
+        waits=change.waits,
+        preempted=change.preempted,
+        evicted=change.evicted,
+        left=change.left,
         keyframe=change.keyframe,
     )
     attributes = step_attributes(record, dropped)
@@ -268,8 +271,7 @@ class _Resources:
         self._replica, self._make = replica, make
         self._table = replica.table("replicas").sort_by("since")
         rows = self._table.to_pylist()
-        several = len(rows) > 1
-        self._attributes = [resource_attributes(row, at if several else None) for at, row in enumerate(rows)]
+        self._attributes = [resource_attributes(row) for row in rows]
         self.configurations = [make(one) for one in self._attributes]
         self._by_model: dict[str | None, Resource] = {}
         for row, resource in zip(rows, self.configurations, strict=True):
@@ -301,7 +303,9 @@ class _Resources:
     def order_of_requests(self) -> Ints:
         """By the time when each was last known to get on; where nothing else says what the engine is, its own first."""
         requests = self._replica.requests
-        last = np.max([ints(requests[name]) for name in ("arrival", "queued", "scheduled", "first_token", "end")], axis=0)
+        last = np.max(
+            [ints(requests[name]) for name in ("arrival", "queued", "scheduled", "first_token", "end")], axis=0
+        )
         if not self._replica.is_estimated:
             return np.argsort(last, kind="stable")
         own = self._table["model"].cast(pa.string())[0]
