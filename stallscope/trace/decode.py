@@ -99,15 +99,20 @@ class RequestSpan:
     claim: tuple[str, str] = ("", "")
     kept: float = 1.0
 
-    def integer(self, name: str) -> int | None:
+    def integer(self, name: str, least: int = 0) -> int | None:
         """The attribute as an amount within bounds, else None."""
         value = self.attributes.get(name)
-        return value if type(value) is int and 0 <= value < MOST else None
+        return value if type(value) is int and least <= value < MOST else None
 
     def text(self, name: str) -> str:
         """The attribute as a string, "" where it is none."""
         value = self.attributes.get(name)
         return value if isinstance(value, str) else ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was written from a table, and so says all that is known of the request."""
+        return names.STATE in self.attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,8 +291,13 @@ def _add_request(replica: ReplicaSpans, resource: int, span: Span) -> None:
     claim = ("", "") if names.TENANT in attributes else claimed_tenant(attributes, state)
     kept = max(sampled_share(state), LEAST_KEPT)
     replica.requests.append(
-        RequestSpan(request_id, span.start, span.end, span.trace_id, resource, attributes, claim, kept)
+        RequestSpan(request_id, span.start, span.end, _trace_id_of(span), resource, attributes, claim, kept)
     )
+
+
+def _trace_id_of(span: Span) -> str:
+    """ "" where it was made up."""
+    return "" if span.attributes.get(names.UNTRACED) is True else span.trace_id
 
 
 def _add_sample(replica: ReplicaSpans, span: Span) -> None:
@@ -309,7 +319,7 @@ def _add_client(clients: list[ClientSpan], source: str, span: Span) -> None:
     clients.append(
         ClientSpan(
             request_id,
-            span.trace_id,
+            _trace_id_of(span),
             tenant if isinstance(tenant, str) else "",
             span.start,
             span.end,

@@ -65,6 +65,22 @@ def test_a_folder_becomes_a_dataset_that_is_analysed_alike(run: Run, trace: Path
     assert first.incidents == second.incidents
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_dataset_becomes_otlp_again(run: Run, trace: Path, tmp_path: Path, suffix: str) -> None:
+    assert run("convert", trace, tmp_path / "data")[0] == 0
+    path = tmp_path / f"again.otlp.jsonl{suffix}"
+    code, out, err = run("convert", tmp_path / "data", path)
+    assert (code, out) == (0, "")
+    assert "steps" in err
+    assert read_trace(path).tables == read_trace(trace).tables
+    code, _, err = run("convert", trace, path)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert run("convert", trace, path, "--until", "+10s", "--force")[0] == 0
+    assert read_trace(path).steps.num_rows < read_trace(trace).steps.num_rows
+    assert {one.name for one in tmp_path.iterdir()} == {"data", path.name}
+    assert run("convert", trace, path, "--append")[0] == 2
+
+
 def test_a_part_of_a_trace_can_be_converted(run: Run, trace: Path, tmp_path: Path) -> None:
     assert run("convert", trace, tmp_path / "part", "--since", "+10s", "--until", "+20s")[0] == 0
     steps = read_trace(tmp_path / "part").steps.to_pandas()
@@ -112,12 +128,13 @@ def test_what_fails_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", ["trace.csv", "trace.json", "trace.otlp.jsonl"])
+@pytest.mark.parametrize("name", ["trace.csv", "trace.json", "trace.otlp.pb"])
 def test_an_unknown_suffix_is_told_which_there_are(run: Run, trace: Path, tmp_path: Path, name: str) -> None:
     code, out, err = run("convert", trace, tmp_path / name)
     assert (code, out) == (2, "")
     assert ".pftrace" in err
     assert ".perfetto-trace" in err
+    assert ".otlp.jsonl.zst" in err
     assert len(err.splitlines()) == 1
 
 
