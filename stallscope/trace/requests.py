@@ -24,6 +24,26 @@ _SAID_BY_ABSENCE = ("queued", "scheduled", "first_token")  # a span of ours has 
 _REASON_NAMES = {reason: reason.name.lower() for reason in FinishReason}
 _FINISH_REASONS = frozenset(_REASON_NAMES.values())
 _UNFINISHED = ("open", "lost")
+_TOLD = (
+    names.HANDLE,
+    names.TENANT_SOURCE,
+    names.PRIORITY,
+    names.SESSION,
+    names.PREDECESSOR,
+    names.RETRY_OF,
+    names.QUEUED,
+    names.SCHEDULED,
+    names.DELIVERED,
+    names.USAGE_PROMPT,
+    names.CACHED_TOKENS,
+    names.PREFIX,
+    names.REQUEST_MAX_TOKENS,
+    names.USAGE_COMPLETION,
+    names.PREEMPTIONS,
+    names.FINISH_REASON,
+    names.STATE,
+    names.ADAPTER,
+)  # what a request span says that goes into the table as it is
 _NOT_TOLD = Stations(None, None, None)
 
 
@@ -216,17 +236,16 @@ def _span_columns(spans: Sequence[RequestSpan | None]) -> dict[str, _Values]:
     was written from a table."""
     attributes: list[Attributes] = [{} if one is None else one.attributes for one in spans]
     whole = [one is not None and one.is_whole for one in spans]
+    # All of one span, then the next: looked up name by name, each is out of the processor's cache again.
+    rows = [tuple(map(one.get, _TOLD)) for one in attributes]
+    told_values = dict(zip(_TOLD, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(_TOLD, ())
 
     def integers(name: str, least: Iterable[int] = repeat(0)) -> list[int | None]:
-        values = [one.get(name) for one in attributes]
-        return [
-            value if type(value) is int and low <= value < MOST else None
-            for value, low in zip(values, least, strict=False)
-        ]
+        pairs = zip(told_values[name], least, strict=False)
+        return [value if type(value) is int and low <= value < MOST else None for value, low in pairs]
 
     def texts(name: str) -> list[str | None]:
-        values = [one.get(name) for one in attributes]
-        return [value if isinstance(value, str) and value else None for value in values]
+        return [value if isinstance(value, str) and value else None for value in told_values[name]]
 
     handles = integers(names.HANDLE)
 
