@@ -196,14 +196,25 @@ def _write_otlp(trace: Trace, target: Path) -> None:
 
 def _write_dataset(trace: Trace, target: Path, append: bool) -> None:
     from stallscope.trace import append_parquet, write_parquet
+    from stallscope.trace.lock import only_writer
     from stallscope.trace.parquet import is_trace_folder
 
     with progress(f"writing {target.name}") as advance:
+
+        def told(done: int, total: int) -> None:
+            advance(done / max(total, 1))
+
         if append and is_trace_folder(target):
-            append_parquet(trace, target, lambda done, total: advance(done / max(total, 1)))
+            append_parquet(trace, target, told)
         else:
-            with _made_whole(target) as part:
-                write_parquet(trace, part, lambda done, total: advance(done / max(total, 1)))
+            # Of several that make the same dataset, one does, and the others add to it.
+            with only_writer(target if target.is_dir() else target.parent):
+                made = append and is_trace_folder(target)
+                if not made:
+                    with _made_whole(target) as part:
+                        write_parquet(trace, part, told)
+            if made:
+                append_parquet(trace, target, told)
     _say_size(trace, target)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,13 +35,16 @@ class ReplicaTables:
 
     def table(self, table: str) -> pa.Table:
         """The rows of a table that are this replica's, with plain names."""
-        whole = self.trace.columns(table, TABLES[table].names)
-        return whole.filter(pa.array(self._mine(table)))
+        return self._columns(table, TABLES[table].names)
+
+    def _columns(self, table: str, names: Sequence[str]) -> pa.Table:
+        whole, mine = self.trace.columns(table, names), self._mine(table)
+        return whole if mine.all() else whole.filter(pa.array(mine))
 
     def _mine(self, table: str) -> Mask:
-        replica = self.trace.columns(table, ["replica"])["replica"].cast(pa.string())
-        mine: Mask = pc.equal(replica, self.name).fill_null(False).to_numpy()
-        return mine
+        replica = self.trace.columns(table, ["replica"])["replica"]
+        mine = [pc.equal(chunk.cast(pa.string()), self.name).fill_null(False) for chunk in replica.chunks]
+        return np.concatenate([np.zeros(0, dtype=np.bool_), *(one.to_numpy(zero_copy_only=False) for one in mine)])
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -77,8 +81,22 @@ class ReplicaTables:
     # --- steps ----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def steps(self) -> pa.Table:
-        return self.table("steps").sort_by("step")
+    def step_numbers(self) -> Ints:
+        """In order."""
+        return np.sort(ints(self._columns("steps", ["step"])["step"]))
+
+    def step_tables(self, most: int) -> Iterator[pa.Table]:
+        """The rows of ``steps`` in order, at most so many at a time; where they are stored, no more are read."""
+        batches: Iterator[pa.RecordBatch]
+        if (np.diff(ints(self._columns("steps", ["step"])["step"])) < 0).any():
+            batches = self.table("steps").sort_by("step").to_batches(most)
+        elif self.trace.is_stored:
+            # What is read ahead would be half of the memory.
+            ahead = {"batch_readahead": 0, "fragment_readahead": 0, "use_threads": False}
+            batches = self.trace.scannable("steps").to_batches(batch_size=most, **ahead)
+        else:
+            batches = self.table("steps").to_batches(most)
+        return (pa.Table.from_batches([batch]) for batch in batches if len(batch))
 
     @cached_property
     def coverage(self) -> pa.Table:
@@ -100,18 +118,19 @@ class ReplicaTables:
     def _stretch(self) -> Ints:
         """The row of coverage that each step belongs to, -1 where there is none."""
         seen = ints(self.coverage["steps_seen"])
-        if seen.sum() == len(self.steps):
+        if seen.sum() == len(self.step_numbers):
             return np.repeat(np.arange(len(seen)), seen)
-        return np.searchsorted(ints(self.coverage["start"]), ints(self.steps["scheduled"]), side="right") - 1
+        scheduled = np.sort(ints(self._columns("steps", ["scheduled"])["scheduled"]))
+        return np.searchsorted(ints(self.coverage["start"]), scheduled, side="right") - 1
 
     @cached_property
     def dropped(self) -> Ints:
         """The records that were lost to a full queue so far, as each step says."""
         lost, fidelity = ints(self.coverage["spans_dropped"]), ints(self.coverage["fidelity"])
-        total = np.zeros(len(self.steps) + 1, dtype=np.int64)
+        total = np.zeros(len(self.step_numbers) + 1, dtype=np.int64)
         # In a stretch of known batches by its last step, else by the first after it.
         last = np.searchsorted(self._stretch, np.arange(len(lost)), side="right")
-        at = np.clip(np.where(fidelity == _FIDELITY_BATCHES, last - 1, last), 0, max(len(self.steps) - 1, 0))
+        at = np.clip(np.where(fidelity == _FIDELITY_BATCHES, last - 1, last), 0, max(len(self.step_numbers) - 1, 0))
         np.add.at(total, at, lost)
         return np.cumsum(total)[:-1]
 
@@ -122,9 +141,9 @@ class ReplicaTables:
         residency = self.table("residency")
         known = np.append(ints(self.coverage["fidelity"]) == _FIDELITY_BATCHES, False)[self._stretch]
         was_never_known = not known.any() and not len(residency) and self.kept_share == 1.0
-        if not len(self.steps) or not (known.any() or was_never_known):
+        if not len(self.step_numbers) or not (known.any() or was_never_known):
             return None, 0
-        runs = StepRuns(ints(self.steps["step"]), known)
+        runs = StepRuns(self.step_numbers, known)
         rows = self._rows(residency, runs)
         told = (rows.request >= 0) & known[np.minimum(rows.first, len(known) - 1)]
         block_size = pc.max(self.table("replicas")["block_size"]).as_py() or 0

@@ -112,9 +112,10 @@ class _Writer:
         if not replica.is_estimated:
             batches, left_out = replica.batches()
             self.left_out += left_out
-            for begin in range(0, len(replica.steps), _STEPS_AT_ONCE):
-                table = replica.steps.slice(begin, _STEPS_AT_ONCE)
+            begin = 0
+            for table in replica.step_tables(_STEPS_AT_ONCE):
                 yield from self._step_spans(replica, resources, batches, begin, table)
+                begin += len(table)
                 until = pc.max(table["ready"]).as_py()
                 yield from _until(requests, until)
                 yield from _until(samples, until)
