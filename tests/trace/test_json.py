@@ -69,6 +69,12 @@ def test_a_line_nested_without_end_is_unreadable() -> None:
     assert spans(JsonDecoder(Resources()), deep) in ("unreadable", [])
 
 
+def test_a_line_that_is_no_utf_8_is_unreadable_wherever_it_is_not() -> None:
+    sound = orjson.dumps(document({"attributes": []}, SOUND | {"skipped": "é"}))
+    assert spans(JsonDecoder(Resources()), sound) != "unreadable"
+    assert spans(JsonDecoder(Resources()), sound.replace("é".encode(), b"\xff")) == "unreadable"
+
+
 def test_resources_of_the_same_attributes_are_one() -> None:
     resources = Resources()
     one = orjson.dumps(document({"attributes": [{"key": "a", "value": {"stringValue": "b"}}]}, SOUND))

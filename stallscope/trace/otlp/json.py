@@ -165,6 +165,8 @@ class JsonDecoder:
     def groups(self, text: bytes) -> Iterator[tuple[Resource, list[Span], int]]:
         """Resource, its spans, and how many more are malformed. Raises one of ``MALFORMED`` where it is no OTLP, nor
         anything else that is known."""
+        if not text.isascii():
+            text.decode()  # raises where it is no UTF-8, which msgspec does not look at in what it skips
         try:
             data = _decode(text)
         except _OTHERWISE:
