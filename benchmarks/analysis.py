@@ -4,6 +4,7 @@
     python benchmarks/analysis.py --sizes 10000 100000     # some sizes only
     python benchmarks/analysis.py --stall-every 20000      # steps; one stall in 100,000 unless said
     python benchmarks/analysis.py --sizes --replays 10000 100000   # replays alone
+    python benchmarks/analysis.py --sizes --replays --day   # a day of a busy replica, by the command, on two processes
 
 Each size is written to Parquet once (a made-up engine with a batch of 64 and 20 tenants; its traces pass
 ``Trace.validate``) and then read and analysed in a process of its own, held to one core, so that its peak memory is
@@ -14,6 +15,10 @@ and of all tables.
 
 Replays are measured on recordings of the bundled engine in virtual time with a batch of about 16, which grow with the
 steps: each is read, and replayed as a whole.
+
+The day has 4.3 million steps and 1.1 million requests in 24 hours, and goes from Parquet to the report without replays
+through ``stallscope analyze --jobs 2``. Wall time is beside whatever else runs on the machine; half the CPU time is
+what two cores of its own would take at least. Memory is the most that all its processes held at one time.
 """
 
 from __future__ import annotations
@@ -21,6 +26,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +41,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
+from stallscope.diagnosis import Diagnosis
 from stallscope.trace import Trace, read_trace, write_parquet
 from stallscope.trace.gaps import GAP_FLOOR_STEPS
 from stallscope.trace.schema import TABLES
@@ -46,6 +54,7 @@ BATCH, TENANTS = 64, 20
 HEAVY = TENANTS - 1  # sends the prompts that stall everybody
 START_NS = 1_800_000_000_000_000_000
 MS = 1_000_000
+DAY_STEPS, DAY_FIXED_NS = 4_320_000, 12_750_000  # 20 ms a step
 FIXED_NS, PREFILL_NS, DECODE_NS, CONTEXT_NS = 4 * MS, 10_000, 60_000, 80
 LARGEST_CHECKED = 1_000_000  # above, checking the trace takes longer than it is worth
 ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -86,8 +95,9 @@ class _Rows:
     part: Ints
 
 
-def synthetic(steps: int, stalled: int, seed: int = 0) -> Trace:
-    """A trace of ``steps`` steps, in ``stalled`` stretches of which a tenant's huge prompts or a pause hold all up."""
+def synthetic(steps: int, stalled: int, seed: int = 0, fixed_ns: int = FIXED_NS) -> Trace:
+    """A trace of ``steps`` steps, in ``stalled`` stretches of which a tenant's huge prompts or a pause hold all up;
+    ``fixed_ns`` is what a step takes whatever is in it."""
     rng = np.random.default_rng(seed)
     heavy_at = np.linspace(0, steps, stalled + 2, dtype=np.int64)[1:-1]
     requests = _requests(rng, steps, heavy_at[::2])
@@ -96,7 +106,7 @@ def synthetic(steps: int, stalled: int, seed: int = 0) -> Trace:
     if len(present) < len(requests.start):  # beyond the last step
         requests = _Requests(**{name: column[present] for name, column in vars(requests).items()})
         rows = _Rows(**{**vars(rows), "request": np.searchsorted(present, rows.request)})
-    table, dispatched, ready = _step_table(rng, rows, steps, heavy_at[1::2])
+    table, dispatched, ready = _step_table(rng, rows, steps, heavy_at[1::2], fixed_ns)
     scheduled = table["scheduled"]
     names = [f"cmpl-{value:032x}" for value in rng.integers(0, 2**62, len(requests.start)).tolist()]
     first_of = np.searchsorted(rows.request, np.arange(len(names)))  # rows are ordered by request and step
@@ -204,7 +214,7 @@ def _sums(rows: _Rows, chosen: npt.NDArray[np.bool_], amount: Ints, steps: int, 
 
 
 def _step_table(
-    rng: np.random.Generator, rows: _Rows, steps: int, paused_at: Ints
+    rng: np.random.Generator, rows: _Rows, steps: int, paused_at: Ints, fixed_ns: int
 ) -> tuple[dict[str, Ints], Ints, Ints]:
     """Columns of the steps, and when they were dispatched and ready; before each of ``paused_at`` lies a pause."""
     ones = np.ones_like(rows.tokens)
@@ -214,7 +224,7 @@ def _step_table(
     running = _sums(rows, is_prefill | is_decode | is_paused, ones, steps)
     context = _sums(rows, is_decode, rows.context, steps, slope=rows.tokens)
     held = _sums(rows, is_prefill | is_decode | is_paused, rows.context + rows.tokens, steps, slope=rows.tokens)
-    cost = FIXED_NS + PREFILL_NS * prefill_tokens + DECODE_NS * decode_tokens + CONTEXT_NS * context
+    cost = fixed_ns + PREFILL_NS * prefill_tokens + DECODE_NS * decode_tokens + CONTEXT_NS * context
     taken = (cost * rng.lognormal(0, 0.05, steps)).astype(np.int64) + 1000
     host = rng.integers(50_000, 300_000, steps)
     delay = rng.integers(20_000, 100_000, steps)
@@ -468,9 +478,9 @@ def _peak_mb() -> float:
     return int(line.split()[1]) / 1000
 
 
-def make(folder: Path, steps: int, stalled: int) -> None:
+def make(folder: Path, steps: int, stalled: int, fixed_ns: int) -> None:
     """Writes the trace once; raises ValueError if it is not sound."""
-    trace = synthetic(steps, stalled)
+    trace = synthetic(steps, stalled, fixed_ns=fixed_ns)
     findings = trace.validate() if steps <= LARGEST_CHECKED else []
     if findings:
         raise ValueError(f"the made-up trace is not sound: {findings}")
@@ -491,11 +501,13 @@ def main() -> None:
     parser.add_argument("--verdicts", action="store_true", help="judge the incidents, too")
     parser.add_argument("--replays", type=int, nargs="*", default=SIZES[:2], help="steps of the recordings to replay")
     parser.add_argument("--replay", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--day", action="store_true", help="a day of one replica, too")
     parser.add_argument("--make", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--fixed-ns", type=int, default=FIXED_NS, help=argparse.SUPPRESS)
     parser.add_argument("--analyse", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.make:
-        make(chosen.folder, chosen.make, max(2, chosen.make // chosen.stall_every))
+        make(chosen.folder, chosen.make, max(2, chosen.make // chosen.stall_every), chosen.fixed_ns)
         return
     if chosen.analyse:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -510,6 +522,8 @@ def main() -> None:
         console.print(_analyses(chosen))
     if chosen.replays:
         console.print(_replays(chosen))
+    if chosen.day:
+        console.print(_day(chosen, console))
 
 
 def _analyses(chosen: argparse.Namespace) -> Table:
@@ -530,6 +544,60 @@ def _analyses(chosen: argparse.Namespace) -> Table:
             f"{_stored_bytes(folder, *TABLES) / one.steps:.1f}",
         )
     return table
+
+
+def _day(chosen: argparse.Namespace, console: Console) -> Table:
+    folder = chosen.folder / f"day-{chosen.stall_every}"
+    if not folder.exists():
+        made = ("--make", str(DAY_STEPS), "--fixed-ns", str(DAY_FIXED_NS), "--stall-every", str(chosen.stall_every))
+        _in_a_process(*made, "--folder", str(folder))
+    table = Table(
+        "steps", "requests", "hours", "incidents", "wall s", "CPU s", "of it a core of two", "peak MB together"
+    )
+    costs = []
+    for _ in range(chosen.passes):
+        wall, cpu, peak, diagnosis = _analysed_by_command(folder)
+        seen = diagnosis.coverage
+        hours = (diagnosis.end_ns - diagnosis.start_ns) / 3.6e12
+        table.add_row(
+            f"{seen.steps:,}", f"{seen.requests:,}", f"{hours:.1f}", str(len(diagnosis.incidents)),
+            f"{wall:.1f}", f"{cpu:.1f}", f"{cpu / 2:.1f}", f"{peak:,.0f}",
+        )  # fmt: skip
+        costs.append(cpu)
+    stored = _stored_bytes(folder, *TABLES) / 1e6
+    console.print(
+        f"1,000 such replicas a day: {statistics.median(costs) / 3.6:,.1f} core-hours, {stored:,.0f} GB of Parquet"
+    )
+    return table
+
+
+def _analysed_by_command(folder: Path) -> tuple[float, float, float, Diagnosis]:
+    """Wall and CPU seconds of ``stallscope analyze``, the most MB that its processes held together, what it says."""
+    command = [sys.executable, "-m", "stallscope.cli", "analyze", str(folder)]
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryFile() as out:
+        with subprocess.Popen([*command, "--no-replay", "--format", "json", "--jobs", "2"], stdout=out) as running:
+            peak = 0.0
+            while running.poll() is None:
+                peak = max(peak, _held_mb(running.pid))
+                time.sleep(0.05)
+        wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+        if running.returncode:
+            raise subprocess.CalledProcessError(running.returncode, command)
+        out.seek(0)
+        diagnosis = Diagnosis.from_dict(json.loads(out.read()))
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return wall, cpu, peak, diagnosis
+
+
+def _held_mb(pid: int) -> float:
+    """What a process and those that it started hold now; pages that they share count for each."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return pages * resource.getpagesize() / 1e6 + sum(_held_mb(int(child)) for child in children)
 
 
 def _stored_bytes(folder: Path, *tables: str) -> int:

@@ -1,7 +1,7 @@
 """The command line: parse, call, print. Everything heavy is imported by the command that needs it.
 
-A module a kind of command (``traffic``, ``analysis``, ``conversion``, ``serving``), what they have in common in
-``shared``; here they become one program.
+A module a kind of command (``traffic``, ``analyze``, ``analysis``, ``conversion``, ``serving``, ``collecting``), what
+they have in common in ``shared``; here they become one program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import typer
 
 from stallscope import __version__
 from stallscope.bench import command as bench
-from stallscope.cli.analysis import analyze, compare, doctor, explain
+from stallscope.cli.analysis import compare, doctor, explain
+from stallscope.cli.analyze import analyze
+from stallscope.cli.collecting import collect
 from stallscope.cli.conversion import convert, sql
 from stallscope.cli.serving import serve
 from stallscope.cli.traffic import demo, load, record
@@ -58,6 +60,7 @@ for _command, _example in (
     (compare, "stallscope compare before.otlp.jsonl.zst after.otlp.jsonl.zst"),
     (convert, "stallscope convert stall.otlp.jsonl.zst stall.pftrace"),
     (sql, "stallscope sql stall.otlp.jsonl.zst 'select tenant, count(*) from requests group by all'"),
+    (collect, "stallscope collect -o traces/ --disk-budget 20GB"),
     (serve, "stallscope serve --model tiny-llama -o served.otlp.jsonl.zst"),
 ):
     app.command(epilog=f"Example: {_example}")(_command)

@@ -1,27 +1,40 @@
-"""The whole analysis of a trace, from tables to a ``Diagnosis``."""
+"""The whole analysis of a trace, from tables to a ``Diagnosis``; or of a portion of it, to what adds up to one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from stallscope.diagnosis.changes import find_changes
-from stallscope.diagnosis.evidence import quantiles
-from stallscope.diagnosis.incidents import find_episodes, find_windows, measure_waits
+from stallscope.diagnosis.incidents import Waits, find_episodes, find_windows, measure_waits
+from stallscope.diagnosis.levels import level_of
 from stallscope.diagnosis.load import KV, STEP_TIME, Loads
-from stallscope.diagnosis.model import Confidence, Coverage, Diagnosis, Incident, ReplayCheck, TenantSummary, Verdict
-from stallscope.diagnosis.reliance import LEAST_KEPT
+from stallscope.diagnosis.metrics import METRICS
+from stallscope.diagnosis.model import Diagnosis, ReplayCheck
+from stallscope.diagnosis.partial import Partial, Seen, TenantTotals, finish, merge
+from stallscope.diagnosis.portion import WHOLE, Portion
 from stallscope.diagnosis.replay.replayer import prepare_replay
-from stallscope.diagnosis.replica import BATCHES_SEEN, Replica, replicas
+from stallscope.diagnosis.replica import BATCHES_SEEN, UNKNOWN, Replica, replicas
+from stallscope.diagnosis.sketch import Sketch
 from stallscope.diagnosis.slo import Slo, check_tenants
+from stallscope.diagnosis.stitch import Found
+from stallscope.diagnosis.timeline import Ints
 from stallscope.diagnosis.verdict import judge
 from stallscope.trace import Trace
 
-FEWEST_REQUESTS = 20  # below, usual and unusual can't be told apart
-UNKNOWN = "(unknown)"
+
+@dataclass(frozen=True)
+class Options:
+    """``slos``: what counts as stalled, in place of the learned usual. ``replay``: judged by what would have been; then
+    ``remedies`` may be tried too."""
+
+    slos: Sequence[Slo] = ()
+    replay: bool = True
+    remedies: bool = False
 
 
 def diagnose(
@@ -34,95 +47,121 @@ def diagnose(
 ) -> Diagnosis:
     """Finds the incidents of a trace and judges each.
 
-    ``slos``: what counts as stalled, in place of the learned usual. ``replay``: by what would have been; then
-    ``remedies`` may be tried too. ``progress`` hears the share of the work that is done, in [0, 1]. Raises UsageError
-    where an SLO is for a tenant that the trace doesn't have.
+    The options are those of ``Options``. ``progress`` hears the share of the work that is done, in [0, 1]. Raises
+    UsageError where an SLO is for a tenant that the trace doesn't have.
     """
     check_tenants(trace, slos)
-    incidents: list[Incident] = []
-    summaries: list[TenantSummary] = []
-    errors: list[float] = []
-    checks: list[ReplayCheck] = []
+    found = diagnose_portion(trace, WHOLE, Options(slos, replay, remedies), progress)
+    return finish(merge(seen_in(trace, WHOLE), found), trace.source, notes_of(trace))
+
+
+def notes_of(trace: Trace) -> list[str]:
+    """What reading a trace left out, in words."""
+    return [f"{finding.text} ({finding.where}, {finding.count} times)" for finding in trace.findings]
+
+
+def diagnose_portion(
+    trace: Trace, portion: Portion, options: Options, progress: Callable[[float], None] | None = None
+) -> Partial:
+    """What a portion of a trace's time says, beside how much of it was seen; the trace may be cut to what it views.
+
+    The sum of all portions' (``partial.merge``) is what ``partial.finish`` makes a diagnosis of.
+    """
+    total = Partial()
     all_of_them = max(len(pc.unique(trace.columns("steps", ["replica"])["replica"])), 1)
     for number, replica in enumerate(replicas(trace)):
+        if not portion.holds(replica.timeline.start).any():
+            continue
+        incidents: list[Found] = []
         changes = find_changes(replica)
-        waits = measure_waits(replica, slos, changes)
+        waits = measure_waits(replica, options.slos, changes)
         episodes = find_episodes(waits)
-        windows = find_windows(waits, episodes, replica, slos)
-        replayer = None
-        if replay and replica.fidelity >= BATCHES_SEEN and (windows or changes.found):
+        windows = find_windows(waits, episodes, replica, options.slos)
+        replayer, checks = None, dict[str, ReplayCheck]()
+        if options.replay and replica.fidelity >= BATCHES_SEEN and (windows or changes.found):
             replayer = prepare_replay(replica)
-            checks.append(replayer.check)
-        for incident, done in judge(replica, waits, changes, episodes, windows, replayer, remedies=remedies):
-            incidents += [incident] if incident is not None else []
+            checks[replica.name] = replayer.check
+        for found, done in judge(
+            replica, waits, changes, episodes, windows, replayer, remedies=options.remedies, portion=portion
+        ):
+            incidents += [found] if found is not None else []
             if progress is not None:
                 progress((number + done) / all_of_them)
-        summaries.extend(_summaries(replica, waits.table))
-        errors.append(replica.ledger.model.error)
-    # A recording that begins with an empty cache says nothing about what went wrong in it.
-    incidents.sort(key=lambda incident: (incident.verdict is Verdict.COLD_CACHE, -incident.lost_s))
-    coverage = _coverage(trace, max(errors, default=0.0))
-    verdict, confidence = _overall(incidents, coverage)
+        told = Partial(incidents=tuple(incidents), checks=checks, seen=Seen(error=replica.ledger.model.error))
+        total = merge(total, merge(told, _totals(replica, waits, portion)))
+    return total
+
+
+def seen_in(trace: Trace, portion: Portion) -> Partial:
+    """When a portion's steps were, and how much of it the telemetry shows. The trace must not be cut within it.
+
+    A stretch of telemetry counts in the portion in which it begins.
+    """
     steps = trace.columns("steps", ["scheduled", "ready"])
-    return Diagnosis(
-        source=trace.source,
-        start_ns=pc.min(steps["scheduled"]).as_py() or 0,
-        end_ns=pc.max(steps["ready"]).as_py() or 0,
-        verdict=verdict,
-        confidence=confidence,
-        coverage=coverage,
-        incidents=tuple(incidents),
-        tenants=tuple(summaries),
-        notes=tuple(f"{finding.text} ({finding.where}, {finding.count} times)" for finding in trace.findings),
-        replays=tuple(checks),
+    scheduled, ready = (steps[name].to_numpy() for name in ("scheduled", "ready"))
+    mine = portion.holds(scheduled)
+    stretches = trace.coverage.to_pandas()
+    begun = stretches[portion.holds(stretches["start"].to_numpy(np.int64))]
+    there = stretches[(stretches["start"] < portion.end) & (stretches["end"] >= portion.start)]
+    requests = trace.columns("requests", ["arrival", "state", "tenant"])
+    came = requests.filter(pa.array(portion.holds(requests["arrival"].to_numpy())))
+    states = came["state"].cast(pa.string())
+    named = pc.not_equal(pc.fill_null(came["tenant"].cast(pa.string()), UNKNOWN), UNKNOWN)
+    seen = Seen(
+        fidelity=int(there["fidelity"].min()) if len(there) else None,
+        steps=int(begun["steps_seen"].sum()) if portion == WHOLE else int(mine.sum()),
+        steps_lost=int(begun["steps_lost"].sum()),
+        records_dropped=int(begun["spans_dropped"].sum()),
+        requests=came.num_rows,
+        requests_open=_count(pc.equal(states, "open")),
+        requests_lost=_count(pc.equal(states, "lost")),
+        requests_named=_count(named),
+        kept_share=float(there["sampled_share"].min()) if len(there) else 1.0,
     )
+    if not mine.any():
+        return Partial(seen=seen)
+    return Partial(int(scheduled[mine].min()), int(ready[mine].max()), seen=seen)
 
 
-def _overall(incidents: list[Incident], coverage: Coverage) -> tuple[Verdict, Confidence]:
-    """The verdict of the most harmful incident; without one, healthy if there was enough to see."""
-    if incidents:
-        return incidents[0].verdict, incidents[0].confidence
-    too_little = coverage.requests < FEWEST_REQUESTS or coverage.steps_lost > coverage.steps
-    if too_little or coverage.kept_share < LEAST_KEPT:
-        return Verdict.INSUFFICIENT_DATA, Confidence.LOW
-    return Verdict.HEALTHY, Confidence.MEDIUM if coverage.fidelity >= BATCHES_SEEN else Confidence.LOW
+def _count(mask: pa.ChunkedArray) -> int:
+    return int(pc.sum(mask).as_py() or 0)
 
 
-def _coverage(trace: Trace, error: float) -> Coverage:
-    coverage, requests = trace.coverage.to_pandas(), trace.requests.to_pandas()
-    states = requests["state"].astype(str)
-    return Coverage(
-        fidelity=int(coverage["fidelity"].min()) if len(coverage) else 0,
-        steps=int(coverage["steps_seen"].sum()),
-        steps_lost=int(coverage["steps_lost"].sum()),
-        records_dropped=int(coverage["spans_dropped"].sum()),
-        requests=len(requests),
-        requests_open=int((states == "open").sum()),
-        requests_lost=int((states == "lost").sum()),
-        known_tenant_share=float((requests["tenant"].astype(str) != UNKNOWN).mean()) if len(requests) else 0.0,
-        kept_share=float(coverage["sampled_share"].min()) if len(coverage) else 1.0,
-        cost_model_error=error,
-    )
-
-
-def _summaries(replica: Replica, waits: pd.DataFrame) -> list[TenantSummary]:
+def _totals(replica: Replica, waits: Waits, portion: Portion) -> Partial:
+    """What the requests that came in the portion add up to, by tenant, and how long most of them waited."""
     requests = replica.requests
-    tokens = (requests["prompt_tokens"] + requests["output_tokens"]).groupby(requests["tenant"]).sum()
-    timeline = replica.timeline
-    span = (int(timeline.before[0]), int(timeline.end[-1]))
+    mine = portion.holds(requests["arrival"].to_numpy(np.int64))
+    tenant = replica.tenant_of_request
+    start = max(int(replica.timeline.before[0]), portion.start)
+    end = min(int(replica.timeline.end[-1]), portion.end)
     loads = Loads(replica, [])
-    shares = {
-        resource: np.array([load.level for load in loads.of_all(resource, *span)]) for resource in (STEP_TIME, KV)
-    }
-    return [
-        TenantSummary(
-            tenant,
-            replica.sources[code],
-            int((requests["tenant"] == code).sum()),
-            quantiles(waits[waits["tenant"] == code]),
-            float(tokens.get(code, 0) / max(tokens.sum(), 1)),
-            float(shares[STEP_TIME][code] / max(shares[STEP_TIME].sum(), 1e-12)),
-            float(shares[KV][code] / max(shares[KV].sum(), 1e-12)),
+    count = np.bincount(tenant[mine], minlength=len(replica.tenants))
+    both = (requests["prompt_tokens"] + requests["output_tokens"]).to_numpy()
+    tokens = np.bincount(tenant[mine], both[mine], len(replica.tenants))
+    step_ns = loads.totals(STEP_TIME, start, end)
+    kv = loads.totals(KV, start, end) * replica.ledger.most_kv_tokens
+    longest = [_longest(waits, metric, len(requests)) for metric in range(len(METRICS))]
+    waited = [mine & (each >= 0) for each in longest]
+    tenants = {
+        name: TenantTotals(
+            {replica.sources[code]: int(count[code])},
+            round(tokens[code]),
+            round(step_ns[code]),
+            round(kv[code]),
+            tuple(Sketch.of(each[some & (tenant == code)]) for each, some in zip(longest, waited, strict=True)),
         )
-        for code, tenant in enumerate(replica.tenants)
-    ]
+        for code, name in enumerate(replica.tenants)
+        if count[code] or step_ns[code] > 0
+    }
+    level = level_of(start, end, [each[some] for each, some in zip(longest, waited, strict=True)])
+    return Partial(tenants=tenants, levels={replica.name: (level,)})
+
+
+def _longest(waits: Waits, metric: int, requests: int) -> Ints:
+    """Each request's longest wait of a metric, ns; -1 where it has none."""
+    table = waits.table
+    rows = np.flatnonzero((table["metric"] == metric).to_numpy())
+    longest = np.full(requests, -1, dtype=np.int64)
+    length = (table["end"].to_numpy() - table["begin"].to_numpy())[rows]
+    np.maximum.at(longest, table["request"].to_numpy()[rows], length)
+    return longest

@@ -10,7 +10,6 @@ from stallscope.diagnosis.metrics import METRICS, TTFT
 from stallscope.diagnosis.model import Charge, Quantile, SuspectRequest, Victim
 from stallscope.diagnosis.partition import MECHANISMS, Party
 from stallscope.diagnosis.replica import Replica
-from stallscope.diagnosis.timeline import Floats
 
 SUSPECT_REQUESTS = 40  # of a culprit, the largest, that are looked at one by one
 SHOWN_REQUESTS = 5
@@ -52,7 +51,8 @@ def victims(
 ) -> tuple[Victim, ...]:
     """Tenants by what they lost, the most first; ``healthy``: the waits that are their usual."""
     table, stalled = waits.table, waits.table.loc[window.waits]
-    during = (table["begin"] >= window.start) & (table["begin"] <= window.end)
+    during = table[((table["begin"] >= window.start) & (table["begin"] <= window.end)).to_numpy()]
+    usual = dict(iter(healthy[["metric", "request", "begin", "end"]].groupby(healthy["tenant"].to_numpy())))
     request = stalled["request"].reindex(excess["wait"]).to_numpy()
     lost = np.bincount(excess["victim"], excess["ns"], len(replica.tenants))
     found = []
@@ -61,17 +61,17 @@ def victims(
             break
         hit = (excess["victim"] == tenant).to_numpy()
         worst = int(np.bincount(request[hit], excess["ns"][hit]).argmax())
-        mine = table["tenant"] == tenant
+        mine = during[(during["tenant"] == tenant).to_numpy()]
         stalled_requests = stalled.loc[stalled["tenant"] == tenant, "request"].nunique()
-        arrived = int((mine & during & (table["metric"] == TTFT)).sum())
+        arrived = int((mine["metric"] == TTFT).sum())
         found.append(
             Victim(
                 replica.tenants[tenant],
                 stalled_requests,
                 max(arrived, stalled_requests),
                 float(lost[tenant]) / 1e9,
-                quantiles(table[mine & during]),
-                quantiles(healthy[healthy["tenant"] == tenant]),
+                quantiles(mine),
+                quantiles(usual.get(tenant, healthy[:0])),
                 replica.facts(worst).request,
             )
         )
@@ -84,16 +84,23 @@ def quantiles(waits: pd.DataFrame) -> tuple[Quantile, ...]:
     For gaps, a request counts with its longest.
     """
     found = []
-    length = waits["end"] - waits["begin"]
+    length, request = (waits["end"] - waits["begin"]).to_numpy(), waits["request"].to_numpy()
     for code, metric in enumerate(METRICS):
-        mine = waits["metric"] == code
-        values: Floats = length[mine].groupby(waits.loc[mine, "request"]).max().to_numpy(np.float64)
-        if not len(values):
+        mine = np.flatnonzero(waits["metric"].to_numpy() == code)
+        if not len(mine):
             continue
-        quantile = 0.99 if len(values) >= TAIL_REQUESTS else 0.9 if len(values) >= TAIL_REQUESTS // 10 else 1.0
+        longest = np.full(request.max() + 1, -1)
+        np.maximum.at(longest, request[mine], length[mine])
+        values = longest[longest >= 0]
+        quantile = tail_quantile(len(values))
         value = float(np.quantile(values, quantile, method="higher")) / 1e9
         found.append(Quantile(metric, quantile, value, len(values)))
     return tuple(found)
+
+
+def tail_quantile(requests: int) -> float:
+    """The percentile that so many requests can bear."""
+    return 0.99 if requests >= TAIL_REQUESTS else 0.9 if requests >= TAIL_REQUESTS // 10 else 1.0
 
 
 def charges_of(replica: Replica, excess: pd.DataFrame) -> tuple[Charge, ...]:

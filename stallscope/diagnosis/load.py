@@ -63,12 +63,21 @@ class Loads:
         self._stretches = replica.ledger.stretches
         timeline = replica.timeline
         self._span = (int(timeline.before[0]), int(timeline.end[-1]))
-        rows = np.arange(len(self._stretches))
         self._begin = timeline.before[self._stretches.first]
         self._end = timeline.end[self._stretches.last]
         self._calm_of: dict[int, Calm] = {}
         self._known: dict[tuple[str, int, int], tuple[Load, ...]] = {}
-        self._whole = {resource: self._amount(rows, resource, self._begin, self._end) for resource in RESOURCES}
+        self._usual_of: dict[str, Floats] = {}
+
+    def totals(self, resource: str, start: int, end: int) -> Floats:
+        """What each tenant took between two times (ns): ns of step time, of the whole KV cache, or of all slots."""
+        rows = np.flatnonzero((self._end > start) & (self._begin < end))
+        begin, finish = np.maximum(self._begin[rows], start), np.minimum(self._end[rows], end)
+        tenant = self._replica.tenant_of_request[self._stretches.request[rows]]
+        amount: Floats = np.bincount(
+            tenant, self._amount(rows, resource, begin, finish), len(self._replica.tenants)
+        ).astype(np.float64)
+        return amount
 
     def of_all(self, resource: str, start: int, end: int) -> tuple[Load, ...]:
         """Load of each tenant on ``resource`` between two times (ns), as a share of the engine's.
@@ -79,28 +88,29 @@ class Loads:
         start, end = max(start - wider, self._span[0]), min(end + wider, self._span[1])
         key = (resource, start, end)
         if key not in self._known:
-            tenants = range(len(self._replica.tenants))
-            self._known[key] = tuple(self._of(tenant, resource, start, end) for tenant in tenants)
+            level, usual = self.totals(resource, start, end) / max(end - start, 1), self._usual(resource)
+            self._known[key] = tuple(Load(*of) for of in zip(level.tolist(), usual.tolist(), strict=True))
         return self._known[key]
 
     def usual_is_known(self, tenant: int) -> bool:
         """Whether there is enough calm time to tell what is usual for a tenant."""
         return self.calm(tenant).length >= LEAST_CALM * (self._span[1] - self._span[0])
 
-    def _of(self, tenant: int, resource: str, start: int, end: int) -> Load:
-        """Load of one tenant.
-
-        Usual are the requests of its calm time; NaN where there is hardly any.
-        """
-        length = max(end - start, 1)
-        rows = np.flatnonzero(self._replica.tenant_of_request[self._stretches.request] == tenant)
-        begin, finish = np.clip(self._begin[rows], start, end), np.clip(self._end[rows], start, end)
-        level = float(self._amount(rows, resource, begin, finish).sum()) / length
-        calm_requests, calm_ns = self.calm(tenant).requests, self.calm(tenant).length
-        if not self.usual_is_known(tenant):
-            return Load(level, float("nan"))
-        usual = self._whole[resource][rows[calm_requests[self._stretches.request[rows]]]]
-        return Load(level, float(usual.sum()) / calm_ns)
+    def _usual(self, resource: str) -> Floats:
+        """Each tenant's load by the requests of its calm time; NaN where there is hardly any."""
+        if resource not in self._usual_of:
+            tenants = range(len(self._replica.tenants))
+            calm = np.zeros(len(self._replica.requests), dtype=np.bool_)
+            length = np.full(len(tenants), np.nan)
+            for tenant in tenants:
+                if self.usual_is_known(tenant):
+                    calm |= self.calm(tenant).requests
+                    length[tenant] = self.calm(tenant).length
+            rows = np.flatnonzero(calm[self._stretches.request])
+            tenant_of = self._replica.tenant_of_request[self._stretches.request[rows]]
+            amount = self._amount(rows, resource, self._begin[rows], self._end[rows])
+            self._usual_of[resource] = np.bincount(tenant_of, amount, len(tenants)) / length
+        return self._usual_of[resource]
 
     def calm(self, tenant: int) -> Calm:
         """Which requests are the tenant's usual ones, and when they arrived.

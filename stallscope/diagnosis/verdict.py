@@ -18,12 +18,14 @@ from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
 from stallscope.diagnosis.neighbors import judge_changes
 from stallscope.diagnosis.outstanding import stands_out
+from stallscope.diagnosis.portion import WHOLE, Portion
 from stallscope.diagnosis.reliance import as_far_as_seen
 from stallscope.diagnosis.remedies import try_remedies
 from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays
 from stallscope.diagnosis.replay.replayer import Replayer
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.stalls import ACCUSES, Judgement, judge_by_replay
+from stallscope.diagnosis.stitch import Found
 from stallscope.diagnosis.suspects import STEP_FIXED, Suspect, healthy_waits, usual_charges
 
 BACKLOG_WORTH_SAYING = 0.1
@@ -39,35 +41,40 @@ def judge(
     replayer: Replayer | None = None,
     *,
     remedies: bool = False,
-) -> Iterator[tuple[Incident | None, float]]:
+    portion: Portion = WHOLE,
+) -> Iterator[tuple[Found | None, float]]:
     """What changed and hurt others, then each window of stalls that this does not explain, as an incident (None: it was
     none), with the share of all that is done.
 
     Without a ``replayer``, by charges alone.
 
     ``episodes``: all stretches with stalled waits, of which the windows are some: none of them counts as usual.
-    ``remedies``: those are tried too, on the incidents that could be replayed.
+    ``remedies``: those are tried too, on the incidents that could be replayed. What isn't ``portion``'s to tell is left
+    out.
     """
     loads = Loads(replica, not_usual(waits, episodes, replica.timeline_ns), changes)
     healthy = healthy_waits(waits, windows)
     usual = usual_charges(waits, healthy)
     changed = windows_of_changes(waits, changes)
     of_changed: list[IncidentReplays | None] = [None] * len(changed)
-    of_windows: list[IncidentReplays | None] = [None] * len(windows)
+    own = [(window, mine) for window in windows if (mine := portion.own(window, waits)) is not None]
+    of_windows: list[IncidentReplays | None] = [None] * len(own)
     if replayer is not None and replayer.trusted:
         of_changed = list(replayer.incidents([stretch for stretch, _ in changed], waits, healthy, loads))
-        of_windows = list(replayer.incidents(windows, waits, healthy, loads))
-    total = len(changed) + len(windows)
+        of_windows = list(replayer.incidents([mine for _, mine in own], waits, healthy, loads))
+    total = len(changed) + len(own)
     blamed: list[tuple[Window, Finding]] = []
     for number, ((_, window), replays) in enumerate(zip(changed, of_changed, strict=True), start=1):
         incident = None
-        case = open_case(replica, waits, window, loads, healthy, usual)
+        mine = portion.own(window, waits)
+        case = open_case(replica, waits, mine or window, loads, healthy, usual)
         judgement = judge_changes(case, replays) if replays is not None else _changed_by_charges(case, windows)
         if judgement.finding is not None:
             blamed.append((window, judgement.finding))
-            incident = _incident(case, judgement, replays if remedies else None)
+            if mine is not None:
+                incident = Found(_incident(case, judgement, replays if remedies else None), cut=mine is not window)
         yield incident, number / total
-    for number, (window, replays) in enumerate(zip(windows, of_windows, strict=True), start=len(changed) + 1):
+    for number, ((whole, window), replays) in enumerate(zip(own, of_windows, strict=True), start=len(changed) + 1):
         incident = None
         case = open_case(replica, waits, window, loads, healthy, usual)
         by_charges = judge_by_charges(case)
@@ -84,7 +91,7 @@ def judge(
             # A promise that was broken is an incident, however usual that is, and whatever a replay can say of it.
             judgement = judgement if judgement.finding is not None else Judgement(by_charges, ())
         if judgement.finding is not None and (case.breaks_slo or not _is_natural(case, judgement.finding)):
-            incident = _incident(case, judgement, replays if remedies else None)
+            incident = Found(_incident(case, judgement, replays if remedies else None), cut=window is not whole)
         yield incident, number / total
 
 

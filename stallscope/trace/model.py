@@ -10,7 +10,7 @@ import pyarrow as pa
 from stallscope.trace.findings import Finding
 from stallscope.trace.references import Ints, request_rows
 from stallscope.trace.schema import TABLES
-from stallscope.trace.stored import StoredTables
+from stallscope.trace.stored import LazyTables
 from stallscope.trace.validate import validate
 
 
@@ -27,7 +27,7 @@ class Trace:
     findings: tuple[Finding, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.tables, StoredTables):
+        if isinstance(self.tables, LazyTables):
             return  # it has looked at the files, and reads a table only where one is asked for
         for name, schema in TABLES.items():
             if name not in self.tables or self.tables[name].schema != schema:
@@ -35,30 +35,30 @@ class Trace:
 
     def columns(self, table: str, names: Sequence[str]) -> pa.Table:
         """Some columns of a table; no others are read where the table is stored."""
-        if isinstance(self.tables, StoredTables):
+        if isinstance(self.tables, LazyTables):
             return self.tables.columns(table, names)
         return self.tables[table].select(names)
 
     @property
     def is_stored(self) -> bool:
         """Whether its tables are read only as they are asked for."""
-        return isinstance(self.tables, StoredTables)
+        return isinstance(self.tables, LazyTables)
 
     def narrowed(
         self, replicas: Collection[str] | None = None, start_ns: int | None = None, end_ns: int | None = None
     ) -> Trace:
         """The same trace, of which less is read where it is stored: only what may tell of these replicas and times."""
-        if not isinstance(self.tables, StoredTables):
+        if not isinstance(self.tables, LazyTables):
             return self
         return replace(self, tables=self.tables.narrowed(replicas, start_ns, end_ns))
 
     def scannable(self, table: str) -> pa.Table:
         """A table for who reads Arrow: itself, or, where it is stored, the dataset that is read as it is asked."""
-        return self.tables.dataset(table) if isinstance(self.tables, StoredTables) else self.tables[table]
+        return self.tables.scannable(table) if isinstance(self.tables, LazyTables) else self.tables[table]
 
     def request_rows(self, table: str, column: str) -> Ints:
         """For each row of a table, the row of ``requests`` that ``column`` names (``references.REFERENCES``), or -1."""
-        if isinstance(self.tables, StoredTables):
+        if isinstance(self.tables, LazyTables):
             return self.tables.request_rows(table, column)
         return request_rows(self.tables, table, column)
 

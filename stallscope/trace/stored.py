@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _UNIQUE = {("requests", "request"), ("requests", "trace_id"), ("clients", "request"), ("clients", "trace_id")}
 ALWAYS_READ = ("replicas", "coverage")  # tables that say something of all the time that follows
 _LONGEST_NAME = 80  # of a folder, after which its name is a digest's
+_MUCH = 1 << 25  # bytes; to give less back to the system takes longer than it is worth
 _NOBODY = "__HIVE_DEFAULT_PARTITION__"  # what others who read such datasets take for null
 
 
@@ -61,14 +63,34 @@ def _as_folder(name: str | None) -> str:
     return f"{quote(name[:10], safe=' ')[:40]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
 
 
-class StoredTables(Mapping[str, pa.Table]):
+class LazyTables(Mapping[str, pa.Table]):
+    """Tables by name, of which no more is read than is asked for."""
+
+    @abstractmethod
+    def columns(self, name: str, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a table. Names come as they are stored: plain, or coded with a dictionary for each chunk."""
+
+    @abstractmethod
+    def request_rows(self, name: str, column: str) -> Ints:
+        """As ``references.request_rows`` would find them."""
+
+    @abstractmethod
+    def scannable(self, name: str) -> pa.Table | Dataset:
+        """A table for who reads Arrow."""
+
+    @abstractmethod
+    def narrowed(self, replicas: Collection[str] | None, start_ns: int | None, end_ns: int | None) -> LazyTables:
+        """The same, or only what may tell of these replicas and times."""
+
+
+class StoredTables(LazyTables):
     """Tables by name, read anew whenever one is asked for: who needs a few columns takes ``columns``.
 
     Raises UsageError where a file that is read is missing, damaged or of another form.
     """
 
     def __init__(self, folder: Path, parts: Sequence[Part]) -> None:
-        self._folder = folder
+        self.folder = folder
         self.parts = tuple(parts)
         # For the whole process: Arrow's own allocators keep for themselves what a read no longer needs.
         pa.set_memory_pool(pa.system_memory_pool())
@@ -84,11 +106,13 @@ class StoredTables(Mapping[str, pa.Table]):
         return len(TABLES)
 
     def columns(self, name: str, columns: Sequence[str]) -> pa.Table:
-        """Some columns of a table. Names come as they are stored: plain, or coded with a dictionary for each chunk."""
         parts = [self._read(part, name, columns) for part in self._parts_of(name)]
-        return pa.concat_tables(parts) if parts else TABLES[name].empty_table().select(columns)
+        table = pa.concat_tables(parts) if parts else TABLES[name].empty_table().select(columns)
+        if table.nbytes > _MUCH:
+            pa.default_memory_pool().release_unused()  # reading takes twice what it leaves
+        return table
 
-    def dataset(self, name: str) -> Dataset:
+    def scannable(self, name: str) -> Dataset:
         """A table as Arrow's dataset with plain names, of which a reader takes the columns and rows that it needs."""
         from pyarrow import dataset, fs
 
@@ -97,7 +121,7 @@ class StoredTables(Mapping[str, pa.Table]):
         if not parts:
             return dataset.dataset(schema.empty_table())
         return dataset.FileSystemDataset.from_paths(
-            [str(self._folder / part.path(name)) for part in parts],
+            [str(self.folder / part.path(name)) for part in parts],
             schema=schema,
             format=dataset.ParquetFileFormat(),
             filesystem=fs.LocalFileSystem(),
@@ -105,7 +129,7 @@ class StoredTables(Mapping[str, pa.Table]):
         )
 
     def request_rows(self, name: str, column: str) -> Ints:
-        """As ``references.request_rows`` would find them; the files know each request by its number in its replica."""
+        """By the numbers in their replicas by which the files know requests."""
         found = [np.zeros(0, dtype=np.int64)]
         rows = _RequestRows(list(self._parts_of("requests")))
         for part in self._parts_of(name):
@@ -124,7 +148,7 @@ class StoredTables(Mapping[str, pa.Table]):
             elif any(part.rows.get(table) for table in ALWAYS_READ):
                 rows = {table: part.rows.get(table, 0) for table in ALWAYS_READ}
                 kept.append(Part(part.replica, part.hour, part.number, part.start, part.end, part.first_request, rows))
-        return StoredTables(self._folder, kept)
+        return StoredTables(self.folder, kept)
 
     def _parts_of(self, name: str) -> Iterator[Part]:
         return (part for part in self.parts if part.rows.get(name))
@@ -133,7 +157,7 @@ class StoredTables(Mapping[str, pa.Table]):
         """Some columns of a table's file; the replica is in none, but in the file's place."""
         from pyarrow import parquet
 
-        path = self._folder / part.path(name)
+        path = self.folder / part.path(name)
         stored = [column for column in columns if column != "replica"]
         found = {"replica": _repeated(part.replica, part.rows[name])}
         try:
@@ -146,7 +170,6 @@ class StoredTables(Mapping[str, pa.Table]):
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"{path}: not readable as the table {name} ({reason}); convert again") from error
-        pa.default_memory_pool().release_unused()  # reading takes twice what it leaves
         return table
 
 

@@ -11,10 +11,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stallscope.diagnosis.diagnose import FEWEST_REQUESTS, UNKNOWN
 from stallscope.diagnosis.incidents import TAIL_REQUESTS
+from stallscope.diagnosis.partial import FEWEST_REQUESTS
 from stallscope.diagnosis.reliance import LEAST_KEPT
-from stallscope.diagnosis.replica import BATCHES_SEEN, replicas
+from stallscope.diagnosis.replica import BATCHES_SEEN, UNKNOWN, replicas
 from stallscope.trace import Trace
 from stallscope.views.words import listed
 

@@ -8,11 +8,10 @@ from enum import StrEnum
 import numpy as np
 import pandas as pd
 
-from stallscope.diagnosis.diagnose import UNKNOWN
 from stallscope.diagnosis.incidents import TAIL_REQUESTS
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
 from stallscope.diagnosis.model import Diagnosis
-from stallscope.diagnosis.replica import OTHER, replicas
+from stallscope.diagnosis.replica import OTHER, UNKNOWN, replicas
 from stallscope.diagnosis.timeline import Floats, Ints
 from stallscope.trace import Trace
 

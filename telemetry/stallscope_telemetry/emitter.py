@@ -37,7 +37,8 @@ CAPACITY = 8192  # records that wait for export: at 5 ms a step, most of a minut
 _SCOPE = InstrumentationScope(names.SCOPE, __version__)
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
-_Record = StepRecord | RequestRecord | GpuSample
+Later = Callable[[], RequestRecord]  # makes a record, in the background
+_Record = StepRecord | RequestRecord | Later | GpuSample
 
 
 class Emitter:
@@ -76,6 +77,7 @@ class Emitter:
         self._ids = ids
         self._trace_id = self._new_id(128)
         self._span_id = self._new_id(63)
+        self._has_failed = False
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         if background:
@@ -93,8 +95,9 @@ class Emitter:
         if self._offer(record) and record.keyframe is not None:
             self._next_keyframe = record.step + self._keyframe_every
 
-    def request(self, record: RequestRecord) -> None:
-        """Takes the record of a request that ended; the caller must not change it any more."""
+    def request(self, record: RequestRecord | Later) -> None:
+        """Takes the record of a request that ended; the caller must not change it any more. Or takes what makes it, for
+        the background to call: what that reads must not change either."""
         self._offer(record)
 
     def _offer(self, record: _Record) -> bool:
@@ -174,12 +177,25 @@ class Emitter:
         """What waits for export, until nothing does."""
         queue = self._queue
         while queue:
-            yield [self._span(*queue.popleft()) for _ in range(min(len(queue), SPANS_PER_EXPORT))]
+            taken = (queue.popleft() for _ in range(min(len(queue), SPANS_PER_EXPORT)))
+            yield [span for record, dropped in taken if (span := self._attempt(record, dropped)) is not None]
+
+    def _attempt(self, record: _Record, dropped: int) -> ReadableSpan | None:
+        # A hook's record may look at an engine's own objects only now, and those of the next version may be others.
+        try:
+            return self._span(record, dropped)
+        except Exception as error:
+            if not self._has_failed:
+                self._has_failed = True
+                log.warning("telemetry: a record is left out: %s: %s; not logged again", type(error).__name__, error)
+            return None
 
     def _span(self, record: _Record, dropped: int) -> ReadableSpan:
         if isinstance(record, StepRecord):
             return self._step_span(record, dropped)
-        return self._request_span(record) if isinstance(record, RequestRecord) else self._gpu_span(record)
+        if isinstance(record, GpuSample):
+            return self._gpu_span(record)
+        return self._request_span(record if isinstance(record, RequestRecord) else record())
 
     def _step_span(self, record: StepRecord, dropped: int) -> ReadableSpan:
         if record.keyframe is not None:

@@ -253,3 +253,35 @@ def test_compare_of_next_to_nothing_is_inconclusive(run: Run, zoo: Path, tmp_pat
     code, out, _ = run("compare", short, HEALTHY)
     assert code == 4
     assert out.startswith("INCONCLUSIVE")
+
+
+# --- portions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--scheduler", "dask"), "--scheduler dask and --address tcp://HOST:8786 go together"),
+        (("--address", "tcp://localhost:8786"), "go together"),
+        (("--jobs", "2"), "is no dataset; make one: stallscope convert TRACE FOLDER"),
+    ],
+)
+def test_only_a_dataset_has_portions(run: Run, options: tuple[str, ...], says: str) -> None:
+    code, out, error = run("analyze", HEALTHY, *options)
+    assert (code, out) == (2, "")
+    assert says in error.splitlines()[-1]
+
+
+def test_a_dataset_of_one_portion_says_what_its_recording_says(run: Run, tmp_path: Path) -> None:
+    stored = tmp_path / "stored"
+    run("convert", HEALTHY, stored)
+    asked = ("--no-replay", "--format", "json")
+    outs = [run("analyze", *asked, *how)[1] for how in ((HEALTHY,), (stored,), (stored, "--scheduler", "processes"))]
+    assert outs[0] == outs[1] == outs[2]
+
+
+def test_a_report_for_one_tenant_is_made_of_the_whole(run: Run, tmp_path: Path) -> None:
+    stored = tmp_path / "stored"
+    run("convert", HEALTHY, stored)
+    code, _, error = run("analyze", stored, "--redact-for", "chat", "--scheduler", "processes")
+    assert (code, "leave out --scheduler" in error) == (2, True)

@@ -30,7 +30,7 @@ from stallscope_telemetry import emitter as emitter_module
 from stallscope_telemetry import names
 from stallscope_telemetry.emitter import SPANS_PER_EXPORT, Emitter, exporters_from_environment
 from stallscope_telemetry.files import OtlpFileExporter
-from stallscope_telemetry.records import GpuSample
+from stallscope_telemetry.records import GpuSample, RequestRecord
 from stallscope_telemetry.spans import Attributes, resource_attributes
 
 from .conftest import DESCRIPTION, START_NS, Hanging, Kept, feed, full_info, make_info, make_request, make_step
@@ -239,6 +239,22 @@ def test_a_failing_exporter_is_logged_once_and_leaves_the_others_alone(
     assert len(failing.batches) == 1, "it is left alone for a while"
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "Failing" in caplog.text
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_record_that_is_made_later_and_fails_costs_itself(
+    resource: Attributes, background: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown() -> RequestRecord:
+        raise AttributeError("the next version's requests have no such thing")
+
+    kept = Kept()
+    with Emitter(resource, [kept], random.Random(0), background=background) as emitter:
+        for record in (unknown, lambda: make_request(make_info(1)), unknown):
+            emitter.request(record)
+        emitter.step(make_step(0))
+    assert [span.name for span in kept.spans] == [names.REQUEST_SPAN, names.STEP_SPAN]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
 def test_the_background_thread_flushes_exporters_while_it_runs(resource: Attributes) -> None:

@@ -36,7 +36,7 @@ def info(monkeypatch: pytest.MonkeyPatch, one: SimpleNamespace, tenant_from: str
         monkeypatch.delenv("STALLSCOPE_TENANT_FROM", raising=False)
     else:
         monkeypatch.setenv("STALLSCOPE_TENANT_FROM", tenant_from)
-    return settings.info_of(one, 1, settings.tenants_from_environment())
+    return settings.info_of(settings.tenants_from_environment(), one, 1)
 
 
 EXTRA = SimpleNamespace(extra_args={"tenant": "chat", "team": "red"})

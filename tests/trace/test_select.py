@@ -6,6 +6,8 @@ import random
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow.compute as pc
 import pytest
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 
 from stallscope.diagnosis import diagnose
 from stallscope.errors import UsageError
-from stallscope.trace import Trace
+from stallscope.trace import Trace, read_trace, write_parquet
+from stallscope.trace.cut import cut
+from stallscope.trace.references import REFERENCES
 from stallscope.trace.select import between, read_time, select, span
 from stallscope_engine.config import EngineConfig
 from tests.diagnosis.runs import MS, random_run
@@ -59,6 +63,29 @@ def test_any_part_of_any_trace_is_sound_and_can_be_diagnosed(seed: int, a: float
     assert all(batch == as_batches(trace)[step] for step, batch in as_batches(part).items())
     assert sum(part.coverage["steps_seen"].to_pylist()) == part.steps.num_rows
     diagnose(part)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**32), st.floats(0, 0.5), st.floats(0.5, 1))
+def test_a_part_of_a_stored_trace_is_that_of_the_trace(seed: int, a: float, b: float) -> None:
+    runs = [random_run(seed + shift).recording.lines(replica) for shift, replica in ((0, "r0"), (10, "r1"))]
+    trace = read([line for lines in runs for line in lines])
+    start, end = span(trace)
+    low, high = start + round((end - start) * a), start + round((end - start) * b)
+    with TemporaryDirectory() as folder:
+        write_parquet(trace, Path(folder) / "stored")
+        stored = read_trace(Path(folder) / "stored")
+        for since, until in ((low, high), (None, high), (low, None)):
+            made, kept = cut(trace, since, until), cut(stored, since, until)
+            if made is None or kept is None:
+                assert made is kept
+                continue
+            assert kept.is_stored
+            for name, table in made.tables.items():
+                assert kept.tables[name].to_pylist() == table.to_pylist(), name
+            for name, columns in REFERENCES.items():
+                for column in columns:
+                    assert kept.request_rows(name, column).tolist() == made.request_rows(name, column).tolist()
 
 
 def steady(requests: int = 3) -> Trace:

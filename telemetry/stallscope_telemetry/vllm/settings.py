@@ -97,7 +97,7 @@ def _rule(kind: str, key: str) -> Callable[[Any], tuple[str, str]]:
     raise ValueError("known are xargs:KEY, tracestate:KEY, lora and request_id:REGEX")
 
 
-def info_of(request: Any, handle: int, tenant_of: Tenants) -> RequestInfo:
+def info_of(tenant_of: Tenants, request: Any, handle: int) -> RequestInfo:
     """What never changes about a vLLM request."""
     tenant, source = tenant_of(request)
     trace_id, parent = _caller(request.trace_headers)

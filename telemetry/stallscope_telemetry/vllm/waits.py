@@ -56,16 +56,15 @@ class Waits:
 
     def enter(self, life: Life) -> None:
         """It waits from now on: it has arrived, or lost its blocks."""
-        life.need_blocks = -(-life.request.num_tokens // self._block_size)
-        self._waiting[life.info.handle] = life
-        insort(self._by_need, (life.need_blocks, life.info.handle))
+        self._waiting[life.handle] = life
         self._new.append(life)
 
     def leave(self, life: Life) -> None:
         """It was admitted, or has ended; if it did not wait, nothing happens."""
-        if self._waiting.pop(life.info.handle, None) is not None:
-            del self._by_need[bisect_left(self._by_need, (life.need_blocks, life.info.handle))]
-            life.wait_reason = None
+        if self._waiting.pop(life.handle, None) is not None:
+            if life.need_blocks:
+                del self._by_need[bisect_left(self._by_need, (life.need_blocks, life.handle))]
+            life.need_blocks, life.wait_reason = 0, None
 
     def changes(self, budget: int) -> list[tuple[int, int, int]]:
         """Handle, reason and what is lacking of each whose reason is not what it was; ``budget``: tokens left over."""
@@ -74,6 +73,7 @@ class Waits:
         if not self._waiting:
             self._new.clear()
             return []
+        self._rank_new()
         running = len(self._scheduler.running)
         free = self._pool.get_num_free_blocks() - (self._watermark if running else 0)
         scarce = (
@@ -87,10 +87,18 @@ class Waits:
             reason, lacking = self._lacks(life, scarce, budget, free, head)
             if reason is not life.wait_reason:
                 life.wait_reason, life.lacking = reason, lacking
-                changed.append((life.info.handle, reason, lacking))
+                changed.append((life.handle, reason, lacking))
         self._scarce, self._free, self._head = scarce, free, head
         self._new = []
         return changed
+
+    def _rank_new(self) -> None:
+        """Finds a place for those who came, but for whom the next batch took at once: most of them, on most days."""
+        self._new = [life for life in self._new if self._waiting.get(life.handle) is life]
+        for life in self._new:
+            if not life.need_blocks:
+                life.need_blocks = -(-life.request.num_tokens // self._block_size)
+                insort(self._by_need, (life.need_blocks, life.handle))
 
     def _to_judge(self, scarce: WaitReason, free: int, head: Life | None, is_other: bool) -> Iterable[Life]:
         """Everybody whose reason may be another one now."""
@@ -104,7 +112,7 @@ class Waits:
             less, more = sorted((self._free, free))
             between = slice(*(bisect_right(self._by_need, (blocks, NEVER)) for blocks in (less, more)))
             suspects += [self._waiting[handle] for _, handle in self._by_need[between]]
-        return [life for life in suspects if life.info.handle in self._waiting]
+        return [life for life in suspects if life.handle in self._waiting]
 
     def _lacks(
         self, life: Life, scarce: WaitReason, budget: int, free: int, head: Life | None
@@ -143,7 +151,7 @@ class Waits:
 
     def _take_stock(self) -> None:
         """Begins anew where somebody came or went in a way that is not watched."""
-        there = {life.info.handle: life for one in self.requests() if (life := self._lives.get(one.request_id))}
+        there = {life.handle: life for one in self.requests() if (life := self._lives.get(one.request_id))}
         for handle in self._waiting.keys() - there.keys():
             self.leave(self._waiting[handle])
         for handle in there.keys() - self._waiting.keys():

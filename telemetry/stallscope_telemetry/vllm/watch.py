@@ -14,9 +14,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -26,26 +26,20 @@ from vllm.v1.request import RequestStatus
 from stallscope_telemetry.emitter import Emitter
 from stallscope_telemetry.files import OtlpFileExporter
 from stallscope_telemetry.prefixes import PrefixGroups
-from stallscope_telemetry.records import (
-    FinishReason,
-    RequestRecord,
-    RequestSnapshot,
-    RequestState,
-    StepRecord,
-)
+from stallscope_telemetry.records import FinishReason, RequestSnapshot, RequestState, StepRecord
 from stallscope_telemetry.spans import EngineDescription, resource_attributes
-from stallscope_telemetry.vllm.lives import Life, ReadyTimes
+from stallscope_telemetry.vllm.lives import Infos, Life, ReadyTimes
 from stallscope_telemetry.vllm.settings import exporters, info_of, log, replica_name, tenants_from_environment
 from stallscope_telemetry.vllm.waits import Waits
 
 _CLOCK_OFFSET_NS = time.time_ns() - time.perf_counter_ns()
 _READ_LATER = ("requests", "running", "finished_req_ids", "max_num_scheduled_tokens")
 _FINISH_REASONS = {
-    "STOP": FinishReason.STOP,
-    "LENGTH": FinishReason.LENGTH,
-    "ABORT": FinishReason.ABORT,
-    "ERROR": FinishReason.ERROR,
-    "REPETITION": FinishReason.STOP,
+    "FINISHED_STOPPED": FinishReason.STOP,
+    "FINISHED_LENGTH_CAPPED": FinishReason.LENGTH,
+    "FINISHED_ABORTED": FinishReason.ABORT,
+    "FINISHED_IGNORED": FinishReason.LENGTH,
+    "FINISHED_REPETITION": FinishReason.STOP,
 }
 
 
@@ -59,7 +53,7 @@ class _News:
     """What happened since the last step, for the next one to tell."""
 
     idle_ns: int = 0
-    joined: list[Life] = field(default_factory=list)
+    joined: list[Life] = field(default_factory=list)  # not changed any more once a step tells of it
     preempted: list[tuple[int, int]] = field(default_factory=list)
     left: list[tuple[int, int]] = field(default_factory=list)
 
@@ -153,7 +147,7 @@ class Watch:
         self.is_off = False
         self._scheduler = scheduler
         self._emitter = emitter
-        self._tenant_of = tenants_from_environment()
+        self._describe = partial(info_of, tenants_from_environment())
         self._prefixes = PrefixGroups()
         self._pool = scheduler.kv_cache_manager.block_pool
         self._total_blocks = _blocks(scheduler)
@@ -188,7 +182,7 @@ class Watch:
             self._news.idle_ns += now_ns() - self._idle_since_ns
             self._idle_since_ns = 0
         self._handles += 1
-        life = self._lives[request.request_id] = Life(request, info_of(request, self._handles, self._tenant_of))
+        life = self._lives[request.request_id] = Life(request, self._handles, self._describe)
         self._waits.enter(life)
         self._news.joined.append(life)
 
@@ -204,7 +198,7 @@ class Watch:
         if life in self._news.joined:  # no step has seen it, so none needs to say that it left
             self._news.joined.remove(life)
         elif life is not None:
-            self._news.left.append((life.info.handle, reason))
+            self._news.left.append((life.handle, reason))
 
     def _end(self, request_id: str, reason: FinishReason, end_ns: int) -> Life | None:
         life = self._lives.pop(request_id, None)
@@ -215,27 +209,8 @@ class Watch:
         self._waits.leave(life)
         if not self._lives:
             self._idle_since_ns = end_ns
-        times = life.times_ns(self._ready)
-        if times:
-            life.events.append(("first_token", times[0]))
-        life.events.append(("finished", end_ns))
-        life.events.sort(key=itemgetter(1))
-        self._emitter.request(
-            RequestRecord(
-                life.info,
-                life.queued_ns,
-                life.scheduled_ns,
-                times[0] if times else 0,
-                end_ns,
-                end_ns,
-                life.cached_tokens,
-                life.preemptions,
-                reason,
-                times,
-                life.events,
-                self._prefixes.number(life.request.block_hashes),
-            )
-        )
+        life.end(reason, end_ns, self._ready, self._prefixes)
+        self._emitter.request(life.record)
         return life
 
     @_harmless
@@ -248,13 +223,13 @@ class Watch:
         asks = sys._getframe(3).f_locals.get("request")
         taker = self._lives.get(getattr(asks, "request_id", ""), life)
         life.preemptions += 1
-        life.events.append(("preempted", now_ns()))
+        life.events += (("preempted", now_ns()),)
         self._prefilling.pop(request.request_id, None)
         self._running.discard(request.request_id)
         # What is in flight is delivered yet, unless vLLM says that it drops it.
         life.pause(self._ready.steps if request.drop_stale_output else self._steps)
         self._waits.enter(life)
-        self._news.preempted.append((life.info.handle, taker.info.handle))
+        self._news.preempted.append((life.handle, taker.handle))
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -300,9 +275,9 @@ class Watch:
         left = []
         for request_id in self._scheduler.finished_req_ids:
             if (life := self._lives.get(request_id)) is not None:
-                reason = _FINISH_REASONS.get(life.request.get_finished_reason().name, FinishReason.ERROR)
+                reason = _FINISH_REASONS.get(life.request.status.name, FinishReason.ERROR)
                 self._end(request_id, reason, ready_ns)
-                left.append((life.info.handle, reason))
+                left.append((life.handle, reason))
         return sorted(left)
 
     def _note(self, output: Any, scheduled_ns: int) -> StepRecord:
@@ -336,7 +311,7 @@ class Watch:
             waiting=len(self._waits),
             kv_used=self._total_blocks - self._pool.get_num_free_blocks(),
             kv_cached=0,
-            joined=[life.info for life in news.joined],
+            joined=Infos(news.joined),
             cached=cached,
             chunks=chunks,
             decodes=decodes,
@@ -354,12 +329,13 @@ class Watch:
             life = self._lives.get(request_id)
             if life is None:
                 continue
-            life.events.append(("resumed" if life.scheduled_ns else "scheduled", scheduled_ns))
             start = life.request.num_computed_tokens - output.num_scheduled_tokens[request_id]
-            if not life.scheduled_ns:
+            if life.scheduled_ns:
+                life.events += (("resumed", scheduled_ns),)
+            else:
                 life.scheduled_ns, life.cached_tokens = scheduled_ns, start
             if start:
-                cached.append((life.info.handle, start))
+                cached.append((life.handle, start))
             life.prefill_until = life.request.num_tokens
             self._waits.leave(life)
             self._running.add(request_id)
@@ -371,7 +347,7 @@ class Watch:
         chunks, done = [], []
         for request_id, life in self._prefilling.items():
             if tokens := scheduled.get(request_id, 0):
-                chunks.append((life.info.handle, tokens))
+                chunks.append((life.handle, tokens))
                 if life.request.num_computed_tokens >= life.prefill_until:
                     done.append(request_id)
         for request_id in done:
@@ -389,15 +365,15 @@ class Watch:
             for request_id in self._running.difference(scheduled):
                 life = self._lives[request_id]
                 life.skip(self._steps)
-                found.append((life.info.handle, 0))
+                found.append((life.handle, 0))
         decodes = len(scheduled) - len(chunks)
         if total_tokens - sum(tokens for _, tokens in chunks) != decodes:
             prefilling = {handle for handle, _ in chunks}
             several = (self._lives.get(request_id) for request_id, tokens in scheduled.items() if tokens != 1)
             found += [
-                (life.info.handle, scheduled[life.request.request_id])
+                (life.handle, scheduled[life.request.request_id])
                 for life in several
-                if life is not None and life.info.handle not in prefilling
+                if life is not None and life.handle not in prefilling
             ]
         return sorted(found)
 
