@@ -299,6 +299,11 @@ def _needs_look(step: Attributes) -> bool:
 
 def _kept(attributes: Attributes, known: frozenset[str]) -> tuple[Attributes, int]:
     """Those of the known attributes that are not too long, and how many are."""
+    values = attributes.values()
+    if attributes.keys() <= known and not [
+        one for one in values if type(one) is list or (type(one) is str and len(one) > MOST_NAME)
+    ]:
+        return attributes, 0  # nearly always
     mine = {name: value for name, value in attributes.items() if name in known}
     short = {name: value for name, value in mine.items() if is_short(value, MOST_LIST if name in _LISTS else MOST_NAME)}
     return short, len(mine) - len(short)
