@@ -297,12 +297,13 @@ def _needs_look(step: Attributes) -> bool:
     return names.R_HANDLE in step or not step.keys() <= _OF_STEPS
 
 
+def _needs_care(value: Value) -> bool:
+    return type(value) is list or (type(value) is str and len(value) > MOST_NAME)
+
+
 def _kept(attributes: Attributes, known: frozenset[str]) -> tuple[Attributes, int]:
     """Those of the known attributes that are not too long, and how many are."""
-    values = attributes.values()
-    if attributes.keys() <= known and not [
-        one for one in values if type(one) is list or (type(one) is str and len(one) > MOST_NAME)
-    ]:
+    if attributes.keys() <= known and not any(map(_needs_care, attributes.values())):
         return attributes, 0  # nearly always
     mine = {name: value for name, value in attributes.items() if name in known}
     short = {name: value for name, value in mine.items() if is_short(value, MOST_LIST if name in _LISTS else MOST_NAME)}
