@@ -5,7 +5,7 @@
 
 Each recording is made once with the bundled engine in virtual time, by the exporter that users have. Then reading it
 (``read_trace``: all tables), ``orjson.loads`` of each line and protobuf's parser (upb) on the same spans take turns, on
-one core; shown are medians. What the parsers return is dropped at once. "share of it" is how much of the parser's
+one core; shown are medians. What the parsers return is dropped at once. "share of parser" is how much of the parser's
 own rate is left when tables come out of it; "without GC": of the parser's rate with Python's garbage collector switched
 off, as it is while a trace is read. Seconds are CPU time, since others may use the machine too. Peak memory is that of
 reading in a process of its own.

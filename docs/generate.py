@@ -22,12 +22,17 @@ HEADINGS = {
     "request": f"Span `{REQUEST_SPAN}`: one request",
     "gpu": f"Span `{GPU_SPAN}`: what a GPU said at one time",
     "client": f"Span `{CLIENT_SPAN}`: one request as its client saw it, the parent of its `{REQUEST_SPAN}`",
+    "converted": "Spans that `stallscope convert` has written",
 }
 NOTES = {
     "client": (
         f"It carries of `{REQUEST_SPAN}`'s attributes, under the same names: id, tenant, priority, session, "
         "predecessor, retry_of, usage, max_tokens and token_times (from the sending on); and these:"
-    )
+    ),
+    "converted": (
+        f"There is an `{REQUEST_SPAN}` span for every request of the trace that was converted, also for those that had "
+        "not ended. It leaves out what is not known, and nothing else:"
+    ),
 }
 
 

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from stallscope.trace import Trace
 
 PERFETTO_SUFFIXES = (".pftrace", ".perfetto-trace")
+OTLP_SUFFIXES = (".otlp.jsonl", ".otlp.jsonl.gz", ".otlp.jsonl.zst")
+
+
+class Form(StrEnum):
+    """What a trace becomes."""
+
+    perfetto = "Perfetto"
+    otlp = "OTLP"
+    dataset = "Parquet"
 
 
 class RowFormat(StrEnum):
@@ -37,7 +46,9 @@ def convert(
     out: Annotated[
         str,
         typer.Argument(
-            metavar="OUT", help="NAME.pftrace for ui.perfetto.dev, or the name of a folder for a dataset in Parquet."
+            metavar="OUT",
+            help="NAME.pftrace for ui.perfetto.dev, NAME.otlp.jsonl.zst (.gz, plain) for OTLP, or the name of a folder "
+            "for a dataset in Parquet.",
         ),
     ],
     since: Annotated[
@@ -65,21 +76,23 @@ def convert(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT if it exists.")] = False,
 ) -> None:
-    """Write a trace in another form: a file for ui.perfetto.dev, or a dataset in Parquet, which is read faster."""
+    """Write a trace in another form: for ui.perfetto.dev, as OTLP, or as a dataset in Parquet, which is read faster."""
     target = Path(out)
-    perfetto = _is_perfetto(target, out)
-    if not perfetto and (no_analysis or no_replay):
-        raise UsageError("--no-analysis and --no-replay are for Perfetto: a dataset has no diagnosis in it")
-    if append and (perfetto or force or anonymize):
-        raise UsageError("--append adds to a dataset: it goes with neither Perfetto nor --force nor --anonymize")
-    if perfetto:
-        check_new(target, force)
-    else:
+    form = _form_of(target, out)
+    if form is not Form.perfetto and (no_analysis or no_replay):
+        raise UsageError(f"--no-analysis and --no-replay are for Perfetto: {form} has no diagnosis in it")
+    if append and (form is not Form.dataset or force or anonymize):
+        raise UsageError("--append adds to a dataset: it goes with no other form, nor with --force nor --anonymize")
+    if form is Form.dataset:
         _check_dataset(target, force, append)
+    else:
+        check_new(target, force)
     loaded = read(trace, tenants) if mapping is None else _mapped(trace, mapping, tenants)
     selected = _selected(loaded, since, until, replica, anonymize)
-    if perfetto:
+    if form is Form.perfetto:
         _write_perfetto(selected, target, analysis=not no_analysis, replay=not no_replay)
+    elif form is Form.otlp:
+        _write_otlp(selected, target)
     else:
         _write_dataset(selected, target, append)
 
@@ -110,15 +123,17 @@ def sql(
 # --- convert ------------------------------------------------------------------------------------------------------
 
 
-def _is_perfetto(target: Path, written: str) -> bool:
-    """Whether OUT is a file for Perfetto; else it is a folder. Raises UsageError for any other kind of file."""
+def _form_of(target: Path, written: str) -> Form:
+    """By the name of OUT. Raises UsageError for a kind of file that is not written."""
     if target.suffix in PERFETTO_SUFFIXES:
-        return True
+        return Form.perfetto
+    if target.name.endswith(OTLP_SUFFIXES) and not written.endswith("/"):
+        return Form.otlp
     if target.suffix in ("", ".parquet") or written.endswith("/") or target.is_dir():
-        return False
+        return Form.dataset
     raise UsageError(
         f"{target}: nothing is written as {target.suffix}; give NAME{' or NAME'.join(PERFETTO_SUFFIXES)} for Perfetto, "
-        "or NAME/ for a folder in Parquet"
+        f"NAME{OTLP_SUFFIXES[-1]} for OTLP, or NAME/ for a folder in Parquet"
     )
 
 
@@ -168,17 +183,44 @@ def _write_perfetto(trace: Trace, target: Path, *, analysis: bool, replay: bool)
     typer.echo(f"{target}: {target.stat().st_size / 1e6:.2f} MB; open it in https://ui.perfetto.dev", err=True)
 
 
+def _write_otlp(trace: Trace, target: Path) -> None:
+    from stallscope.trace.to_otlp import write_otlp
+
+    with _made_whole(target) as part, progress(f"writing {target.name}") as advance:
+        left_out = write_otlp(trace, part, lambda done, total: advance(done / max(total, 1)), named=target.name)
+    if left_out:
+        text = "stretches of batches are estimates beside others that are not, and are left out"
+        typer.echo(f"warning: {text} ({left_out:,} times)", err=True)
+    _say_size(trace, target)
+
+
 def _write_dataset(trace: Trace, target: Path, append: bool) -> None:
     from stallscope.trace import append_parquet, write_parquet
+    from stallscope.trace.lock import only_writer
     from stallscope.trace.parquet import is_trace_folder
 
     with progress(f"writing {target.name}") as advance:
+
+        def told(done: int, total: int) -> None:
+            advance(done / max(total, 1))
+
         if append and is_trace_folder(target):
-            append_parquet(trace, target, lambda done, total: advance(done / max(total, 1)))
+            append_parquet(trace, target, told)
         else:
-            with _made_whole(target) as part:
-                write_parquet(trace, part, lambda done, total: advance(done / max(total, 1)))
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+            # Of several that make the same dataset, one does, and the others add to it.
+            with only_writer(target if target.is_dir() else target.parent):
+                made = append and is_trace_folder(target)
+                if not made:
+                    with _made_whole(target) as part:
+                        write_parquet(trace, part, told)
+            if made:
+                append_parquet(trace, target, told)
+    _say_size(trace, target)
+
+
+def _say_size(trace: Trace, target: Path) -> None:
+    files = [target] if target.is_file() else target.rglob("*")
+    size = sum(file.stat().st_size for file in files if file.is_file())
     typer.echo(f"{target}: {size / 1e6:.2f} MB, {trace.columns('steps', ['step']).num_rows:,} steps", err=True)
 
 

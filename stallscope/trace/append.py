@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stallscope.errors import UsageError
+from stallscope.trace.lock import only_writer
 from stallscope.trace.model import Trace
 from stallscope.trace.parquet import (
     Progress,
@@ -39,12 +40,17 @@ def append_parquet(trace: Trace, folder: str | Path, progress: Progress | None =
 
     ``progress`` is called with the rows written and the rows in all.
     A replica whose steps begin anew is another life of its process, and is named as within one trace ("NAME #2").
-    Raises UsageError where there is no dataset, where a replica's steps are not later than those that it has, and where
-    the folder can't be written.
+    Raises UsageError where there is no dataset, where a replica's steps are not later than those that it has, where
+    another process keeps writing to it, and where the folder can't be written.
     """
     folder = Path(folder)
     if not is_trace_folder(folder):
         raise UsageError(f"{folder} is no dataset that could be added to; without --append, one is made")
+    with only_writer(folder):
+        _append(trace, folder, progress)
+
+
+def _append(trace: Trace, folder: Path, progress: Progress | None) -> None:
     stored = read_parquet(folder)
     trace = _with_lives(trace, stored, folder)
     tables = dict(trace.tables)
@@ -58,14 +64,20 @@ def append_parquet(trace: Trace, folder: str | Path, progress: Progress | None =
         again = _told_again(tables, known)
         new = [_with_later(part, folder, number, tables, known) for part in old]
         new = [_without_gaps(part, folder, number, again.get(part.replica, _NOBODY)) for part in new]
-        added = write_parts(tables, folder, number, taken, known, progress)
-        write_metadata(folder, str(folder), (*stored.findings, *trace.findings), [*new, *added])
-        for before, after in zip(old, new, strict=True):
-            for name in after.rewritten:
-                if before.path(name) != after.path(name):
-                    (folder / before.path(name)).unlink()
+        parts = [*new, *write_parts(tables, folder, number, taken, known, progress)]
+        write_metadata(folder, str(folder), (*stored.findings, *trace.findings), parts)
+        _sweep(folder, parts)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); check the path and its rights") from error
+
+
+def _sweep(folder: Path, parts: Sequence[Part]) -> None:
+    """Takes away files that belong to no part: of rows that were written anew, or of a write that broke off."""
+    listed = {folder / part.path(table) for part in parts for table in part.rows}
+    for table in TABLES:
+        for file in (folder / table).rglob("*.parquet"):
+            if file not in listed:
+                file.unlink()
 
 
 # --- lives --------------------------------------------------------------------------------------------------------

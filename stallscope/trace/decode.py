@@ -20,8 +20,8 @@ from stallscope.trace.findings import Findings
 from stallscope.trace.formats import sglang
 from stallscope.trace.formats.registry import EXPERIMENTAL
 from stallscope.trace.otlp import Attributes, Resource, Span, SpanGroup, Value
-from stallscope.trace.otlp.spans import MALFORMED
-from stallscope.trace.plain_spans import claimed_tenant, sampled_share
+from stallscope.trace.otlp.spans import MALFORMED, MOST_LIST, MOST_NAME, is_short
+from stallscope.trace.plain_spans import PREFILL_TIME, claimed_tenant, sampled_share
 from stallscope_telemetry import names
 from stallscope_telemetry.records import RequestInfo, RequestState, WaitReason
 
@@ -77,6 +77,11 @@ COLUMNS = (
     "resource",
 )
 _TIMES = ("scheduled", "ready")
+# What is kept of spans until all are read; of other attributes, which anybody may add, nothing is.
+_OF_STEPS = frozenset(one.name for one in names.ATTRIBUTES if one.on == "step")
+_OF_REQUESTS = frozenset((*(one.name for one in names.ATTRIBUTES if one.on in ("request", "converted")), PREFILL_TIME))
+_OF_SAMPLES = frozenset(one.name for one in names.ATTRIBUTES if one.on == "gpu")
+_LISTS = (names.TOKEN_TIMES, names.GAPS)
 NOT_MEASURED = -1  # of device_ns
 
 _Enum = TypeVar("_Enum", bound=IntEnum)
@@ -99,15 +104,20 @@ class RequestSpan:
     claim: tuple[str, str] = ("", "")
     kept: float = 1.0
 
-    def integer(self, name: str) -> int | None:
+    def integer(self, name: str, least: int = 0) -> int | None:
         """The attribute as an amount within bounds, else None."""
         value = self.attributes.get(name)
-        return value if type(value) is int and 0 <= value < MOST else None
+        return value if type(value) is int and least <= value < MOST else None
 
     def text(self, name: str) -> str:
         """The attribute as a string, "" where it is none."""
         value = self.attributes.get(name)
         return value if isinstance(value, str) else ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was written from a table, and so says all that is known of the request."""
+        return names.STATE in self.attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +224,9 @@ def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
                 if name == names.STEP_SPAN:
                     bad += _add_step(replica, resource, span)
                 elif name == names.REQUEST_SPAN:
-                    _add_request(replica, resource, span)
+                    bad += _add_request(replica, resource, span)
                 elif name == names.GPU_SPAN:
-                    _add_sample(replica, span)
+                    bad += _add_sample(replica, span)
                 elif name == names.CLIENT_SPAN:
                     _add_client(collected.clients, group.source, span)
                 else:
@@ -226,7 +236,7 @@ def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
                 malformed += 1
                 continue
             if bad:
-                text = "attributes are missing or of no type that OTLP allows, and are left out"
+                text = "attributes are missing, too long or of no type that OTLP allows, and are left out"
                 findings.add("unsound_attribute", group.source, group.at, text, bad)
         text = "a span without sound name, times or identity is left out"
         findings.add("malformed_span", group.source, group.at, text, malformed)
@@ -274,31 +284,66 @@ def _add_step(replica: ReplicaSpans, resource: int, span: Span) -> int:
     get = attributes.get
     optional = (get(names.IDLE, 0), get(names.DEVICE, NOT_MEASURED), get(names.KV_CACHED, 0), get(names.DROPPED, 0))
     replica.rows.append((span.start, span.end, *scalars, *optional, resource))
-    replica.composition.append(None if _COMPOSITION.isdisjoint(attributes) else attributes)
-    return missing
+    if _COMPOSITION.isdisjoint(attributes):
+        replica.composition.append(None)
+        return missing
+    kept, too_long = _kept(attributes, _OF_STEPS) if _needs_look(attributes) else (attributes, 0)
+    replica.composition.append(kept)
+    return missing + too_long
 
 
-def _add_request(replica: ReplicaSpans, resource: int, span: Span) -> None:
-    attributes, state = span.attributes, span.trace_state
+def _needs_look(step: Attributes) -> bool:
+    """Whether a step's attributes may hold what is not to be kept: most have neither names nor anything unknown."""
+    return names.R_HANDLE in step or not step.keys() <= _OF_STEPS
+
+
+def _needs_care(value: Value) -> bool:
+    return type(value) is list or (type(value) is str and len(value) > MOST_NAME)
+
+
+def _kept(attributes: Attributes, known: frozenset[str]) -> tuple[Attributes, int]:
+    """Those of the known attributes that are not too long, and how many are."""
+    if attributes.keys() <= known and not any(map(_needs_care, attributes.values())):
+        return attributes, 0  # nearly always
+    mine = {name: value for name, value in attributes.items() if name in known}
+    short = {name: value for name, value in mine.items() if is_short(value, MOST_LIST if name in _LISTS else MOST_NAME)}
+    return short, len(mine) - len(short)
+
+
+def _add_request(replica: ReplicaSpans, resource: int, span: Span) -> int:
+    """Returns how many attributes are too long."""
+    attributes, too_long = _kept(span.attributes, _OF_REQUESTS)
+    state = span.trace_state
     request_id = attributes[names.REQUEST_ID]
     if not isinstance(request_id, str) or not request_id or not (0 <= span.start < LATEST and 0 <= span.end < LATEST):
         raise ValueError("no identity or time")
-    claim = ("", "") if names.TENANT in attributes else claimed_tenant(attributes, state)
+    claim = ("", "") if names.TENANT in attributes else claimed_tenant(span.attributes, state)
     kept = max(sampled_share(state), LEAST_KEPT)
     replica.requests.append(
-        RequestSpan(request_id, span.start, span.end, span.trace_id, resource, attributes, claim, kept)
+        RequestSpan(request_id, span.start, span.end, _trace_id_of(span), resource, attributes, claim, kept)
     )
+    return too_long
 
 
-def _add_sample(replica: ReplicaSpans, span: Span) -> None:
-    device = span.attributes[names.GPU_DEVICE]
+def _trace_id_of(span: Span) -> str:
+    """ "" where it was made up."""
+    return "" if span.attributes.get(names.UNTRACED) is True else span.trace_id
+
+
+def _add_sample(replica: ReplicaSpans, span: Span) -> int:
+    """Returns how many attributes are too long."""
+    attributes, too_long = _kept(span.attributes, _OF_SAMPLES)
+    device = attributes[names.GPU_DEVICE]
     if not isinstance(device, str) or not device or not 0 <= span.start < LATEST:
         raise ValueError("no identity or time")
-    replica.samples.append(GpuSpan(device, span.start, span.attributes))
+    replica.samples.append(GpuSpan(device, span.start, attributes))
+    return too_long
 
 
 def _add_client(clients: list[ClientSpan], source: str, span: Span) -> None:
-    attributes = span.attributes
+    attributes = {
+        name: value for name, value in span.attributes.items() if is_short(value) or name == names.TOKEN_TIMES
+    }
     request_id, status = attributes[names.REQUEST_ID], attributes[names.CLIENT_STATUS]
     if not (isinstance(request_id, str) and request_id and isinstance(status, str) and status):
         raise ValueError("no identity or status")
@@ -309,7 +354,7 @@ def _add_client(clients: list[ClientSpan], source: str, span: Span) -> None:
     clients.append(
         ClientSpan(
             request_id,
-            span.trace_id,
+            _trace_id_of(span),
             tenant if isinstance(tenant, str) else "",
             span.start,
             span.end,

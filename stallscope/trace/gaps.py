@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
 import numpy as np
@@ -26,6 +26,10 @@ LEAST_GAP_FLOOR_NS = 1_000_000
 PIECE_TOKENS = 1 << 15
 # 16 digits are 115 days of ns: a gap beyond is damage.
 _TOKEN_TIMES = r"^[0-9]{1,16}(,[0-9]{1,16})*$"
+_GAPS = r"^-?[0-9]{1,16}(,[0-9]{1,16}){2}(,-?[0-9]{1,16}(,[0-9]{1,16}){2})*$"
+
+Gaps = tuple[Ints, Ints, Ints, Ints]  # request, start, length, count
+_NONE: Ints = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +37,25 @@ class TokenTimes:
     """When output tokens were ready, ordered by request and time.
 
     ``request``: position of the request; ``time``: ns; ``count``: tokens ready at once; ``stretch``: gaps are known
-    only between tokens of the same stretch.
+    only between tokens of the same stretch. The requests at the positions ``whole`` have ``gaps`` instead, all there
+    are, as the table has them.
     """
 
     request: Ints
     time: Ints
     count: Ints
     stretch: Ints
+    whole: Ints = field(default_factory=lambda: _NONE)
+    gaps: Gaps = (_NONE, _NONE, _NONE, _NONE)
+
+    def untold(self, requests: int) -> npt.NDArray[np.bool_]:
+        """Of which of so many requests nothing is told."""
+        untold = np.ones(requests, dtype=np.bool_)
+        untold[self.request] = False
+        untold[self.whole] = False
+        return untold
 
 
-_NONE: Ints = np.zeros(0, dtype=np.int64)
 NO_TOKENS = TokenTimes(_NONE, _NONE, _NONE, _NONE)
 
 
@@ -54,15 +67,12 @@ def first_tokens(tokens: TokenTimes) -> dict[int, int]:
 
 def told_token_times(replica: str, known: Sequence[KnownRequest], findings: Findings) -> TokenTimes:
     """Token times that request spans carry. Those that are no list of durations are left out."""
-    texts = pa.array([one.span.text(names.TOKEN_TIMES) or None if one.span else None for one in known], pa.string())
-    lists = pc.split_pattern(pc.if_else(pc.match_substring_regex(texts, _TOKEN_TIMES), texts, None), ",")
-    lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    durations = pc.list_flatten(lists).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    lengths, durations, unsound = _numbers(known, names.TOKEN_TIMES, _TOKEN_TIMES)
     begins = np.cumsum(lengths) - lengths
     within = np.zeros(len(known), dtype=np.bool_)
     told = np.flatnonzero(lengths)
     within[told] = np.add.reduceat(durations, begins[told], dtype=np.float64) < LATEST
-    unsound = len(known) - texts.null_count - int(np.count_nonzero((lengths > 0) & within))
+    unsound += int(np.count_nonzero((lengths > 0) & ~within))
     text = f"values of {names.TOKEN_TIMES} are no list of durations and count as absent"
     findings.add("unsound_value", replica, f" {names.TOKEN_TIMES}", text, unsound)
     if unsound:
@@ -74,7 +84,29 @@ def told_token_times(replica: str, known: Sequence[KnownRequest], findings: Find
     elapsed = np.concatenate([[0], np.cumsum(durations)])
     time = elapsed[1:] + np.repeat(arrivals - elapsed[begins], lengths)
     one, same_stretch = np.broadcast_to(np.int64(1), len(time)), np.broadcast_to(np.int64(0), len(time))
-    return TokenTimes(np.repeat(np.arange(len(known)), lengths), time, one, same_stretch)
+    whole = np.flatnonzero([one.span is not None and one.span.is_whole for one in known])
+    gaps = _told_gaps(replica, known, arrivals, findings)
+    return TokenTimes(np.repeat(np.arange(len(known)), lengths), time, one, same_stretch, whole, gaps)
+
+
+def _told_gaps(replica: str, known: Sequence[KnownRequest], arrivals: Ints, findings: Findings) -> Gaps:
+    """Gaps that request spans carry as the table has them."""
+    lengths, numbers, unsound = _numbers(known, names.GAPS, _GAPS)
+    text = f"values of {names.GAPS} are no list of starts, durations and counts, and count as absent"
+    findings.add("unsound_value", replica, f" {names.GAPS}", text, unsound)
+    request = np.repeat(np.arange(len(known)), lengths // 3)
+    start, length, count = numbers.reshape(-1, 3).T
+    return request, arrivals[request] + start, length, count
+
+
+def _numbers(known: Sequence[KnownRequest], name: str, form: str) -> tuple[Ints, Ints, int]:
+    """Of an attribute of this form, comma-separated numbers: how many each request has, the numbers of all, and how
+    many of the attributes have another form."""
+    texts = pa.array([one.span.text(name) or None if one.span else None for one in known], pa.string())
+    lists = pc.split_pattern(pc.if_else(pc.match_substring_regex(texts, form), texts, None), ",")
+    lengths = pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    numbers = pc.list_flatten(lists).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return lengths, numbers, len(known) - texts.null_count - int(np.count_nonzero(lengths))
 
 
 def seen_token_times(rows: ResidencyColumns, wanted: npt.NDArray[np.bool_], times: StepTimes) -> TokenTimes:
@@ -95,14 +127,10 @@ def seen_token_times(rows: ResidencyColumns, wanted: npt.NDArray[np.bool_], time
     return TokenTimes(rows.request[chosen][row], time, count, rows.stretch[chosen][row])
 
 
-Gaps = tuple[Ints, Ints, Ints, Ints]  # request, start, length, count
-
-
 def mean_gaps(requests: pa.Table, told: TokenTimes) -> Gaps:
     """Of requests whose tokens have no times: all gaps as long as they were on average."""
     first, end, count = (requests[name].fill_null(-1).to_numpy() for name in ("first_token", "end", "output_tokens"))
-    some = (first >= 0) & (end >= first) & (count > 1)
-    some[told.request] = False
+    some = (first >= 0) & (end >= first) & (count > 1) & told.untold(len(count))
     request = np.flatnonzero(some)
     count = count[request] - 1
     return request, first[request], (end - first)[request] // count, count
@@ -122,7 +150,8 @@ def gap_table(
     steps = np.median(times.ready - times.scheduled) if len(times.steps) else 0
     floor = max(LEAST_GAP_FLOOR_NS, GAP_FLOOR_STEPS * int(steps))
     pieces = (piece for one in tokens for piece in _pieces(one))
-    parts = [_binned(gaps, floor) for gaps in chain([] if means is None else [means], map(_gaps_between, pieces))]
+    between = chain([] if means is None else [means], map(_gaps_between, pieces))
+    parts = [*(_binned(gaps, floor) for gaps in between), *(one.gaps for one in tokens)]
     request, start, length, count = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.lexsort((length, start, request))
     columns: dict[str, Column] = {

@@ -13,7 +13,7 @@ from stallscope.trace.schema import TABLES
 from stallscope.trace.tables import Column, plain_table, same
 from stallscope_telemetry import names
 
-_COLUMNS = {
+COLUMNS = {
     "utilization": names.GPU_UTILIZATION,
     "sm_clock": names.GPU_SM_CLOCK,
     "mem_clock": names.GPU_MEM_CLOCK,
@@ -34,7 +34,7 @@ def gpu_table(replica: str, samples: Sequence[GpuSpan], findings: Findings) -> p
         "device": [one.device for one in once],
         "time": [one.time for one in once],
     }
-    for column, name in _COLUMNS.items():
+    for column, name in COLUMNS.items():
         told = [one.attributes.get(name) for one in once]
         values = [value if _is_sound(column, value) else None for value in told]
         unsound = sum(value is not None for value in told) - sum(value is not None for value in values)

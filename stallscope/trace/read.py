@@ -14,7 +14,9 @@ import pyarrow as pa
 from stallscope.errors import UsageError
 from stallscope.trace import parquet
 from stallscope.trace.clients import client_table
+from stallscope.trace.configuration import RESOURCE_COLUMNS
 from stallscope.trace.decode import (
+    LATEST,
     MOST,
     NOT_MEASURED,
     Collected,
@@ -50,32 +52,6 @@ from stallscope.trace.validate import check_times
 from stallscope_telemetry import names
 
 FIDELITY_BATCHES, FIDELITY_SUMS = 3, 2
-
-_RESOURCE_COLUMNS = {
-    "group": names.GROUP,
-    "rank": names.RANK,
-    "role": names.ROLE,
-    "model": names.MODEL,
-    "engine": names.ENGINE,
-    "engine_version": names.ENGINE_VERSION,
-    "executor": names.EXECUTOR,
-    "policy": names.POLICY,
-    "block_size": names.BLOCK_SIZE,
-    "kv_total": names.KV_TOTAL,
-    "max_num_seqs": names.MAX_NUM_SEQS,
-    "max_num_batched_tokens": names.MAX_NUM_BATCHED_TOKENS,
-    "chunked_prefill": names.CHUNKED_PREFILL,
-    "watermark": names.WATERMARK,
-    "prefix_caching": names.PREFIX_CACHING,
-    "async_scheduling": names.ASYNC_SCHEDULING,
-    "preemption": names.PREEMPTION,
-    "long_prefill_token_threshold": names.LONG_PREFILL_THRESHOLD,
-    "tenant_kv_share": names.TENANT_KV_SHARE,
-    "tenant_token_share": names.TENANT_TOKEN_SHARE,
-    "tp_size": names.TENSOR_PARALLEL,
-    "pp_size": names.PIPELINE_PARALLEL,
-    "dp_size": names.DATA_PARALLEL,
-}
 
 Plain = Mapping[str, pa.Table]
 
@@ -272,8 +248,7 @@ def _rebuilt_tables(
         if one.seen is not None:
             positions[one.seen.index] = position
     rows = residency_columns(rebuilt, positions, times.steps)
-    untold = np.ones(len(known), dtype=np.bool_)
-    untold[told.request] = False
+    untold = told.untold(len(known))
     return {
         "steps": _step_table(life),
         "residency": _residency_table(life, times, rows, known),
@@ -294,8 +269,7 @@ def _summed_tables(
         return {**tables, "gaps": gap_table(life.name, names_of, [told], times, mean_gaps(requests, told))}
     clock = known_clock(stations, times.scheduled, times.ready)
     rows = reconstruct(stations, clock, times.steps, life.steps.columns["prefill_tokens"]).of_requests(rows_of)
-    untold = np.ones(len(known), dtype=np.bool_)
-    untold[told.request] = False
+    untold = told.untold(len(known))
     return {
         **tables,
         "residency": _residency_table(life, times, rows, known),
@@ -317,8 +291,10 @@ def _replica_table(life: _Life, times: StepTimes, arrivals: Sequence[int]) -> pa
     chosen, since = numbers[order].tolist(), times.scheduled[first[order]].tolist()
     if not chosen:  # requests only
         chosen, since = [life.requests[0].resource], [min(arrivals)]
+    told = (life.resources[number].attributes.get(names.SINCE) for number in chosen)
+    since = [one if type(one) is int and 0 <= one < LATEST else seen for one, seen in zip(told, since, strict=True)]
     columns: dict[str, Column] = {"replica": [life.name] * len(chosen), "since": since}
-    for column, name in _RESOURCE_COLUMNS.items():
+    for column, name in RESOURCE_COLUMNS.items():
         kind = TABLES["replicas"].field(column).type
         read = (
             _integer if pa.types.is_int64(kind) else _text if pa.types.is_dictionary(kind)
@@ -326,8 +302,8 @@ def _replica_table(life: _Life, times: StepTimes, arrivals: Sequence[int]) -> pa
         )  # fmt: skip
         columns[column] = [read(life.resources[number], name) for number in chosen]
     columns["engine"] = [
-        told or engine_of(life.resources[number].attributes) or None
-        for told, number in zip(columns["engine"], chosen, strict=True)
+        said or engine_of(life.resources[number].attributes) or None
+        for said, number in zip(columns["engine"], chosen, strict=True)
     ]
     return plain_table("replicas", columns, len(chosen))
 

@@ -8,7 +8,7 @@ known any more: all rows end at the last step seen, and the next keyframe opens 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -139,22 +139,22 @@ def rebuild(
     """Runs the state machine over steps in ascending order without duplicates.
 
     A replica that is seen from its step 0, and tells of batches there, starts empty and known; any other is unknown
-    until its first keyframe.
+    until its first keyframe, and again from a step on that says so.
     Steps before the first one seen do not count as lost: telemetry may have been switched on late.
     """
     machine = _Machine(replica, findings)
-    changed = [position for position, attributes in enumerate(composition) if attributes is not None]
+    changed = {position: attributes for position, attributes in enumerate(composition) if attributes is not None}
+    visited = list(changed)
+    unknown = {position for position, attributes in changed.items() if attributes.get(names.KEYFRAME) is False}
     gap_start, lost = 0, 0  # the unknown stretch now in progress: position of its first step, steps lost in it
-    for first, last in _contiguous(steps):
+    for first, last in _contiguous(steps, unknown):
         if first:
             lost += steps[first] - steps[first - 1] - 1
-        machine.known = steps[first] == 0 and composition[first] is not None  # a first step has somebody to tell of
+        # A first step has somebody to tell of.
+        machine.known = steps[first] == 0 and first in changed and first not in unknown
         known_from = first if machine.known else None
-        for position in changed[bisect_left(changed, first) : bisect_left(changed, last + 1)]:
-            attributes = composition[position]
-            if attributes is None:
-                continue
-            machine.advance(steps[position], scheduled[position], attributes)
+        for position in visited[bisect_left(visited, first) : bisect_left(visited, last + 1)]:
+            machine.advance(steps[position], scheduled[position], changed[position])
             if known_from is None and machine.known:
                 known_from = position
         machine.end_stretch(steps[last])
@@ -168,11 +168,11 @@ def rebuild(
     return machine.rebuilt
 
 
-def _contiguous(steps: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last position of each run of consecutive step indices."""
+def _contiguous(steps: Sequence[int], breaks: Collection[int]) -> Iterator[tuple[int, int]]:
+    """First and last position of each run of consecutive step indices; at ``breaks`` another run begins."""
     first = 0
     for position in range(1, len(steps)):
-        if steps[position] != steps[position - 1] + 1:
+        if steps[position] != steps[position - 1] + 1 or position in breaks:
             yield first, position - 1
             first = position
     if steps:

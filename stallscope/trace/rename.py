@@ -95,10 +95,15 @@ def _labels(trace: Trace, kind: str, kept: set[str]) -> Rename:
         if name in kept:
             continue
         number += 1
-        while f"{kind}-{number}" in kept:
+        while _label(kind, number) in kept:
             number += 1
-        labels[name] = f"{kind}-{number}"
+        labels[name] = _label(kind, number)
     return lambda name: labels.get(name, name)
+
+
+def _label(kind: str, number: int) -> str:
+    """Trace ids stay such as OpenTelemetry allows."""
+    return f"a{number:031x}" if kind == "trace" else f"{kind}-{number}"
 
 
 def _names(trace: Trace, kind: str) -> list[str]:

@@ -23,6 +23,7 @@ from stallscope_telemetry.records import FinishReason, RequestInfo
 _SAID_BY_ABSENCE = ("queued", "scheduled", "first_token")  # a span of ours has what the request got to
 _REASON_NAMES = {reason: reason.name.lower() for reason in FinishReason}
 _FINISH_REASONS = frozenset(_REASON_NAMES.values())
+_UNFINISHED = ("open", "lost")
 _TOLD = (
     names.HANDLE,
     names.TENANT_SOURCE,
@@ -40,6 +41,8 @@ _TOLD = (
     names.USAGE_COMPLETION,
     names.PREEMPTIONS,
     names.FINISH_REASON,
+    names.STATE,
+    names.ADAPTER,
 )  # what a request span says that goes into the table as it is
 _NOT_TOLD = Stations(None, None, None)
 
@@ -169,20 +172,20 @@ def request_table(
     told = _span_columns([one.span for one in known])
     for position, time in first_tokens.items():
         told["first_token"][position] = time
-    ours = [handle is not None for handle in told["handle"]]
+    whole = [one.span is not None and one.span.is_whole for one in known]
+    ours = [all_said or handle is not None for all_said, handle in zip(whole, told["handle"], strict=True)]
     columns: dict[str, Column] = {
         "replica": same(replica, len(known)),
         "request": [one.name for one in known],
         "tenant": [one.tenant for one in known],
         "model": [model or None for model in models],
-        "prefix": told.pop("prefix"),
-        "delivered": told.pop("delivered"),
+        **{name: told.pop(name) for name in ("prefix", "delivered", "adapter")},  # no step tells of these
     }
     for name, values in told.items():
-        said = ours if name in _SAID_BY_ABSENCE else repeat(False)
+        said = ours if name in _SAID_BY_ABSENCE else whole
         columns[name] = [
             value if value is not None or all_said else from_steps
-            for value, all_said, from_steps in zip(values, said, seen[name], strict=False)
+            for value, all_said, from_steps in zip(values, said, seen[name], strict=True)
         ]
     return plain_table("requests", columns, len(known))
 
@@ -229,24 +232,31 @@ def _seen_columns(requests: Sequence[SeenRequest | None], times: StepTimes) -> d
 
 
 def _span_columns(spans: Sequence[RequestSpan | None]) -> dict[str, _Values]:
-    """What the spans tell; None where one does not, or is None. A span with our handle leaves out what is 0."""
+    """What the spans tell; None where one does not, or is None. A span with our handle leaves out what is 0, unless it
+    was written from a table."""
     attributes: list[Attributes] = [{} if one is None else one.attributes for one in spans]
+    whole = [one is not None and one.is_whole for one in spans]
     # All of one span, then the next: looked up name by name, each is out of the processor's cache again.
     rows = [tuple(map(one.get, _TOLD)) for one in attributes]
     told_values = dict(zip(_TOLD, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(_TOLD, ())
 
-    def integers(name: str) -> list[int | None]:
-        values = told_values[name]
-        return [value if type(value) is int and 0 <= value < MOST else None for value in values]
+    def integers(name: str, least: Iterable[int] = repeat(0)) -> list[int | None]:
+        pairs = zip(told_values[name], least, strict=False)
+        return [value if type(value) is int and low <= value < MOST else None for value, low in pairs]
 
     def texts(name: str) -> list[str | None]:
         return [value if isinstance(value, str) and value else None for value in told_values[name]]
 
     handles = integers(names.HANDLE)
 
-    def amounts(name: str) -> list[int | None]:
-        pairs = zip(integers(name), handles, strict=True)
-        return [0 if value is None and handle is not None else value for value, handle in pairs]
+    ours = [all_said or handle is not None for all_said, handle in zip(whole, handles, strict=True)]
+    absent = [0 if mine and not all_said else None for mine, all_said in zip(ours, whole, strict=True)]
+    # What was written from a table says what it said, be it before the arrival.
+    least = [-MOST if all_said else 0 for all_said in whole]
+
+    def amounts(name: str, least: Iterable[int] = repeat(0)) -> list[int | None]:
+        pairs = zip(integers(name, least), absent, strict=True)
+        return [otherwise if value is None else value for value, otherwise in pairs]
 
     arrivals = [None if one is None else one.arrival for one in spans]
     ends = [None if one is None else one.end for one in spans]
@@ -254,29 +264,34 @@ def _span_columns(spans: Sequence[RequestSpan | None]) -> dict[str, _Values]:
     claims = [None if one is None else one.claim[1] or None for one in spans]
     # Ours says its times in ns, all of them; another engine's span says some in seconds.
     told = [
-        _NOT_TOLD if one is None or handle is not None else stations(one.attributes, one.arrival)
-        for one, handle in zip(spans, handles, strict=True)
+        _NOT_TOLD if one is None or mine else stations(one.attributes, one.arrival)
+        for one, mine in zip(spans, ours, strict=True)
+    ]
+    states = [
+        None if one is None else state if state in _UNFINISHED else "finished"
+        for one, state in zip(spans, texts(names.STATE), strict=True)
     ]
     return {
         "handle": handles,
         "tenant_source": [source or claim for source, claim in zip(texts(names.TENANT_SOURCE), claims, strict=True)],
-        "priority": amounts(names.PRIORITY),
+        "priority": amounts(names.PRIORITY, repeat(-MOST)),
         "session": texts(names.SESSION),
         "predecessor": texts(names.PREDECESSOR),
         "retry_of": texts(names.RETRY_OF),
+        "adapter": texts(names.ADAPTER),
         "arrival": arrivals,
-        "queued": _after(arrivals, integers(names.QUEUED), [one.queued for one in told]),
-        "scheduled": _after(arrivals, integers(names.SCHEDULED), [one.scheduled for one in told]),
+        "queued": _after(arrivals, integers(names.QUEUED, least), [one.queued for one in told]),
+        "scheduled": _after(arrivals, integers(names.SCHEDULED, least), [one.scheduled for one in told]),
         "first_token": [one.first_token for one in told],
-        "end": ends,
-        "delivered": _after(ends, amounts(names.DELIVERED), repeat(None)),
+        "end": [None if state in _UNFINISHED else end for state, end in zip(states, ends, strict=True)],
+        "delivered": _after(ends, amounts(names.DELIVERED, least), repeat(None)),
         "prompt_tokens": integers(names.USAGE_PROMPT),
         "cached_tokens": amounts(names.CACHED_TOKENS),
         "prefix": integers(names.PREFIX),
         "max_tokens": integers(names.REQUEST_MAX_TOKENS),
         "output_tokens": integers(names.USAGE_COMPLETION),
         "preemptions": amounts(names.PREEMPTIONS),
-        "state": [None if one is None else "finished" for one in spans],
+        "state": states,
         "finish_reason": [reason if reason in _FINISH_REASONS else None for reason in reasons],
         "trace_id": [None if one is None else one.trace_id or None for one in spans],
     }

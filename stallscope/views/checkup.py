@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 from stallscope.diagnosis.incidents import TAIL_REQUESTS
 from stallscope.diagnosis.partial import FEWEST_REQUESTS
 from stallscope.diagnosis.reliance import LEAST_KEPT
-from stallscope.diagnosis.replica import BATCHES_SEEN, UNKNOWN, replicas
+from stallscope.diagnosis.replica import BATCHES_SEEN, OTHER, UNKNOWN, replicas
 from stallscope.trace import Trace
 from stallscope.views.words import listed
 
 _NEARLY_ALL, _MOST = 0.99, 0.5
+_MOST_SOURCES = 20
 _FEW_UNKNOWN, _WELL_EXPLAINED, _EXPLAINED = 0.1, 0.15, 0.4
 _NEEDED_FOR_REPLAY = ("policy", "max_num_seqs", "max_num_batched_tokens", "kv_total", "block_size")
 
@@ -113,11 +114,14 @@ def check_up(trace: Trace) -> Checkup:
 
 
 def _sources(requests: pd.DataFrame) -> Iterator[TenantSource]:
-    """The sources of tenants' names, the commonest first."""
+    """The sources of tenants' names, the commonest first; beyond ``_MOST_SOURCES`` the others as one."""
     source = requests["tenant_source"].astype(object).fillna("not said")
-    known = requests["tenant"].astype(str).where(lambda tenant: tenant != UNKNOWN)
-    for name, count in source.value_counts().items():
-        yield TenantSource(str(name), int(count), int(known[source == name].nunique()))
+    commonest = source.value_counts().index[:_MOST_SOURCES]
+    source = source.where(source.isin(commonest), OTHER)
+    known = requests["tenant"].astype(object).where(lambda tenant: tenant != UNKNOWN)
+    of_source = known.groupby(source, sort=False).agg(["size", "nunique"]).sort_values("size", ascending=False)
+    for name, count, tenants in of_source.itertuples():
+        yield TenantSource(str(name), int(count), int(tenants))
 
 
 def _replicas(trace: Trace) -> Iterator[ReplicaCheckup]:

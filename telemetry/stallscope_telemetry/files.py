@@ -32,19 +32,19 @@ ZSTD_WINDOW_LOG = 23
 
 
 class OtlpFileExporter(SpanExporter):
-    """Writes spans to a new file; the suffix of ``path``, one of ``SUFFIXES``, says how it is compressed.
+    """Writes spans to a new file; the suffix of ``path`` (or of ``named``), one of ``SUFFIXES``, says how it is packed.
 
     ``force_flush`` makes what was exported so far readable even if the process is killed, at the price of some
     compression; ``shutdown`` ends the file. After an error of the file system it stays closed, so that whatever
-    follows a torn line can't be misread. Links, status and trace state of spans are not written: the contract has none.
+    follows a torn line can't be misread. Links and status of spans are not written: the contract has none.
 
     Raises ValueError for another suffix, or ``.zst`` without zstandard; FileExistsError where there is a file:
     a recording is never written over; OSError where the file can't be made.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, named: str = "") -> None:
         self.path = Path(path)
-        self._compressor = _compressor(self.path)
+        self._compressor = _compressor(Path(named) if named else self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("xb")
         self._lock = threading.Lock()  # OpenTelemetry lets other threads call force_flush and shutdown
@@ -182,8 +182,9 @@ def _encode_span(span: ReadableSpan) -> str:
     flags = 0x300 if parent is not None and parent.is_remote else 0x100
     parent_id = f'"parentSpanId":"{parent.span_id:016x}",' if parent is not None else ""
     events = f'"events":[{",".join([_encode_event(event) for event in span.events])}],' if span.events else ""
+    state = f'"traceState":{quote(context.trace_state.to_header())},' if context.trace_state else ""
     return (
-        f'{{"traceId":"{context.trace_id:032x}","spanId":"{context.span_id:016x}",{parent_id}"flags":{flags},'
+        f'{{"traceId":"{context.trace_id:032x}","spanId":"{context.span_id:016x}",{state}{parent_id}"flags":{flags},'
         f'"name":{quote(span.name)},"kind":{span.kind.value + 1},'
         f'"startTimeUnixNano":"{span.start_time}","endTimeUnixNano":"{span.end_time}",'
         f'"attributes":{_encode_attributes(span.attributes)},{events}"status":{{}}}}'

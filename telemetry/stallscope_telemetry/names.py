@@ -16,7 +16,7 @@ GPU_SPAN = "gpu.sample"
 CLIENT_SPAN = "llm_client"
 
 Type = Literal["int", "str", "bool", "float", "int[]", "str[]"]
-On = Literal["resource", "step", "request", "client", "gpu"]
+On = Literal["resource", "step", "request", "client", "gpu", "converted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,12 @@ DROPPED = _declare(
     "step", "stallscope.dropped", "int", "records", "step and request records dropped so far by a full queue"
 )
 KEYFRAME = _declare(
-    "step", "stallscope.keyframe", "bool", "", "the request.* arrays hold everybody, not only who joined"
+    "step",
+    "stallscope.keyframe",
+    "bool",
+    "",
+    "the request.* arrays hold everybody, not only who joined; false: who is in the batches is not known from here to "
+    "the next keyframe",
 )
 R_HANDLE = _declare("step", "stallscope.request.handle", "int[]", "", "handle of each request that joined")
 R_ID = _declare("step", "stallscope.request.id", "str[]", "", "request id")
@@ -229,4 +234,30 @@ GPU_TEMPERATURE = _declare("gpu", "stallscope.gpu.temperature", "int", "°C", "t
 GPU_MEMORY_USED = _declare("gpu", "stallscope.gpu.memory_used", "int", "bytes", "memory in use")
 GPU_THROTTLE = _declare(
     "gpu", "stallscope.gpu.throttle", "str", "", "why clocks are below their most, joined by |; empty: they aren't"
+)
+
+# What spans say besides where they are written from tables (``stallscope convert``). There is a request span for every
+# request then, which leaves out what is not known, and nothing else.
+STATE = _declare(
+    "converted",
+    "stallscope.state",
+    "str",
+    "",
+    "of a request, which it is there for: finished, open or lost; where it did not end, its span ends when it was last "
+    "known to get on",
+)
+GAPS = _declare(
+    "converted",
+    "stallscope.gaps",
+    "str",
+    "ns",
+    "of a request, comma-separated triples: arrival to the start of a gap between tokens, its length, how many were so "
+    "long on average; token_times has the first token only",
+)
+ADAPTER = _declare("converted", "stallscope.adapter", "str", "", "of a request, the adapter it asked for")
+UNTRACED = _declare(
+    "converted", "stallscope.untraced", "bool", "", "of a request or client: the trace id is not known, and made up"
+)
+SINCE = _declare(
+    "converted", "stallscope.since", "int", "ns", "of a resource: from when on the replica had this configuration"
 )

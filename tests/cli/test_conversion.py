@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from stallscope.diagnosis import Diagnosis
 from stallscope.trace import read_trace
 from tests.cli.conftest import Run
 from tests.reports.perfetto_file import read_perfetto
+from tests.trace.recording import steady, write
 
 ROOT = Path(__file__).parents[2]
 Answers = Callable[..., list[dict[str, object]]]
@@ -65,6 +67,32 @@ def test_a_folder_becomes_a_dataset_that_is_analysed_alike(run: Run, trace: Path
     assert first.incidents == second.incidents
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_dataset_becomes_otlp_again(run: Run, trace: Path, tmp_path: Path, suffix: str) -> None:
+    assert run("convert", trace, tmp_path / "data")[0] == 0
+    path = tmp_path / f"again.otlp.jsonl{suffix}"
+    code, out, err = run("convert", tmp_path / "data", path)
+    assert (code, out) == (0, "")
+    assert "steps" in err
+    assert read_trace(path).tables == read_trace(trace).tables
+    code, _, err = run("convert", trace, path)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert run("convert", trace, path, "--until", "+10s", "--force")[0] == 0
+    assert read_trace(path).steps.num_rows < read_trace(trace).steps.num_rows
+    assert {one.name for one in tmp_path.iterdir()} == {"data", path.name}
+    assert run("convert", trace, path, "--append")[0] == 2
+
+
+def test_two_processes_that_begin_a_dataset_are_both_in_it(tmp_path: Path) -> None:
+    for name in ("r0", "r1"):
+        write(tmp_path / f"{name}.otlp.jsonl", steady().lines(name))
+    command = [sys.executable, "-m", "stallscope.cli", "convert", "--append"]
+    files = [tmp_path / f"{name}.otlp.jsonl" for name in ("r0", "r1")]
+    started = [subprocess.Popen([*command, file, tmp_path / "data"], stderr=subprocess.PIPE) for file in files]
+    assert [one.communicate(timeout=120)[1] is not None and one.returncode for one in started] == [0, 0]
+    assert sorted(read_trace(tmp_path / "data").steps["replica"].unique().to_pylist()) == ["r0", "r1"]
+
+
 def test_a_part_of_a_trace_can_be_converted(run: Run, trace: Path, tmp_path: Path) -> None:
     assert run("convert", trace, tmp_path / "part", "--since", "+10s", "--until", "+20s")[0] == 0
     steps = read_trace(tmp_path / "part").steps.to_pandas()
@@ -112,12 +140,13 @@ def test_what_fails_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", ["trace.csv", "trace.json", "trace.otlp.jsonl"])
+@pytest.mark.parametrize("name", ["trace.csv", "trace.json", "trace.otlp.pb"])
 def test_an_unknown_suffix_is_told_which_there_are(run: Run, trace: Path, tmp_path: Path, name: str) -> None:
     code, out, err = run("convert", trace, tmp_path / name)
     assert (code, out) == (2, "")
     assert ".pftrace" in err
     assert ".perfetto-trace" in err
+    assert ".otlp.jsonl.zst" in err
     assert len(err.splitlines()) == 1
 
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import random
+from io import StringIO
 
+import numpy as np
 import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+from rich.console import Console
 
 from stallscope.diagnosis import Diagnosis, Verdict, diagnose
 from stallscope.diagnosis.replica import MOST_TENANTS, OTHER
+from stallscope.reports.checkup import print_checkup
+from stallscope.reports.html import to_html
+from stallscope.reports.text import print_diagnosis
 from stallscope.trace import Trace
+from stallscope.trace.schema import TABLES
+from stallscope.trace.tables import Column, encode, plain_schema, plain_table, same
+from stallscope.views.checkup import check_up
 from stallscope_engine.config import EngineConfig
 from stallscope_telemetry import names
 from tests.diagnosis.runs import all_waits, only_replica, scripted_lines
@@ -61,6 +72,43 @@ def test_among_ten_thousand_tenants_the_one_that_did_it_is_named() -> None:
 def test_ten_thousand_alike_tenants_are_no_incident() -> None:
     diagnosis = diagnose(read(recorded(crowd(10_000, 10_000, every_ms=2))))
     assert diagnosis.verdict is Verdict.HEALTHY
+
+
+def with_visitors(trace: Trace, count: int) -> Trace:
+    """The trace with so many more requests, each of a tenant of its own, named by a source of its own."""
+    known = trace.requests.cast(plain_schema(TABLES["requests"]))
+    first, last = pc.min(known["arrival"]).as_py(), pc.max(known["arrival"]).as_py()
+    arrival = np.linspace(first, last, count).astype(np.int64)
+    number = np.arange(count)
+    columns: dict[str, Column] = {
+        "replica": same("r0", count), "handle": number + 10_000_000, "state": same("finished", count),
+        "request": pc.binary_join_element_wise("x", pa.array(number).cast(pa.string()), "-"),
+        "tenant": pc.binary_join_element_wise("<script>alert(", pa.array(number).cast(pa.string()), ""),
+        "tenant_source": pc.binary_join_element_wise("claim:<b>", pa.array(number).cast(pa.string()), ""),
+        "arrival": arrival, "scheduled": arrival, "first_token": arrival + 1_000_000, "end": arrival + 5_000_000,
+        "prompt_tokens": np.full(count, 3), "output_tokens": np.full(count, 2), "finish_reason": same("stop", count),
+    }  # fmt: skip
+    requests = pa.concat_tables([known, plain_table("requests", columns, count)]).sort_by("arrival")
+    return Trace({**trace.tables, "requests": encode("requests", [requests])}, trace.source)
+
+
+def test_a_crowd_of_tenants_costs_little_and_hides_nobody(stalled: list[bytes]) -> None:
+    """What grows with their number is columns: a million take 10 s. Every list of them ends in the others."""
+    trace = with_visitors(read(stalled), 200_000)
+    checkup = check_up(trace)
+    assert checkup.tenants == 200_006
+    assert len(checkup.tenant_sources) == 21
+    assert checkup.tenant_sources[0].tenants + checkup.tenant_sources[1].tenants >= 200_006 - 20
+    diagnosis = diagnose(trace, replay=False)
+    assert named_right(diagnosis, "hog")
+    assert len(diagnosis.tenants) == MOST_TENANTS
+    page = to_html(diagnosis, trace)
+    assert len(page) < 12_000_000
+    assert "<script>alert(" not in page
+    with StringIO() as text:
+        print_checkup(checkup, Console(file=text, width=200))
+        print_diagnosis(diagnosis, Console(file=text, width=200))
+        assert len(text.getvalue()) < 50_000
 
 
 def test_a_tenant_alone_has_no_neighbour() -> None:

@@ -118,7 +118,10 @@ def test_one_bad_file_among_many_is_named(tmp_path: Path) -> None:
     (tmp_path / "999.pb").write_bytes(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
     trace = read_trace(tmp_path)
     assert trace.tables == good.tables
-    assert [one.where.endswith("999.pb") for one in trace.findings] == [True]
+    bad, counted = trace.findings
+    assert bad.where.endswith("999.pb")
+    assert (counted.where, counted.count) == (str(tmp_path), 1)
+    assert f"the other {len(lines())} are read" in counted.text
 
 
 def test_a_bomb_is_cut_off_where_a_line_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

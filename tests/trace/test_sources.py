@@ -109,8 +109,10 @@ def test_one_that_can_not_be_read_among_many_is_named_and_the_rest_is_used(files
     (files / "gone.otlp.jsonl").symlink_to(files / "nowhere")
     trace = read_trace(files / "*")
     assert trace.tables == whole().tables
-    (finding,) = trace.findings
+    finding, told = trace.findings
     assert (finding.kind, finding.count) == ("unreadable_file", 1)
+    assert (told.kind, told.count, told.where) == ("bad_files", 1, str(files))
+    assert "the other 3 are read" in told.text
     assert finding.where.endswith("gone.otlp.jsonl")
 
 

@@ -21,7 +21,11 @@ from stallscope.trace.formats.records import Record
 from stallscope.trace.formats.registry import EXPERIMENTAL, format_of
 from stallscope.trace.otlp.spans import MALFORMED, Attributes, Resource, Resources, Span, Value
 
-MOST_LINE_BYTES = 1 << 28
+# What a reader must hold at a time, some thirty times over where a line is made of nothing but empty objects. Exporters
+# write some thousand spans a line, which are some megabytes.
+MOST_LINE_BYTES = 1 << 26
+MOST_DOCUMENT_BYTES = 1 << 28
+TOO_LONG = b"!"  # stands for a line that is longer, and is no JSON
 
 # What msgspec raises where a text is not of the declared types, or nested without end.
 _OTHERWISE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
@@ -91,7 +95,7 @@ def texts(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """The JSON texts of a file, each with the number of its first line (from 1): its lines, or all of it, where its
     first two lines are not whole texts.
 
-    A line beyond ``MOST_LINE_BYTES`` is cut there.
+    A line beyond ``MOST_LINE_BYTES`` becomes ``TOO_LONG``.
     """
     lines = ((number, line) for number, line in enumerate(_lines(chunks), 1) if line.strip())
     first = list(_take(lines, 2))
@@ -124,7 +128,7 @@ def _until_too_long(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, b
     size = 0
     for number, line in lines:
         size += len(line) + 1
-        if size > MOST_LINE_BYTES:
+        if size > MOST_DOCUMENT_BYTES:
             return
         yield number, line
 
@@ -134,9 +138,11 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     size = 0
     for chunk in chunks:
         head, newline, tail = chunk.partition(b"\n")
-        if size < MOST_LINE_BYTES:
+        size += len(head)
+        if size <= MOST_LINE_BYTES:
             parts.append(head)
-            size += len(head)
+        else:
+            parts = [TOO_LONG]
         if not newline:
             continue
         yield b"".join(parts)

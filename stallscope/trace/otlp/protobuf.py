@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, TracesData
     from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 
-MOST_MESSAGE_BYTES = 1 << 28
+MOST_MESSAGE_BYTES = 1 << 26  # as of a line of JSON
 RESOURCE_SPANS = 0x0A  # field 1, of a length that follows
 _LENGTH = struct.Struct(">I")
 _VARINT_BYTES = 10
@@ -86,6 +86,8 @@ def messages(chunks: Iterable[bytes]) -> Iterator[bytes]:
         return
     while stream.peek(1):
         message = stream.take(length(stream))
+        if not message:
+            raise Damaged("a message is empty")  # as zeros read, however many
         yield _decompressed(message) if message.startswith(_ZSTD_MAGIC) else message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,20 @@ class Resource:
     attributes: Attributes
 
 
+# Names are some hundred characters, lists of token times some hundred thousand. All that is longer would be held until
+# the file is read, of each of its spans.
+MOST_NAME, MOST_LIST = 1 << 14, 1 << 24
+
+
+def is_short(value: Value, most: int = MOST_NAME) -> bool:
+    """Whether it is no text of more characters, nor has such."""
+    if isinstance(value, str):
+        return len(value) <= most
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return all(len(one) <= most for one in value if isinstance(one, str))
+    return True
+
+
 class Resources:
     """Those seen so far, in all files."""
 
@@ -30,11 +45,12 @@ class Resources:
 
     def get(self, raw: bytes, read: Callable[[], Attributes]) -> Resource:
         """The resource that was encoded as ``raw``; ``read`` takes it apart the first time."""
-        known = self._by_bytes.get(raw)
+        key = raw if len(raw) <= MOST_NAME else hashlib.blake2b(raw).digest()
+        known = self._by_bytes.get(key)
         if known is None:
-            attributes = read()
+            attributes = {name: value for name, value in read().items() if is_short(value)}
             content = repr(sorted(attributes.items()))
-            known = self._by_bytes[raw] = self._by_content.setdefault(content, Resource(attributes))
+            known = self._by_bytes[key] = self._by_content.setdefault(content, Resource(attributes))
         return known
 
 
