@@ -1,20 +1,23 @@
-"""How far a finding may be relied on, where telemetry shows little: less confidence, and no names from a sample."""
+"""How far a finding may be relied on, where telemetry shows little or the replay drifts: less confidence, and no names
+from a sample."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from stallscope.diagnosis.case import Finding
-from stallscope.diagnosis.model import Confidence, Verdict
-from stallscope.diagnosis.replica import BATCHES_SEEN, Replica
+from stallscope.diagnosis.model import Confidence, ReplayCheck, Verdict
+from stallscope.diagnosis.replica import Replica
 
 LEAST_KEPT = 0.5  # share of requests whose spans must have been kept for a name to count: below, none was tried
+MOST_DRIFT = 0.25  # of the recorded percentiles, in a free run: what a prediction may be off by in one case of ten
 _ORDER = (Confidence.LOW, Confidence.MEDIUM, Confidence.HIGH)
 _MOST = {1: Confidence.LOW, 2: Confidence.MEDIUM}  # by fidelity
 
 
-def as_far_as_seen(finding: Finding, replica: Replica) -> Finding:
-    """The finding with no more confidence than the replica's telemetry bears; nobody's name where it was sampled.
+def as_far_as_seen(finding: Finding, replica: Replica, check: ReplayCheck | None) -> Finding:
+    """The finding with no more confidence than the replica's telemetry, and the replay that it rests on, bear; nobody's
+    name where it was sampled.
 
     Who is not in the sample may have done it.
     """
@@ -24,7 +27,10 @@ def as_far_as_seen(finding: Finding, replica: Replica) -> Finding:
             f"{LEAST_KEPT:.0%}"
         )
         return Finding(Verdict.INSUFFICIENT_DATA, Confidence.LOW, (), finding.mechanism, (reason,), {}, {})
-    most = _MOST.get(replica.fidelity, Confidence.HIGH)
-    if replica.fidelity >= BATCHES_SEEN or _ORDER.index(finding.confidence) <= _ORDER.index(most):
+    most, reasons = _MOST.get(replica.fidelity, Confidence.HIGH), finding.reasons
+    if check is not None and check.free_error > MOST_DRIFT and most is Confidence.HIGH:
+        most = Confidence.MEDIUM
+        reasons = (*reasons, f"the replay met the recorded percentiles within {check.free_error:.0%} only")
+    if _ORDER.index(finding.confidence) <= _ORDER.index(most):
         return finding
-    return replace(finding, confidence=most)
+    return replace(finding, confidence=most, reasons=reasons)

@@ -15,7 +15,7 @@ from stallscope.diagnosis.changes import CHANCE, Changes
 from stallscope.diagnosis.evidence import charges_of, share, suspect_requests, victims
 from stallscope.diagnosis.incidents import Waits, Window, not_usual, windows_of_changes
 from stallscope.diagnosis.load import Loads
-from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, Verdict
+from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, ReplayCheck, Verdict
 from stallscope.diagnosis.neighbors import judge_changes
 from stallscope.diagnosis.outstanding import stands_out
 from stallscope.diagnosis.portion import WHOLE, Portion
@@ -62,6 +62,7 @@ def judge(
     if replayer is not None and replayer.trusted:
         of_changed = list(replayer.incidents([stretch for stretch, _ in changed], waits, healthy, loads))
         of_windows = list(replayer.incidents([mine for _, mine in own], waits, healthy, loads))
+    check = None if replayer is None else replayer.check
     total = len(changed) + len(own)
     blamed: list[tuple[Window, Finding]] = []
     for number, ((_, window), replays) in enumerate(zip(changed, of_changed, strict=True), start=1):
@@ -72,7 +73,9 @@ def judge(
         if judgement.finding is not None:
             blamed.append((window, judgement.finding))
             if mine is not None:
-                incident = Found(_incident(case, judgement, replays if remedies else None), cut=mine is not window)
+                incident = Found(
+                    _incident(case, judgement, replays if remedies else None, check), cut=mine is not window
+                )
         yield incident, number / total
     for number, ((whole, window), replays) in enumerate(zip(own, of_windows, strict=True), start=len(changed) + 1):
         incident = None
@@ -91,7 +94,7 @@ def judge(
             # A promise that was broken is an incident, however usual that is, and whatever a replay can say of it.
             judgement = judgement if judgement.finding is not None else Judgement(by_charges, ())
         if judgement.finding is not None and (case.breaks_slo or not _is_natural(case, judgement.finding)):
-            incident = Found(_incident(case, judgement, replays if remedies else None), cut=window is not whole)
+            incident = Found(_incident(case, judgement, replays if remedies else None, check), cut=window is not whole)
         yield incident, number / total
 
 
@@ -174,11 +177,11 @@ def _beyond_replay(finding: Finding) -> bool:
 # --- as it is reported --------------------------------------------------------------------------------------------
 
 
-def _incident(case: Case, judgement: Judgement, replays: IncidentReplays | None) -> Incident:
-    """``replays``: remedies are tried in those, if it could be replayed."""
+def _incident(case: Case, judgement: Judgement, replays: IncidentReplays | None, check: ReplayCheck | None) -> Incident:
+    """``replays``: remedies are tried in those, if it could be replayed, by a replay that was checked so."""
     finding, interventions = judgement.finding, judgement.interventions
     assert finding is not None
-    finding = as_far_as_seen(finding, case.replica)
+    finding = as_far_as_seen(finding, case.replica, check if interventions else None)
     tried: tuple[Intervention, ...] = ()
     if replays is not None and interventions:
         tried = try_remedies(replays, [suspect.tenant for suspect in finding.culprits], finding.mechanism)
