@@ -146,4 +146,4 @@ def _self_inflicted(case: Case, replays: IncidentReplays, parties: Sequence[Chan
 
 def _in_words(harm: Harm, tenants: Sequence[str]) -> str:
     what = f"{tenants[harm.tenant]}'s {IN_WORDS[harm.metric]} p{harm.quantile * 100:.0f}"
-    return f"{what} would have been {harm.without_s:.2f} s, not {harm.with_s:.2f} s"
+    return f"{what} would have been {harm.without_s:.2f} s, not {harm.with_s:.2f} s (both replayed)"
