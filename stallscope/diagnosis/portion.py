@@ -13,8 +13,9 @@ import numpy as np
 from stallscope.diagnosis.incidents import Waits, Window
 from stallscope.diagnosis.timeline import Ints, Mask
 
-MARGIN_NS = 240_000_000_000  # seen before and after a portion
-REACH_NS = MARGIN_NS // 2  # a stall that goes on for no longer after the end is judged as a whole
+BEFORE_NS = 60_000_000_000  # seen before a portion: what led up to a stall, and that it began there
+AFTER_NS = 180_000_000_000  # and after it
+REACH_NS = 120_000_000_000  # a stall that goes on for no longer after the end is judged as a whole
 EVER = 1 << 62  # ns, later than any time
 
 
@@ -29,8 +30,8 @@ class Portion:
     def view(self) -> tuple[int | None, int | None]:
         """From when to when (ns) there is something to see; None: from the first, or to the last."""
         return (
-            self.start - MARGIN_NS if self.start > -EVER else None,
-            self.end + MARGIN_NS if self.end < EVER else None,
+            self.start - BEFORE_NS if self.start > -EVER else None,
+            self.end + AFTER_NS if self.end < EVER else None,
         )
 
     def holds(self, times: Ints) -> Mask:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stallscope.diagnosis.diagnose import Options
@@ -35,7 +37,9 @@ class Processes:
         total, done = Partial(), 0
         with ProcessPoolExecutor(jobs, context, _end_at_once) as pool:
             try:
-                for future in as_completed({pool.submit(diagnose_task, task, options) for task in tasks}):
+                with _uninterrupted():
+                    futures = {pool.submit(diagnose_task, task, options) for task in tasks}
+                for future in as_completed(futures):
                     total, done = merge(total, future.result()), done + 1
                     progress(done / len(tasks))
             except BrokenProcessPool as error:
@@ -55,6 +59,26 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """An interrupt waits until all processes are started: one that is half made would complain."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which no interrupt reaches
+        return
+    waiting: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    # Processes inherit this, until they are ready to end at once.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+    if waiting:
+        raise KeyboardInterrupt
+
+
 def _end_at_once() -> None:
     """An interrupt ends a process without a word: the one that started it has them."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stallscope.diagnosis.incidents import Waits, Window
-from stallscope.diagnosis.portion import EVER, MARGIN_NS, REACH_NS, WHOLE, Portion
+from stallscope.diagnosis.portion import AFTER_NS, BEFORE_NS, EVER, REACH_NS, WHOLE, Portion
 
 S = 1_000_000_000
 BORDER = 10_000 * S
@@ -35,7 +35,7 @@ def test_what_began_before_the_border_and_is_soon_over_is_not_cut() -> None:
 
 
 def test_what_goes_on_for_longer_than_the_first_portion_sees_is_cut_at_the_border() -> None:
-    window, waits = stalled([BORDER - 5 * S, BORDER + S, BORDER + MARGIN_NS])
+    window, waits = stalled([BORDER - 5 * S, BORDER + S, BORDER + AFTER_NS])
     first, rest = BEFORE.own(window, waits), AFTER.own(window, waits)
     assert first is not None
     assert rest is not None
@@ -48,7 +48,7 @@ def test_a_portion_sees_what_it_judges_as_a_whole() -> None:
     low, high = Portion(BORDER, 2 * BORDER).view
     assert low is not None
     assert high is not None
-    assert (low, high) == (BORDER - MARGIN_NS, 2 * BORDER + MARGIN_NS)
+    assert (low, high) == (BORDER - BEFORE_NS, 2 * BORDER + AFTER_NS)
     assert high > 2 * BORDER + REACH_NS
     assert WHOLE.view == (None, None)
     assert WHOLE.holds(np.array([0, -EVER, EVER - 1])).all()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stallscope.diagnosis.portion import EVER, MARGIN_NS
+from stallscope.diagnosis.portion import AFTER_NS, BEFORE_NS, EVER
 from stallscope.fleet import plan as planning
 from stallscope.fleet.plan import Task, plan, span
 from stallscope.trace import Trace, read_trace
@@ -68,7 +68,7 @@ def test_sparse_hours_are_taken_together_and_a_day_of_a_million_requests_by_the_
 def test_a_portion_reads_only_what_its_margins_reach() -> None:
     tasks = plan(stored([(42_000, 180_000)] * 24))
     assert [len(task.parts) for task in tasks] == [2, *[3] * 22, 2]
-    assert tasks[0].view == (None, START_NS + HOUR_NS + MARGIN_NS)
+    assert tasks[0].view == (None, START_NS + HOUR_NS + AFTER_NS)
     assert tasks[1].name == "r0 from 2026-01-01T01:00Z to 2026-01-01T02:00Z"
 
 
@@ -76,8 +76,8 @@ def test_of_what_was_asked_for_nothing_else_is_seen() -> None:
     low, high = START_NS + HOUR_NS // 2, START_NS + 3 * HOUR_NS
     tasks = plan(stored([(42_000, 180_000)] * 24), low, high)
     assert [(task.view[0], task.view[1]) for task in (tasks[0], tasks[-1])] == [
-        (low, START_NS + HOUR_NS + MARGIN_NS),
-        (START_NS + 2 * HOUR_NS - MARGIN_NS, high),
+        (low, START_NS + HOUR_NS + AFTER_NS),
+        (START_NS + 2 * HOUR_NS - BEFORE_NS, high),
     ]
     assert sum(task.counted.end - task.counted.start for task in tasks) == high - low
 
