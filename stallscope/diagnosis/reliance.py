@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from stallscope.diagnosis.case import Finding
 from stallscope.diagnosis.model import Confidence, Verdict
+from stallscope.diagnosis.partition import Mechanism
 from stallscope.diagnosis.replica import BATCHES_SEEN, Replica
 
 LEAST_KEPT = 0.5  # share of requests whose spans must have been kept for a name to count: below, none was tried
@@ -24,7 +25,22 @@ def as_far_as_seen(finding: Finding, replica: Replica) -> Finding:
             f"{LEAST_KEPT:.0%}"
         )
         return Finding(Verdict.INSUFFICIENT_DATA, Confidence.LOW, (), finding.mechanism, (reason,), {}, {})
+    finding = _beside_its_peers(finding, replica)
     most = _MOST.get(replica.fidelity, Confidence.HIGH)
     if replica.fidelity >= BATCHES_SEEN or _ORDER.index(finding.confidence) <= _ORDER.index(most):
         return finding
     return replace(finding, confidence=most)
+
+
+def _beside_its_peers(finding: Finding, replica: Replica) -> Finding:
+    """Of a data-parallel rank: that a stall without a cause of its own may be a wait for another rank.
+
+    Ranks that share experts step together, each as slowly as the slowest. What the others computed is not looked at.
+    """
+    ranks = replica.settings.get("dp_size")
+    unexplained = finding.verdict is Verdict.ENGINE_STALL and finding.mechanism == Mechanism.UNEXPLAINED
+    if not unexplained or not isinstance(ranks, int) or ranks < 2:
+        return finding
+    reason = f"it is one of {ranks} data-parallel ranks, and may have waited for another one's batch"
+    confidence = min(finding.confidence, Confidence.MEDIUM, key=_ORDER.index)
+    return replace(finding, confidence=confidence, reasons=(*finding.reasons, reason))

@@ -193,6 +193,7 @@ class _Scripted:
 
     def dispatch(self, batch: Batch) -> None:
         self.clock.wait_until(self.clock.now_ns() + MS + 1_000 * batch.prefill_tokens + 100_000 * batch.decode_tokens)
+        self.at("in step")
 
     def collect(self, batch: Batch) -> StepResult:
         return StepResult()
@@ -255,7 +256,8 @@ def scripted_lines(
     """The spans of a run whose steps take 1 ms, 1 us more a prefill token and 100 us more a decode.
 
     ``requests``: tenant, arrival in ms, prompt tokens, output tokens; each is named by its position. ``host`` is called
-    "before step", "before dispatch" and "after step". Who lacks a slot waits for what is said ``instead_of_slots``.
+    "before step", "before dispatch", "in step" and "after step". Who lacks a slot waits for what is said
+    ``instead_of_slots``.
     """
     clock = VirtualClock(START_NS)
     script = _Scripted(clock, Recording(config or EngineConfig()), host, instead_of_slots)

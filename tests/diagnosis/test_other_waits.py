@@ -6,17 +6,21 @@ from functools import cache
 from io import StringIO
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from stallscope.diagnosis import Diagnosis, Verdict, diagnose
+from stallscope.diagnosis.model import Confidence
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.reports.html import to_html
 from stallscope.reports.text import print_diagnosis, print_waterfall
 from stallscope.trace import Trace
+from stallscope.trace.tables import with_columns
 from stallscope.views.waterfall import waterfall
 from stallscope.views.words import MECHANISM_WORDS
 from stallscope_engine.config import EngineConfig
+from stallscope_engine.engine import Engine
 from stallscope_telemetry.records import WaitReason
 from tests.diagnosis.runs import MS, held_between, only_replica, scripted_lines
 from tests.trace.recording import START_NS, read
@@ -113,3 +117,26 @@ def test_nobody_pays_for_such_a_wait_but_the_request_itself(reason: WaitReason) 
     own = charges["mechanism"] == MECHANISMS.index(WAITS[reason][0])
     assert set(charges.loc[own, "holder"]) == {int(Party.OWN)}
     assert charges.loc[own, "ns"].sum() > 0.99 * (waits["end"] - waits["begin"]).sum()
+
+
+# --- ranks that step together -------------------------------------------------------------------------------------
+
+
+def slow_steps(engine: Engine, moment: str) -> None:
+    """As if another rank computed a huge batch, for two seconds."""
+    now_ns = engine.clock.now_ns()
+    if moment == "in step" and START_NS + FROM_MS * MS <= now_ns < START_NS + (FROM_MS + 2000) * MS:
+        engine.clock.wait_until(now_ns + 150 * MS)
+
+
+@pytest.mark.parametrize(("ranks", "told"), [(1, False), (4, True)])
+def test_a_data_parallel_rank_may_have_waited_for_another(ranks: int, told: bool) -> None:
+    trace = read(scripted_lines(sorted(traffic(), key=lambda one: one[1]), slow_steps, CONFIG))
+    replicas = with_columns(trace.replicas, {"dp_size": pa.array([ranks] * len(trace.replicas))})
+    diagnosis = diagnose(Trace({**trace.tables, "replicas": replicas}, trace.source))
+    assert diagnosis.verdict is Verdict.ENGINE_STALL
+    assert named(diagnosis) == set()
+    for incident in diagnosis.incidents:
+        assert incident.mechanism == Mechanism.UNEXPLAINED
+        assert (f"one of {ranks} data-parallel ranks" in incident.reasons[-1]) == told
+        assert told is False or incident.confidence is not Confidence.HIGH
