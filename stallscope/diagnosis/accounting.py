@@ -29,6 +29,12 @@ MOST_OF_THEIRS = 0.5  # of what tenants are charged, for those who changed to be
 # After a stall those who are as usual queue for one another: that backlog is part of the loss, and no cause of it. Who
 # carries this much of the whole and that much of what is no backlog carries the incident too.
 CARRIES_WITH_BACKLOG, CARRIES_BUT_BACKLOG = 0.25, 0.6
+_CONDITION_WORDS = {
+    Mechanism.GRAMMAR_COMPILE: "waiting until grammars were compiled",
+    Mechanism.KV_TRANSFER: "waiting for KV blocks from elsewhere, as from a prefill instance",
+    Mechanism.ADAPTER_SWAP: "waiting for room for adapters",
+    Mechanism.ENCODER: "waiting for the encoder",
+}
 _SHORTAGES = [
     MECHANISMS.index(one)
     for one in (
@@ -48,6 +54,7 @@ def judge_by_charges(case: Case) -> Finding:
         or _outside(case)
         or _cold(case)
         or _changed(case)
+        or _condition(case)
         or _hog(case)
         or _engine(case)
         or _self_inflicted(case)
@@ -63,7 +70,7 @@ def most_of_theirs(case: Case) -> Finding | None:
     """
     changed = [suspect for suspect in case.suspects if suspect.change is not None]
     caused, by_all = (sum(suspect.caused_ns for suspect in those) for those in (changed, case.suspects))
-    engines = case.share_of(Party.ENGINE) * case.charged_ns
+    engines = _nobodys(case) * case.charged_ns
     if not caused or caused < MOST_OF_THEIRS * by_all:
         return None
     if caused < engines and engines >= CARRIES_WITH_BACKLOG * case.lost_ns:
@@ -133,9 +140,25 @@ def _changed(case: Case) -> Finding | None:
     suspects = [suspect for suspect in case.suspects if suspect.change is not None]
     accused = [suspect for suspect in suspects if share(suspect.caused_ns, lost_ns) >= LEAST_SHARE]
     carried = share(sum(suspect.caused_ns for suspect in accused), lost_ns)
-    if not accused or not _carries(case, carried) or carried < case.share_of(Party.ENGINE):
+    if not accused or not _carries(case, carried) or carried < _nobodys(case):
         return None
     return _noisy(case, _smallest_set(accused), sure=share(carried, 1 - case.backlog) >= SURELY)
+
+
+def _nobodys(case: Case) -> float:
+    """Share of what is charged that is the engine's, or is for what requests waited for apart from all others."""
+    return case.share_of(Party.ENGINE) + case.condition_share
+
+
+def _condition(case: Case) -> Finding | None:
+    """Where requests waited for something that no other request holds: that is named, and no tenant."""
+    waited = case.condition_share
+    if waited < CARRIES:
+        return None
+    mechanism = largest_mechanism(case.of_conditions)
+    verdict = Verdict.OUTSIDE_ENGINE if mechanism == Mechanism.KV_TRANSFER else Verdict.ENGINE_STALL
+    reason = f"{waited:.0%} of the loss is {_CONDITION_WORDS[Mechanism(mechanism or Mechanism.KV_TRANSFER)]}"
+    return _finding(verdict, mechanism, reason, sure=waited >= SURELY)
 
 
 def _hog(case: Case) -> Finding | None:

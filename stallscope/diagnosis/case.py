@@ -15,6 +15,7 @@ from stallscope.diagnosis.partition import Party
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.suspects import (
     CACHE_EVICTION,
+    CONDITIONS,
     QUEUES,
     STEP_FIXED,
     Suspect,
@@ -81,6 +82,16 @@ class Case:
         """Share that is charged for beginnings of prompts that the cache lacked, through nobody's doing."""
         cold = (self.excess["mechanism"] == CACHE_EVICTION) & (self.excess["holder"] == int(Party.ENGINE))
         return share(float(self.excess.loc[cold, "ns"].sum()), self.charged_ns)
+
+    @property
+    def of_conditions(self) -> pd.DataFrame:
+        """The charges for what requests themselves had to wait for: a grammar, KV blocks from elsewhere, and such."""
+        return self.excess[self.excess["mechanism"].isin(CONDITIONS)]
+
+    @property
+    def condition_share(self) -> float:
+        """Share of what is charged that these are."""
+        return share(float(self.of_conditions["ns"].sum()), self.charged_ns)
 
     def share_of(self, party: Party) -> float:
         """Share of what is charged that is charged to somebody who is no tenant."""

@@ -82,6 +82,7 @@ _OWN_CONDITION = {
     State.ADAPTER: Mechanism.ADAPTER_SWAP,
     State.ENCODER: Mechanism.ENCODER,
 }
+OWN_CONDITIONS = frozenset(_OWN_CONDITION.values())
 
 
 BLOCK = 2048  # queries that are charged at a time

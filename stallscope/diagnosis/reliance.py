@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from stallscope.diagnosis.case import Finding
 from stallscope.diagnosis.model import Confidence, ReplayCheck, Verdict
+from stallscope.diagnosis.partition import Mechanism
 from stallscope.diagnosis.replica import Replica
 
 LEAST_KEPT = 0.5  # share of requests whose spans must have been kept for a name to count: below, none was tried
@@ -27,6 +28,7 @@ def as_far_as_seen(finding: Finding, replica: Replica, check: ReplayCheck | None
             f"{LEAST_KEPT:.0%}"
         )
         return Finding(Verdict.INSUFFICIENT_DATA, Confidence.LOW, (), finding.mechanism, (reason,), {}, {})
+    finding = _beside_its_peers(finding, replica)
     most, reasons = _MOST.get(replica.fidelity, Confidence.HIGH), finding.reasons
     if check is not None and check.free_error > MOST_DRIFT and most is Confidence.HIGH:
         most = Confidence.MEDIUM
@@ -34,3 +36,17 @@ def as_far_as_seen(finding: Finding, replica: Replica, check: ReplayCheck | None
     if _ORDER.index(finding.confidence) <= _ORDER.index(most):
         return finding
     return replace(finding, confidence=most, reasons=reasons)
+
+
+def _beside_its_peers(finding: Finding, replica: Replica) -> Finding:
+    """Of a data-parallel rank: that a stall without a cause of its own may be a wait for another rank.
+
+    Ranks that share experts step together, each as slowly as the slowest. What the others computed is not looked at.
+    """
+    ranks = replica.settings.get("dp_size")
+    unexplained = finding.verdict is Verdict.ENGINE_STALL and finding.mechanism == Mechanism.UNEXPLAINED
+    if not unexplained or not isinstance(ranks, int) or ranks < 2:
+        return finding
+    reason = f"it is one of {ranks} data-parallel ranks, and may have waited for another one's batch"
+    confidence = min(finding.confidence, Confidence.MEDIUM, key=_ORDER.index)
+    return replace(finding, confidence=confidence, reasons=(*finding.reasons, reason))

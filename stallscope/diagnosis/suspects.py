@@ -15,7 +15,7 @@ from stallscope.diagnosis.changes import Change
 from stallscope.diagnosis.incidents import Waits, Window
 from stallscope.diagnosis.load import RESOURCE_OF, STEP_TIME, Load, Loads
 from stallscope.diagnosis.metrics import TTFT
-from stallscope.diagnosis.partition import MECHANISMS, Mechanism
+from stallscope.diagnosis.partition import MECHANISMS, OWN_CONDITIONS, Mechanism
 from stallscope.diagnosis.replica import Replica
 
 QUEUES = [MECHANISMS.index(m) for m in (Mechanism.KV_PINNING, Mechanism.PREFILL_QUEUE, Mechanism.SLOT_EXHAUSTION)]
@@ -28,6 +28,7 @@ PREFILLS = [
         Mechanism.PREFILL_PRIORITY,
     )
 ]
+CONDITIONS = [MECHANISMS.index(one) for one in OWN_CONDITIONS]
 CACHE_EVICTION = MECHANISMS.index(Mechanism.CACHE_EVICTION)
 OWN_WORK, STEP_FIXED = MECHANISMS.index(Mechanism.OWN_WORK), MECHANISMS.index(Mechanism.STEP_FIXED)
 

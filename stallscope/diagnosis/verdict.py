@@ -18,6 +18,7 @@ from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Confidence, Culprit, Incident, Intervention, ReplayCheck, Verdict
 from stallscope.diagnosis.neighbors import judge_changes
 from stallscope.diagnosis.outstanding import stands_out
+from stallscope.diagnosis.partition import OWN_CONDITIONS
 from stallscope.diagnosis.portion import WHOLE, Portion
 from stallscope.diagnosis.reliance import as_far_as_seen
 from stallscope.diagnosis.remedies import try_remedies
@@ -170,8 +171,9 @@ def _is_natural(case: Case, finding: Finding) -> bool:
 
 
 def _beyond_replay(finding: Finding) -> bool:
-    """Whether no replay of the engine could say more."""
-    return finding.verdict in (Verdict.INSUFFICIENT_DATA, Verdict.OUTSIDE_ENGINE, Verdict.COLD_CACHE)
+    """Whether no replay of the engine could say more: of what it waits for apart from its batch, it knows nothing."""
+    beyond = (Verdict.INSUFFICIENT_DATA, Verdict.OUTSIDE_ENGINE, Verdict.COLD_CACHE)
+    return finding.verdict in beyond or finding.mechanism in OWN_CONDITIONS
 
 
 # --- as it is reported --------------------------------------------------------------------------------------------

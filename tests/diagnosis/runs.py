@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import pandas as pd
@@ -13,6 +13,7 @@ from stallscope.diagnosis.replica import Replica, replicas
 from stallscope.trace import Trace
 from stallscope_engine.config import EngineConfig
 from stallscope_engine.engine import Engine, StepResult, VirtualClock
+from stallscope_engine.policies.fcfs import FirstComeFirstServed
 from stallscope_engine.request import Request
 from stallscope_engine.scheduler import Batch, RequestRejected, Scheduler
 from stallscope_telemetry.records import FinishReason, RequestInfo, RequestRecord, StepRecord, WaitReason
@@ -183,6 +184,7 @@ class _Scripted:
     clock: VirtualClock
     recording: Recording
     host: Host | None
+    instead_of_slots: WaitReason
     engine: Engine | None = None
 
     def at(self, moment: str) -> None:
@@ -191,6 +193,7 @@ class _Scripted:
 
     def dispatch(self, batch: Batch) -> None:
         self.clock.wait_until(self.clock.now_ns() + MS + 1_000 * batch.prefill_tokens + 100_000 * batch.decode_tokens)
+        self.at("in step")
 
     def collect(self, batch: Batch) -> StepResult:
         return StepResult()
@@ -199,22 +202,65 @@ class _Scripted:
         return step % 50 == 0
 
     def step(self, record: StepRecord) -> None:
+        record.waits = [(handle, self._reason(reason), lacking) for handle, reason, lacking in record.waits]
+        if record.keyframe is not None:
+            record.keyframe = [
+                one if one.wait_reason is None else replace(one, wait_reason=self._reason(one.wait_reason))
+                for one in record.keyframe
+            ]
         self.recording.steps.append(record)
 
     def request(self, record: RequestRecord) -> None:
         self.recording.ended.append(record)
 
+    def _reason(self, reason: int) -> WaitReason:
+        return self.instead_of_slots if reason == WaitReason.SLOTS else WaitReason(reason)
+
+
+class Held(FirstComeFirstServed):
+    """Admits nobody while it is ``held``; who waits lacks a slot."""
+
+    held = False
+
+    @property
+    def closed(self) -> bool:
+        return self.held
+
+    def compose(self, scheduler: Scheduler, batch: Batch) -> None:
+        scheduler.go_on(batch)
+        if not self.held:
+            scheduler.admit(batch)
+
+
+def held_between(first_ms: int, last_ms: int) -> Host:
+    """Nobody is admitted between these times."""
+
+    def host(engine: Engine, moment: str) -> None:
+        policy = engine.scheduler.policy
+        if not isinstance(policy, Held):
+            engine.scheduler.policy = policy = Held(engine.config)
+        now_ns = engine.clock.now_ns()
+        policy.held = START_NS + first_ms * MS <= now_ns < START_NS + last_ms * MS
+        if policy.held and moment == "before step" and not engine.scheduler.running:
+            engine.clock.wait_until(now_ns + MS)  # an engine that looks again and again
+
+    return host
+
 
 def scripted_lines(
-    requests: Sequence[tuple[str, int, int, int]], host: Host | None = None, config: EngineConfig | None = None
+    requests: Sequence[tuple[str, int, int, int]],
+    host: Host | None = None,
+    config: EngineConfig | None = None,
+    instead_of_slots: WaitReason = WaitReason.SLOTS,
 ) -> list[bytes]:
     """The spans of a run whose steps take 1 ms, 1 us more a prefill token and 100 us more a decode.
 
     ``requests``: tenant, arrival in ms, prompt tokens, output tokens; each is named by its position. ``host`` is called
-    "before step", "before dispatch" and "after step".
+    "before step", "before dispatch", "in step" and "after step". Who lacks a slot waits for what is said
+    ``instead_of_slots``.
     """
     clock = VirtualClock(START_NS)
-    script = _Scripted(clock, Recording(config or EngineConfig()), host)
+    script = _Scripted(clock, Recording(config or EngineConfig()), host, instead_of_slots)
     script.engine = Engine(script.recording.config, script, clock, script, lambda _: script.at("before dispatch"))
     infos = (
         RequestInfo(code, str(code), START_NS + at_ms * MS, prompt, output, tenant)
