@@ -37,6 +37,7 @@ class Waits:
         self._most_running: int = scheduler.max_num_active_reqs
         self._chunked: bool = scheduler.scheduler_config.enable_chunked_prefill
         self._most_adapters: int = scheduler.lora_config.max_loras if scheduler.lora_config else NEVER
+        self.count = 0  # of those who waited when ``changes`` was last asked for
         self._waiting: dict[int, Life] = {}  # by handle
         self._by_need: list[tuple[int, int]] = []  # blocks and handle of each, least first
         # As the last reasons were found:
@@ -46,9 +47,6 @@ class Waits:
         self._adapters: set[int] = set()  # of who runs, where they are scarce
         self._unusual: list[Life] = []  # who may have had a reason of its own
         self._new: list[Life] = []  # who came since
-
-    def __len__(self) -> int:
-        return sum(map(len, self._queues))
 
     def requests(self) -> Iterator[Any]:
         """vLLM's own, in the order in which it asks."""
@@ -68,7 +66,9 @@ class Waits:
 
     def changes(self, budget: int) -> list[tuple[int, int, int]]:
         """Handle, reason and what is lacking of each whose reason is not what it was; ``budget``: tokens left over."""
-        if len(self._waiting) != len(self):
+        blocked, waiting = self._queues
+        self.count = len(blocked) + len(waiting)
+        if len(self._waiting) != self.count:
             self._take_stock()
         if not self._waiting:
             self._new.clear()

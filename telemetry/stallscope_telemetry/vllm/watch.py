@@ -254,7 +254,8 @@ class Watch:
         if self._counts_tokens:
             self._count_tokens(outputs or {}, ready_ns)
         left = self._finish(ready_ns)
-        step.left = [*step.left, *left]
+        if left:
+            step.left = [*step.left, *left]
         self._emitter.step(step)
         if left and self._in_flight:
             # Steps that were scheduled meanwhile come later in the trace, where who has left is nobody.
@@ -292,8 +293,9 @@ class Watch:
             life.queued_ns = scheduled_ns
         cached = self._admit(output, scheduled_ns)
         chunks = self._chunks(output.num_scheduled_tokens)
-        prefill_tokens = sum(tokens for _, tokens in chunks)
-        decodes = self._unlike_one(output.num_scheduled_tokens, chunks, output.total_num_scheduled_tokens)
+        prefill_tokens = sum([tokens for _, tokens in chunks]) if chunks else 0
+        decode_tokens = output.total_num_scheduled_tokens - prefill_tokens
+        decodes = self._unlike_one(output.num_scheduled_tokens, chunks, decode_tokens)
         waits = self._waits.changes(scheduler.max_num_scheduled_tokens - output.total_num_scheduled_tokens)
         step, self._steps = self._steps, self._steps + 1
         return StepRecord(
@@ -305,10 +307,10 @@ class Watch:
             sched_ns=0,
             device_ns=-1,
             prefill_tokens=prefill_tokens,
-            decode_tokens=output.total_num_scheduled_tokens - prefill_tokens,
+            decode_tokens=decode_tokens,
             batch_size=len(output.num_scheduled_tokens),
             running=len(scheduler.running),
-            waiting=len(self._waits),
+            waiting=self._waits.count,
             kv_used=self._total_blocks - self._pool.get_num_free_blocks(),
             kv_cached=0,
             joined=Infos(news.joined),
@@ -357,7 +359,7 @@ class Watch:
         return chunks
 
     def _unlike_one(
-        self, scheduled: Mapping[str, int], chunks: list[tuple[int, int]], total_tokens: int
+        self, scheduled: Mapping[str, int], chunks: list[tuple[int, int]], decode_tokens: int
     ) -> list[tuple[int, int]]:
         """Who runs and decodes another number of tokens than one."""
         found = []
@@ -366,8 +368,7 @@ class Watch:
                 life = self._lives[request_id]
                 life.skip(self._steps)
                 found.append((life.handle, 0))
-        decodes = len(scheduled) - len(chunks)
-        if total_tokens - sum(tokens for _, tokens in chunks) != decodes:
+        if decode_tokens != len(scheduled) - len(chunks):
             prefilling = {handle for handle, _ in chunks}
             several = (self._lives.get(request_id) for request_id, tokens in scheduled.items() if tokens != 1)
             found += [
@@ -375,7 +376,7 @@ class Watch:
                 for life in several
                 if life is not None and life.handle not in prefilling
             ]
-        return sorted(found)
+        return sorted(found) if found else found
 
     def _snapshot(self, scheduled: Mapping[str, int]) -> list[RequestSnapshot]:
         """Everybody after admission, before the step's tokens are counted; what is in flight counts as made."""
