@@ -44,6 +44,7 @@ class Mechanism(StrEnum):
     STEP_FIXED = "step_fixed"
     UNEXPLAINED = "unexplained"
     HOST_GAP = "host_gap"
+    LOCKSTEP = "lockstep"
     DELIVERY = "delivery"
     UNOBSERVED = "unobserved"
 

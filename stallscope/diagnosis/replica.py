@@ -78,7 +78,8 @@ class Replica:
     ``requests`` (index = request code): request, tenant (code), arrival, first_token, end, delivered (ns; -1 where
     there is none), seen_until (end, or the last sight), prompt_tokens, output_tokens, state. ``gaps``: request (code),
     start, length_ns, count. ``fidelity``: the best of any stretch; below ``BATCHES_SEEN`` batches are estimates.
-    ``kept_share``: of how many requests the spans were kept, as far as anything tells.
+    ``beside``: the trace with the other replicas. ``kept_share``: of how many requests the spans were kept, as far as
+    anything tells.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Replica:
     requests: pd.DataFrame
     partition: Partition
     trace: Trace
+    beside: Trace
     request_codes: RequestCodes
     fidelity: int
     kept_share: float
@@ -183,7 +185,7 @@ class Replica:
 def replicas(trace: Trace) -> Iterator[Replica]:
     """Each replica that has steps, one after the other."""
     for name in pc.unique(trace.columns("steps", ["replica"])["replica"].cast(pa.string())).to_pylist():
-        yield _read(trace.narrowed([name]), name)
+        yield _read(trace.narrowed([name]), name, trace)
 
 
 def _rows_of(trace: Trace, table: str, replica: str) -> Mask | None:
@@ -212,7 +214,7 @@ def _steps(trace: Trace, name: str, columns: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame({column: _ints(table[column]) for column in columns}, copy=False)
 
 
-def _read(trace: Trace, name: str) -> Replica:
+def _read(trace: Trace, name: str, beside: Trace) -> Replica:
     mine = _rows_of(trace, "requests", name)
     raw = _columns(trace, "requests", _REQUEST_COLUMNS, mine)
     order = None if _ascends(_ints(raw["arrival"])) else np.argsort(_ints(raw["arrival"]), kind="stable")
@@ -249,7 +251,8 @@ def _read(trace: Trace, name: str) -> Replica:
     kept_share = float(pc.min(coverage["sampled_share"]).as_py() or 1.0)
     ledger = Ledger.of(timeline, stretches, estimated=fidelity == REQUESTS_ONLY)
     lives = Lives(ledger, arrival, seen_until, state, taker, _serves_by_arrival(trace, name))
-    return Replica(name, tenants, sources, requests, Partition(ledger, lives), trace, codes, fidelity, kept_share)
+    partition = Partition(ledger, lives)
+    return Replica(name, tenants, sources, requests, partition, trace, beside, codes, fidelity, kept_share)
 
 
 def _residency(trace: Trace, name: str, codes: RequestCodes, timeline: Timeline) -> tuple[Stretches, Small, Ints]:

@@ -183,7 +183,7 @@ def _incident(case: Case, judgement: Judgement, replays: IncidentReplays | None,
     """``replays``: remedies are tried in those, if it could be replayed, by a replay that was checked so."""
     finding, interventions = judgement.finding, judgement.interventions
     assert finding is not None
-    finding = as_far_as_seen(finding, case.replica, check if interventions else None)
+    finding = as_far_as_seen(finding, case.replica, case.window, check if interventions else None)
     tried: tuple[Intervention, ...] = ()
     if replays is not None and interventions:
         tried = try_remedies(replays, [suspect.tenant for suspect in finding.culprits], finding.mechanism)

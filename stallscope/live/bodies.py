@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 
 from stallscope.live.refusals import TooLarge, Wrong
+from stallscope.trace.otlp.json import is_sound
 
 if TYPE_CHECKING:
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
@@ -199,18 +200,16 @@ def _list(data: Any, key: str) -> list[Any]:
 
 
 def _is_sound_json(span: Any) -> bool:
-    """Whether the reader of traces takes it (``stallscope.trace.otlp.json``), and it has ids."""
+    """Whether the reader of traces takes it, and it has ids."""
     try:
         trace_id, span_id = bytes.fromhex(span["traceId"]), bytes.fromhex(span["spanId"])
-        times = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
         return (
             len(trace_id) == _TRACE_ID_BYTES
             and len(span_id) == _SPAN_ID_BYTES
             and trace_id != _NO_TRACE
             and span_id != _NO_SPAN
-            and isinstance(span["name"], str)
-            and min(times) >= 0
             and isinstance(span.get("attributes", []), list)
+            and is_sound(span)
         )
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return False

@@ -42,6 +42,7 @@ MECHANISM_WORDS = {
     "cache_eviction": "it pushed the beginnings of their prompts out of the prefix cache",
     "step_fixed": "what a step costs whatever is in it",
     "unexplained": "the steps took longer than their work explains",
+    "lockstep": "the steps waited for another data-parallel rank's batch",
     "host_gap": "the engine's host did not dispatch the next step",
     "delivery": "the output waited to be delivered",
     "unobserved": "telemetry is missing there",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from io import StringIO
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -15,7 +16,7 @@ from stallscope.diagnosis.model import Confidence
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.reports.html import to_html
 from stallscope.reports.text import print_diagnosis, print_waterfall
-from stallscope.trace import Trace
+from stallscope.trace import Trace, rename
 from stallscope.trace.tables import with_columns
 from stallscope.views.waterfall import waterfall
 from stallscope.views.words import MECHANISM_WORDS
@@ -122,11 +123,11 @@ def test_nobody_pays_for_such_a_wait_but_the_request_itself(reason: WaitReason) 
 # --- ranks that step together -------------------------------------------------------------------------------------
 
 
-def slow_steps(engine: Engine, moment: str) -> None:
+def slow_steps(engine: Engine, moment: str, step_ms: int = 150) -> None:
     """As if another rank computed a huge batch, for two seconds."""
     now_ns = engine.clock.now_ns()
     if moment == "in step" and START_NS + FROM_MS * MS <= now_ns < START_NS + (FROM_MS + 2000) * MS:
-        engine.clock.wait_until(now_ns + 150 * MS)
+        engine.clock.wait_until(now_ns + step_ms * MS)
 
 
 @pytest.mark.parametrize(("ranks", "told"), [(1, False), (4, True)])
@@ -139,4 +140,54 @@ def test_a_data_parallel_rank_may_have_waited_for_another(ranks: int, told: bool
     for incident in diagnosis.incidents:
         assert incident.mechanism == Mechanism.UNEXPLAINED
         assert (f"one of {ranks} data-parallel ranks" in incident.reasons[-1]) == told
+        assert not told or "may have waited" in incident.reasons[-1]
         assert told is False or incident.confidence is not Confidence.HIGH
+
+
+LARGE = 150_000  # tokens: a step of 150 ms
+
+
+@cache
+def two_ranks(together: bool) -> Trace:
+    """Rank 1 is flooded for two seconds; the steps of rank 0 end with its, or go on as if it were alone."""
+    config = EngineConfig(max_num_seqs=64, kv_blocks=1_000_000, max_num_batched_tokens=2 * LARGE, chunked_prefill=False)
+    flood = [("hog", FROM_MS + 150 * code, LARGE, 3) for code in range(13)]
+    flooded = renamed(read(scripted_lines(sorted([*traffic(), *flood], key=lambda one: one[1]), None, config)), "r1")
+    ready = flooded.steps["ready"].to_numpy()
+
+    def lockstep(engine: Engine, moment: str) -> None:
+        now_ns = engine.clock.now_ns()
+        later = ready[np.searchsorted(ready, now_ns) :]
+        if moment == "in step" and len(later) and together:
+            engine.clock.wait_until(int(later[0]))
+        elif not together:
+            slow_steps(engine, moment, 97)
+
+    own = renamed(read(scripted_lines(sorted(traffic(), key=lambda one: one[1]), lockstep, config)), "r0")
+    both = {
+        name: pa.concat_tables([own.tables[name], flooded.tables[name]]).unify_dictionaries() for name in own.tables
+    }
+    ranks = pa.array([0] * len(own.replicas) + [1] * len(flooded.replicas))
+    sizes = pa.array([2] * len(both["replicas"]))
+    return Trace({**both, "replicas": with_columns(both["replicas"], {"rank": ranks, "dp_size": sizes})}, "two ranks")
+
+
+def renamed(trace: Trace, name: str) -> Trace:
+    return rename.renamed(trace, {"replica": lambda _: name})
+
+
+def test_a_rank_that_waited_for_another_says_for_which_and_the_other_names_who_filled_it() -> None:
+    diagnosis = diagnose(two_ranks(together=True), replay=False)
+    by_replica = {incident.replica: incident for incident in diagnosis.incidents}
+    assert by_replica["r1"].culprits[0].tenant == "hog"
+    assert (by_replica["r0"].verdict, by_replica["r0"].mechanism) == (Verdict.ENGINE_STALL, Mechanism.LOCKSTEP)
+    assert by_replica["r0"].culprits == ()
+    assert by_replica["r0"].confidence is not Confidence.HIGH
+    assert "its steps ended with those of r1 (rank 1)" in by_replica["r0"].reasons[-1]
+
+
+def test_a_rank_that_was_slow_by_itself_is_not_put_down_to_the_other() -> None:
+    diagnosis = diagnose(two_ranks(together=False), replay=False)
+    own = [incident for incident in diagnosis.incidents if incident.replica == "r0"]
+    assert {incident.mechanism for incident in own} == {str(Mechanism.UNEXPLAINED)}
+    assert not any("rank" in reason for incident in own for reason in incident.reasons)

@@ -253,6 +253,15 @@ def _plain(value: _AnyValue) -> Value | None:
 # --- what is not all sound ----------------------------------------------------------------------------------
 
 
+def is_sound(raw: Mapping[str, object]) -> bool:
+    """Whether a span's name and times are such that it is read; of the rest it costs itself what is unsound."""
+    try:
+        _span(_as_span({name: raw[name] for name in ("name", "startTimeUnixNano", "endTimeUnixNano")}))
+    except (*MALFORMED, *_OTHERWISE):
+        return False
+    return True
+
+
 def _sound_parts(raw: dict[str, object]) -> Span | None:
     """The span without what is unsound in it; None where that is its name or a time."""
     try:
