@@ -170,6 +170,10 @@ def without_holders(batches: Batches) -> Batches:
     return {step: {name: (*doing[:4], None) for name, doing in batch.items()} for step, batch in batches.items()}
 
 
+def without_owners(trace: Trace) -> list[dict[str, object]]:
+    return trace.evictions.drop_columns(["owner_request", "owner_tenant"]).to_pylist()
+
+
 @settings(max_examples=40)
 @given(workloads(), st.floats(0, 1), st.floats(0, 1))
 def test_a_part_is_a_part_again(workload: Workload, a: float, b: float) -> None:
@@ -183,8 +187,10 @@ def test_a_part_is_a_part_again(workload: Workload, a: float, b: float) -> None:
     except UsageError:
         return
     read_back = again(part)
-    # Who took the blocks of somebody who computes anew is known only where that was seen.
-    assert set(differences(part, read_back)) <= {"residency"}
+    # Who took the blocks of somebody who computes anew is known only where that was seen, and whose a block was that was
+    # evicted only where that one is still there.
+    assert set(differences(part, read_back)) <= {"residency", "evictions"}
+    assert without_owners(read_back) == without_owners(part)
     assert without_holders(as_batches(read_back)) == without_holders(as_batches(part))
 
 
