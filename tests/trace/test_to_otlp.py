@@ -187,8 +187,8 @@ def test_a_part_is_a_part_again(workload: Workload, a: float, b: float) -> None:
     except UsageError:
         return
     read_back = again(part)
-    # Who took the blocks of somebody who computes anew is known only where that was seen, and whose a block was that was
-    # evicted only where that one is still there.
+    # Who took the blocks of somebody who computes anew is known only where that was seen, and whose an evicted block
+    # was only where that one is still there.
     assert set(differences(part, read_back)) <= {"residency", "evictions"}
     assert without_owners(read_back) == without_owners(part)
     assert without_holders(as_batches(read_back)) == without_holders(as_batches(part))
