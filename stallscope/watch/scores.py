@@ -43,6 +43,7 @@ _PHASES = ("prefill", "decode")
 _CREATED_LINES = 2  # of the families without labels
 _RETRY_NS = 60 * 10**9  # who is (other) stays it so long, unless blamed
 _MOST_REMEMBERED = 50_000  # folded values, and series that have left
+_MOST_OF_REPLICA = 64  # by device, reason and verdict, beside those that every replica has
 _OF_TENANTS = ("tenant", "victim")
 
 
@@ -125,8 +126,7 @@ class Scores:
 
     def add(self, family: Family, labels: tuple[str, ...], amount: float) -> None:
         """To a counter."""
-        if not (amount >= 0 and math.isfinite(amount)):
-            raise ValueError(f"{family.name}: a counter can't change by {amount}")
+        _check(family, Kind.COUNTER, amount)
         labels = tuple(map(label_value, labels))
         with self._lock:
             now = self._clock()
@@ -136,40 +136,39 @@ class Scores:
             elif family is STEP_TIME:
                 self._charge(labels[0], amount, now)
             series = self._series(family, labels, now)
-            if not isinstance(series, Counter):
-                raise ValueError(f"{family.name} is no counter")
-            series.add(amount)
-            if amount:
+            if isinstance(series, Counter) and amount:
+                series.add(amount)
                 self._seats.use(series.seat, now)
 
     def set(self, family: Family, labels: tuple[str, ...], value: float) -> None:
         """A gauge, or a counter without labels that somebody else counts."""
+        if labels or family.kind is not Kind.COUNTER:
+            _check(family, Kind.GAUGE)
         labels = tuple(map(label_value, labels))
         with self._lock:
             now = self._clock()
             series = self._series(family, labels, now)
             if isinstance(series, Gauge):
                 series.set(labels, value)
-                self._seats.use(series.seat, now)
-            elif isinstance(series, Counter) and not labels:
+                if value:
+                    self._seats.use(series.seat, now)
+            elif isinstance(series, Counter):
                 series.release()
                 series.value = max(series.value, value)
-            else:
-                raise ValueError(f"{family.name} is no gauge")
 
     def observe(self, family: Family, labels: tuple[str, ...], counts: npt.ArrayLike, total: float) -> None:
         """Observations of a histogram: ``counts`` one a bucket, the last one up to +Inf; ``total`` their sum, s."""
         more: Counts = np.asarray(counts, dtype=np.float64)
-        if not ((more >= 0).all() and np.isfinite(more).all() and total >= 0 and math.isfinite(total)):
-            raise ValueError(f"{family.name}: a histogram can't change by {more}, {total}")
+        _check(family, Kind.HISTOGRAM, *more, total)
+        if len(more) != len(self.bounds[family.name]) + 1:
+            raise ValueError(f"{family.name} has {len(self.bounds[family.name]) + 1} buckets, not {len(more)}")
         labels = tuple(map(label_value, labels))
         with self._lock:
             now = self._clock()
             series = self._series(family, labels, now)
-            if not isinstance(series, Histogram):
-                raise ValueError(f"{family.name} is no histogram")
-            series.add(more, total)
-            self._seats.use(series.seat, now)
+            if isinstance(series, Histogram) and more.any():
+                series.add(more, total)
+                self._seats.use(series.seat, now)
 
     def forget_replica(self, replica: str) -> None:
         """It has ended: its gauges are gone; its counters stay as they are, and leave first when room is needed."""
@@ -238,13 +237,14 @@ class Scores:
         if len(labels) != len(family.labels):
             raise ValueError(f"{family.name} has the labels {family.labels}, not {labels}")
         detour = self._detours.get((family.name, labels))
-        if detour is not None and not detour.series.is_out and now < detour.until_ns:
+        if detour is not None and family is not BLAME and not detour.series.is_out and now < detour.until_ns:
             return detour.series
         found = next(
             series
             for names in folded(family, labels)
             if (series := self._live[family.name].get(names) or self._new(family, names, now, make_room=True))
         )
+        self._seats.use(found.seat, now)  # so that what follows can't make room by it
         self._note_folded(family, labels, found.labels, now)
         return found
 
@@ -268,6 +268,9 @@ class Scores:
         whose, key, reserved = self._seat_of(family, labels)
         lines = self._lines(family)
         seat = self._seats.get(whose, key)
+        is_extra = whose is Whose.REPLICA and len(labels) > 1 and OTHER not in labels
+        if is_extra and seat is not None and seat.lines >= seat.reserved + _MOST_OF_REPLICA:
+            return None
         more = self._seats.more_lines(seat, lines) if seat is not None else max(reserved, lines)
         if not self._seats.fits(whose, more):
             if not make_room:
@@ -302,21 +305,11 @@ class Scores:
     def _withdraw(self, series: Series, now: int) -> None:
         """It leaves; what it held, which nobody has seen yet, is (other)'s."""
         self._take_away(series)
-        if isinstance(series, Gauge):
-            return
-        rest = next(
-            other
-            for names in folded(series.family, series.labels)[1:]
-            if (other := self._live[series.family.name].get(names) or self._new(series.family, names, now))
-        )
-        if isinstance(series, Counter) and isinstance(rest, Counter):
-            rest.add(series.held)
-            series.held = 0.0
-            gone = not series.value
-        elif isinstance(series, Histogram) and isinstance(rest, Histogram):
-            rest.add(series.held_counts, series.held_total)
-            gone = not series.counts.any()
-        if not gone:
+        if series.holds:
+            live = self._live[series.family.name]
+            others = folded(series.family, series.labels)[1:]
+            series.hand_over(next(filter(None, (live.get(it) or self._new(series.family, it, now) for it in others))))
+        if not series.is_zero:
             self._left[series.family.name, series.labels] = series
             if len(self._left) > _MOST_REMEMBERED:
                 del self._left[next(iter(self._left))]
@@ -343,7 +336,7 @@ class Scores:
         if not named or all(name == OTHER for name in named):
             return Whose.REST, (), 0
         if family is BLAME:
-            return Whose.PAIR, named, 0
+            return (Whose.CULPRIT if named[0] == OTHER else Whose.PAIR), named, 0
         if first in _OF_TENANTS:
             return Whose.TENANT, named, self._tenant_lines
         return Whose.REPLICA, named[:1], self._replica_lines
@@ -354,6 +347,13 @@ class Scores:
     def _charge(self, tenant: str, cost: float, now: int) -> None:
         if tenant != OTHER:
             self._seats.charge(tenant, cost, now)
+
+
+def _check(family: Family, kind: Kind, *amounts: float) -> None:
+    if family.kind is not kind:
+        raise ValueError(f"{family.name} is a {family.kind}, not a {kind}")
+    if not all(amount >= 0 and math.isfinite(amount) for amount in amounts):
+        raise ValueError(f"{family.name} can't change by {', '.join(map(str, amounts))}: it only rises")
 
 
 def _points(series: Series) -> Iterator[Point]:

@@ -22,16 +22,19 @@ _MOST_STANDING = 4096
 
 
 class Whose(Enum):
-    """Whose seat it is. ``REST``: labels that are few, with (other) for all else; ``LAST``: (other) in all labels."""
+    """Whose seat it is: ``PAIR`` a victim's and a culprit's, ``CULPRIT`` a culprit's with all other victims; ``REST``
+    is (other) in all labels but those that have few values anyway, ``LAST`` in all of them."""
 
     TENANT = auto()
     REPLICA = auto()
     PAIR = auto()
+    CULPRIT = auto()
     REST = auto()
     LAST = auto()
 
 
-_SURE = {Whose.TENANT: 0.30, Whose.REPLICA: 0.15, Whose.PAIR: 0.25, Whose.REST: 0.05}
+_SURE = {Whose.TENANT: 0.30, Whose.REPLICA: 0.15, Whose.PAIR: 0.25, Whose.CULPRIT: 0.05, Whose.REST: 0.05}
+_STAYS = (Whose.REST, Whose.LAST)
 Key = tuple[str, ...]
 
 
@@ -58,7 +61,7 @@ class Seat:
 
 
 def _decayed(cost: float, since_ns: int, now_ns: int) -> float:
-    return float(cost * 0.5 ** ((now_ns - since_ns) / HALF_LIFE_NS)) if cost else 0.0
+    return float(cost * 0.5 ** (max(now_ns - since_ns, 0) / HALF_LIFE_NS)) if cost else 0.0
 
 
 class Seats:
@@ -154,7 +157,9 @@ class Seats:
             yield gone
 
     def _next_to_go(self, kind: Whose, key: Key, now_ns: int) -> Seat | None:
-        helps = [one for one, used in self._used.items() if one is kind or used > self._sure[one]]
+        helps = [
+            one for one, used in self._used.items() if one not in _STAYS and (one is kind or used > self._sure[one])
+        ]
         if Whose.PAIR in helps:
             ready = next((seat for seat in self._ready if (seat.kind, seat.key) != (kind, key)), None)
             if ready is not None:

@@ -46,9 +46,22 @@ class Series:
     def lines(self) -> int:
         return 1
 
+    @property
+    def holds(self) -> bool:
+        """Something is held."""
+        return False
+
+    @property
+    def is_zero(self) -> bool:
+        """There is no value to go on from."""
+        return True
+
     def release(self) -> None:
         """What was held is shown from now on, and what comes at once."""
         self.is_held = False
+
+    def hand_over(self, other: Series) -> None:
+        """What is held is another's of the family."""
 
 
 class Counter(Series):
@@ -62,6 +75,14 @@ class Counter(Series):
         super().__init__(family, labels, sequence, born_ns)
         self.value, self.held = value, 0.0
 
+    @property
+    def holds(self) -> bool:
+        return self.held > 0
+
+    @property
+    def is_zero(self) -> bool:
+        return not self.value
+
     def add(self, amount: float) -> None:
         if self.is_held:
             self.held += amount
@@ -72,6 +93,11 @@ class Counter(Series):
         super().release()
         self.value += self.held
         self.held = 0.0
+
+    def hand_over(self, other: Series) -> None:
+        if isinstance(other, Counter):
+            other.add(self.held)
+            self.held = 0.0
 
 
 class Gauge(Series):
@@ -110,6 +136,14 @@ class Histogram(Series):
     def lines(self) -> int:
         return len(self.counts) + 2
 
+    @property
+    def holds(self) -> bool:
+        return bool(self.held_counts.any())
+
+    @property
+    def is_zero(self) -> bool:
+        return not self.counts.any()
+
     def add(self, counts: Counts, total: float) -> None:
         if self.is_held:
             self.held_counts = self.held_counts + counts
@@ -122,6 +156,11 @@ class Histogram(Series):
         super().release()
         self.add(self.held_counts, self.held_total)
         self.held_counts, self.held_total = np.zeros(len(self.counts)), 0.0
+
+    def hand_over(self, other: Series) -> None:
+        if isinstance(other, Histogram):
+            other.add(self.held_counts, self.held_total)
+            self.held_counts, self.held_total = np.zeros(len(self.counts)), 0.0
 
 
 def folded(family: Family, labels: tuple[str, ...]) -> list[tuple[str, ...]]:
