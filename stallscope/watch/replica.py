@@ -149,13 +149,18 @@ class WatchedReplica:
         assert self.case is not None
         try:
             trace, slos = self._memory.trace(), self._known(self._slos)
-            diagnosis: Diagnosis | None = diagnose(trace, slos=slos, replay=False)
+            by_charges = diagnose(trace, slos=slos, replay=False)
             # A replay costs ten times as much: it is for who may be accused, and not for what befalls busy engines.
-            if self.case.suspects(diagnosis):
-                diagnosis = diagnose(trace, slos=slos)
+            suspects = self.case.suspects(by_charges)
+            diagnosis: Diagnosis | None = diagnose(trace, slos=slos) if suspects else by_charges
         except UsageError:  # nothing sound is remembered: there is nothing to say
             diagnosis = None
         self.case.looked(diagnosis, self.now_ns, self._losses.of_late)
+
+    def skip_look(self) -> None:
+        """There is nothing to be said."""
+        if self.case is not None:
+            self.case.looked(None, self.now_ns, self._losses.of_late)
 
     def _known(self, slos: tuple[Slo, ...]) -> list[Slo]:
         return [slo for slo in slos if slo.tenant is None or slo.tenant in self.tenants.names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +34,7 @@ class Tenants:
             self.names.append(name)
         return code
 
-    def codes(self, requests: list[SeenRequest]) -> Ints:
+    def codes(self, requests: Sequence[SeenRequest]) -> Ints:
         return np.array([self.code(one) for one in requests], dtype=np.int64)
 
 
@@ -91,7 +92,7 @@ def spent(window: Window, tenant: Ints, tenants: int, block_tokens: int, model: 
         cost = level * steps + rise * (steps * (steps - 1) / 2)
 
     def total(amount: Floats) -> Floats:
-        each: Floats = np.bincount(of, amount, tenants)
+        each: Floats = np.bincount(of, amount, tenants).astype(np.float64)
         return each
 
     return Spent(
@@ -121,11 +122,11 @@ class Waits:
         found = [*_first_tokens(window, tenant, model), *self._pauses(window, tenant)]
         single = np.array(found, dtype=np.float64).reshape(len(found), 7)
         joined = [np.concatenate([one, two]) for one, two in zip(gaps, single.T, strict=True)]
-        metric, of, time, length, own, handle, is_open = joined
-        metric, of, time, length, handle = (one.astype(np.int64) for one in (metric, of, time, length, handle))
+        metric, of, when, length, handle = (joined[column].astype(np.int64) for column in (0, 1, 2, 3, 5))
+        own, is_open = joined[4], joined[6]
         weight = np.where(handle < 0, -handle, 1)
         return Waited(
-            of * len(METRICS) + metric, of, time, length, own, weight, np.maximum(handle, -1), is_open.astype(np.bool_)
+            of * len(METRICS) + metric, of, when, length, own, weight, np.maximum(handle, -1), is_open.astype(np.bool_)
         )
 
     def _pauses(self, window: Window, tenant: Ints) -> list[_Wait]:

@@ -21,8 +21,8 @@ from stallscope.trace.findings import Findings
 from stallscope.trace.otlp import SpanGroup
 from stallscope.watch import families
 from stallscope.watch.case import USUAL, Case
+from stallscope.watch.changes import Score
 from stallscope.watch.replica import WatchedReplica
-from stallscope.watch.scores import Scores
 from stallscope.watch.tally import Waited
 from stallscope_telemetry import names
 
@@ -38,7 +38,7 @@ Look = Callable[[WatchedReplica], None]
 class Watch:
     """All replicas whose spans come in. ``take`` spans, ``close_window`` every ``families.WINDOW_S``."""
 
-    def __init__(self, scores: Scores, slos: Sequence[Slo] = ()) -> None:
+    def __init__(self, scores: Score, slos: Sequence[Slo] = ()) -> None:
         self.scores = scores
         self.replicas: dict[str, WatchedReplica] = {}
         self._slos = tuple(slos)
@@ -67,7 +67,11 @@ class Watch:
         for replica in sorted(due, key=_urgency):
             if not may_look():
                 break
-            replica.look()
+            try:
+                replica.look()
+            except Exception:  # of one replica nobody is named, and the others are watched on
+                log.exception("replica %r: its stall can't be diagnosed", replica.name)
+                replica.skip_look()
         for replica in self.replicas.values():
             self._judge(replica)
 
