@@ -22,6 +22,7 @@ class Score(Protocol):
     def add(self, family: Family, labels: tuple[str, ...], amount: float) -> None: ...
     def set(self, family: Family, labels: tuple[str, ...], value: float) -> None: ...
     def observe(self, family: Family, labels: tuple[str, ...], counts: npt.ArrayLike, total: float) -> None: ...
+    def forget_replica(self, replica: str) -> None: ...
 
 
 class Changes:
@@ -33,6 +34,7 @@ class Changes:
         self._blamed: dict[tuple[str, str, str], float] = {}
         self._added: dict[tuple[str, tuple[str, ...]], float] = {}
         self._set: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._forgotten: list[str] = []
         self._observed: list[tuple[str, tuple[str, ...], npt.ArrayLike, float]] = []
 
     def admit(self, tenant: str, beside: Iterable[str]) -> None:
@@ -49,6 +51,9 @@ class Changes:
 
     def observe(self, family: Family, labels: tuple[str, ...], counts: npt.ArrayLike, total: float) -> None:
         self._observed.append((family.name, labels, counts, total))
+
+    def forget_replica(self, replica: str) -> None:
+        self._forgotten.append(replica)
 
     def taken(self) -> Changes:
         """What was written down since the last time."""
@@ -68,3 +73,5 @@ class Changes:
             score.observe(_BY_NAME[name], labels, counts, total)
         for (victim, culprit, mechanism), seconds in self._blamed.items():
             score.blame(victim, culprit, mechanism, seconds)
+        for replica in self._forgotten:
+            score.forget_replica(replica)

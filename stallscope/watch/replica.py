@@ -15,7 +15,7 @@ from stallscope.diagnosis.timeline import Floats, Mask
 from stallscope.errors import UsageError
 from stallscope.trace.decode import MOST, ReplicaSpans
 from stallscope.trace.findings import Findings
-from stallscope.watch.case import Case
+from stallscope.watch.case import LONGEST_NS, Case
 from stallscope.watch.costs import Costs
 from stallscope.watch.memory import Memory
 from stallscope.watch.stream import Stream, Window
@@ -24,6 +24,7 @@ from stallscope.watch.usual import Losses, Usual
 from stallscope_telemetry import names
 
 REMEMBERED_NS = 120_000_000_000  # of calm before a stall: what a diagnosis learns the usual from
+_SILENT_NS = 60_000_000_000  # without a step, it is no stall any more but an engine, or telemetry, that has stopped
 _BLOCK_TOKENS = 16  # where the engine does not say
 
 
@@ -37,6 +38,7 @@ class WatchedReplica:
         self.window: Window | None = None
         self.spent: Spent | None = None
         self.waited: Waited | None = None
+        self.heard_ns = 0  # when steps came last, by the clock of whoever watches
         self.stalled_s: dict[str, float] = {}  # of the latest window, by victim
         self.costs = Costs()
         self.preempted: dict[int, int] = {}  # by handle: how often, as far as counted
@@ -48,6 +50,7 @@ class WatchedReplica:
         self._counted: dict[tuple[int, int], float] = {}  # of waits that go on: by handle and kind, ns counted so far
         self._losses = Losses()
         self._kv_total = 0
+        self._calm_until = 0
 
     @property
     def now_ns(self) -> int:
@@ -77,12 +80,16 @@ class WatchedReplica:
         """Takes what came in a window that is over at ``end_ns``, by the clock of whoever watches."""
         self._memory.add(spans, end_ns)
         if self.case is None:
-            self._memory.forget(end_ns - REMEMBERED_NS)
+            self._calm_until = end_ns
+        self._memory.forget(end_ns - REMEMBERED_NS - min(end_ns - self._calm_until, LONGEST_NS))
         self.window = self.spent = self.waited = None
         self.stalled_s = {}
         window = self._stream.advance(spans.steps(Findings()))
         if window is not None:
+            self.heard_ns = end_ns
             self._take(window, spans)
+        elif not self._stream.alive or end_ns > self.heard_ns + _SILENT_NS:
+            self._losses.add(0.0, calm=False)  # whoever is there may wait for a step that takes long
         self._stream.done()
 
     def _take(self, window: Window, spans: ReplicaSpans) -> None:

@@ -11,10 +11,12 @@ import numpy.typing as npt
 from stallscope.diagnosis.cost_model import CostModel
 from stallscope.diagnosis.ledger import cost_lines
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
-from stallscope.diagnosis.replica import UNKNOWN
+from stallscope.diagnosis.replica import OTHER, UNKNOWN
 from stallscope.diagnosis.timeline import Floats, Ints, running_total
 from stallscope.trace.rebuild import Phase, SeenRequest
 from stallscope.watch.stream import Window
+
+MOST_TENANTS = 200  # of a replica, in the order in which they came; the others are one
 
 Counts = npt.NDArray[np.int64]
 
@@ -29,6 +31,8 @@ class Tenants:
     def code(self, request: SeenRequest) -> int:
         name = request.info.tenant or UNKNOWN
         code = self._codes.get(name)
+        if code is None and len(self.names) >= MOST_TENANTS:
+            name, code = OTHER, self._codes.get(OTHER)
         if code is None:
             code = self._codes[name] = len(self.names)
             self.names.append(name)
