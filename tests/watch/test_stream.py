@@ -1,0 +1,83 @@
+"""Windows of a replica's spans add up to what the trace reader says of all of them, however they are cut."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tests.trace.recording import Workload, read, run, steady, workloads
+from tests.watch.streams import (
+    Told,
+    batches_in,
+    cut_at,
+    gaps_in,
+    kv_block_ns_in,
+    lives_of,
+    restarted,
+    tokens_in,
+    watched,
+)
+
+cuts = st.lists(st.integers(0, 120), max_size=6)
+seeds = st.integers(0, 1 << 16)
+
+
+def positive(counts: Counter[str]) -> Counter[str]:
+    return +counts
+
+
+def check_same(told: Told, lines: list[bytes], block_tokens: int) -> None:
+    """All that a watch counts, against the trace's tables."""
+    trace = read(lines)
+    assert told.batches == batches_in(trace)
+    prefill, decode, recomputed = tokens_in(trace)
+    assert positive(told.prefill) == positive(prefill)
+    assert positive(told.decode) == positive(decode)
+    assert positive(told.recomputed) == positive(recomputed)
+    assert told.steps == trace.steps.num_rows
+    assert told.lost == sum(trace.coverage["steps_lost"].to_pylist())
+    rows = trace.requests.to_pylist()
+    assert told.requests == Counter(row["tenant"] or "(unknown)" for row in rows)
+    preemptions = Counter[str]()
+    for row in rows:
+        preemptions[row["tenant"] or "(unknown)"] += row["preemptions"] or 0
+    assert positive(told.preemptions) == positive(preemptions)
+    held = kv_block_ns_in(trace, block_tokens)
+    for tenant, amount in told.kv_block_ns.items():
+        assert amount == pytest.approx(held.get(tenant, 0.0), rel=1e-6, abs=1e3)
+    gaps = gaps_in(trace)
+    for tenant in {*gaps, *told.gaps}:
+        lengths = told.gaps.get(tenant, Counter[int]())
+        count, total, long = gaps[tenant]
+        assert lengths.total() == count
+        assert abs(sum(length * times for length, times in lengths.items()) - total) <= count
+        assert long <= lengths
+
+
+@settings(deadline=None, max_examples=60)
+@given(workloads(), cuts, seeds)
+def test_windows_add_up_to_what_the_trace_says(workload: Workload, cuts: list[int], seed: int) -> None:
+    recording = run(workload)
+    lines = recording.step_lines()
+    assume(lines)
+    told = watched(cut_at(lines, cuts, random.Random(seed)), workload.config.block_size)
+    check_same(told, lines, workload.config.block_size)
+    ends = {row["request"]: row for row in read(lines).requests.to_pylist()}
+    assert told.first_ns == {
+        name: row["first_token"] - row["arrival"] for name, row in ends.items() if row["first_token"] is not None
+    }
+
+
+@settings(deadline=None, max_examples=40)
+@given(workloads(), cuts, seeds, st.floats(0.02, 0.3))
+def test_lost_steps_are_the_same_loss_as_for_the_trace_reader(
+    workload: Workload, cuts: list[int], seed: int, loss: float
+) -> None:
+    rng = random.Random(seed)
+    lines = [line for line in run(workload).step_lines() if rng.random() > loss]
+    assume(lines)
+    check_same(watched(cut_at(lines, cuts, rng), workload.config.block_size), lines, workload.config.block_size)
