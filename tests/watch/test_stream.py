@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.diagnosis.runs import random_run
 from tests.trace.recording import Workload, read, run, steady, workloads
 from tests.watch.streams import (
     Told,
@@ -22,8 +23,13 @@ from tests.watch.streams import (
     watched,
 )
 
-cuts = st.lists(st.integers(0, 120), max_size=6)
 seeds = st.integers(0, 1 << 16)
+
+
+def in_windows(lines: list[bytes], rng: random.Random) -> list[list[bytes]]:
+    """Cut at random, in random order within each."""
+    cuts = [rng.randrange(len(lines)) for _ in range(rng.randrange(12))]
+    return cut_at(lines, cuts, rng)
 
 
 def positive(counts: Counter[str]) -> Counter[str]:
@@ -59,25 +65,32 @@ def check_same(told: Told, lines: list[bytes], block_tokens: int) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(workloads(), cuts, seeds)
-def test_windows_add_up_to_what_the_trace_says(workload: Workload, cuts: list[int], seed: int) -> None:
-    recording = run(workload)
-    lines = recording.step_lines()
+@given(seeds)
+def test_windows_add_up_to_what_the_trace_says(seed: int) -> None:
+    recording, rng = random_run(seed).recording, random.Random(seed)
+    lines, block_tokens = recording.step_lines(), recording.config.block_size
     assume(lines)
-    told = watched(cut_at(lines, cuts, random.Random(seed)), workload.config.block_size)
-    check_same(told, lines, workload.config.block_size)
+    told = watched(in_windows(lines, rng), block_tokens)
+    check_same(told, lines, block_tokens)
     ends = {row["request"]: row for row in read(lines).requests.to_pylist()}
     assert told.first_ns == {
         name: row["first_token"] - row["arrival"] for name, row in ends.items() if row["first_token"] is not None
     }
 
 
-@settings(deadline=None, max_examples=40)
-@given(workloads(), cuts, seeds, st.floats(0.02, 0.3))
-def test_lost_steps_are_the_same_loss_as_for_the_trace_reader(
-    workload: Workload, cuts: list[int], seed: int, loss: float
-) -> None:
-    rng = random.Random(seed)
-    lines = [line for line in run(workload).step_lines() if rng.random() > loss]
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.floats(0.02, 0.3))
+def test_lost_steps_are_the_same_loss_as_for_the_trace_reader(seed: int, loss: float) -> None:
+    recording, rng = random_run(seed).recording, random.Random(seed)
+    lines = [line for line in recording.step_lines() if rng.random() > loss]
     assume(lines)
-    check_same(watched(cut_at(lines, cuts, rng), workload.config.block_size), lines, workload.config.block_size)
+    check_same(watched(in_windows(lines, rng), recording.config.block_size), lines, recording.config.block_size)
+
+
+@settings(deadline=None, max_examples=30)
+@given(workloads(), seeds)
+def test_policies_that_pause_and_preempt_are_told_alike(workload: Workload, seed: int) -> None:
+    lines = run(workload).step_lines()
+    assume(lines)
+    windows = in_windows(lines, random.Random(seed))
+    check_same(watched(windows, workload.config.block_size), lines, workload.config.block_size)
