@@ -79,7 +79,7 @@ class Stream:
     _later: Steps | None = None  # of another life, which the next window begins with
     _told: int = 0  # requests of the machine that were in a window before
     _preempted: dict[int, int] = field(default_factory=dict)  # by handle: how often by the end of the window before
-    _owed: dict[int, int] = field(default_factory=dict)  # by handle: tokens up to this one were computed once
+    _reached: dict[int, int] = field(default_factory=dict)  # by handle: tokens up to this one were computed once
 
     def __post_init__(self) -> None:
         self._machine = Machine(self.name, self._findings)
@@ -130,7 +130,7 @@ class Stream:
         self._machine.forget_left()
         self._told = len(self._machine.alive)
         self._preempted = {one.info.handle: one.preemptions for one in self._machine.alive if one.preemptions}
-        self._owed = {one.info.handle: one.debts[0][0] for one in self._machine.alive if one.debts}
+        self._reached = {one.info.handle: self._reached.get(one.info.handle, 0) for one in self._machine.alive}
 
     @property
     def alive(self) -> list[SeenRequest]:
@@ -155,7 +155,10 @@ class Stream:
         steps = steps.take(np.lexsort((columns["ready"], columns["step"])))
         columns = steps.columns
         fresh = np.diff(columns["step"], prepend=-1) != 0
-        fresh[:-1] &= columns["ready"][:-1] - columns["scheduled"][1:] < _JUMP_NS  # else its time is damaged
+        scheduled = columns["scheduled"]
+        for back in np.flatnonzero(columns["ready"][:-1] - scheduled[1:] >= _JUMP_NS).tolist():
+            far = np.abs(scheduled[back : back + 2] - int(np.median(scheduled)))
+            fresh[back + int(np.argmax(far))] = False  # of the two its time is damaged
         return steps.take(fresh)
 
     def _restart(self, steps: Steps) -> int | None:
@@ -169,21 +172,23 @@ class Stream:
     def _begin_again(self) -> None:
         self._machine = Machine(self.name, self._findings)
         self.lives, self.last_step, self._told = self.lives + 1, -1, 0
-        self._preempted, self._owed = {}, {}
+        self._preempted, self._reached = {}, {}
 
     def _recomputed(self, rows: Stretches) -> Ints:
-        """Of each row of a prefill, the tokens that were computed before; of preempted requests, so there are few."""
+        """Of each row of a prefill, the tokens that were computed before."""
         recomputed = np.zeros(len(rows), dtype=np.int64)
         requests = self._machine.rebuilt.requests
-        reached = {number: self._owed.get(one.info.handle, 0) for number, one in enumerate(requests) if one.preemptions}
-        if not reached:
-            return recomputed
+        top = np.array([self._reached.get(one.info.handle, 0) for one in requests], dtype=np.int64)
         end = rows.context + rows.tokens * (rows.last - rows.first + 1)
-        for row in np.flatnonzero((rows.prefill | rows.decode) & np.isin(rows.request, list(reached))).tolist():
-            request, context, to = int(rows.request[row]), int(rows.context[row]), int(end[row])
+        computes = rows.prefill | rows.decode
+        reached = dict(enumerate(top.tolist()))
+        for row in np.flatnonzero(computes & np.isin(rows.request, rows.request[rows.prefill])).tolist():
+            request, to = int(rows.request[row]), int(end[row])
             if rows.prefill[row]:
-                recomputed[row] = max(min(to, reached[request]) - context, 0)
+                recomputed[row] = max(min(to, reached[request]) - int(rows.context[row]), 0)
             reached[request] = max(to, reached[request])
+        np.maximum.at(top, rows.request[computes], end[computes])
+        self._reached = {one.info.handle: most for one, most in zip(requests, top.tolist(), strict=True)}
         return recomputed
 
     def _run(self, steps: Steps, follows: Mask, started: bool, known: Mask) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import orjson
 
@@ -18,7 +19,6 @@ from stallscope.trace.otlp.spans import Resources
 from stallscope.trace.rebuild import SeenRequest
 from stallscope.watch.stream import Stream, Window
 from stallscope.watch.tally import Tenants, Waited, Waits, spent
-from stallscope_telemetry import names
 from tests.trace.recording import Recording, as_batches
 
 Lines = Sequence[bytes]
@@ -27,15 +27,13 @@ Lines = Sequence[bytes]
 def groups_of(lines: Lines, resources: Resources | None = None) -> list[SpanGroup]:
     """Lines of an OTLP file as what a decoder makes of them."""
     decoder = JsonDecoder(resources or Resources())
-    return [
-        SpanGroup(resource, spans, "", "", bad) for line in lines for resource, spans, bad in decoder.groups(line)
-    ]
+    return [SpanGroup(resource, spans, "", "", bad) for line in lines for resource, spans, bad in decoder.groups(line)]
 
 
 def cut_at(lines: Lines, cuts: Sequence[int], shuffle: random.Random | None = None) -> list[list[bytes]]:
     """The lines in windows that end at these positions; those of a window in any order."""
     bounds = [0, *sorted(min(cut, len(lines)) for cut in cuts), len(lines)]
-    windows = [list(lines[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
+    windows = [list(lines[low:high]) for low, high in pairwise(bounds)]
     if shuffle is not None:
         for window in windows:
             shuffle.shuffle(window)
@@ -51,10 +49,13 @@ class Told:
     recomputed: Counter[str] = field(default_factory=Counter)
     kv_block_ns: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     steps: int = 0
+    longest_ns: int = 0  # of all slices, host gaps and gaps between tokens
     lost: int = 0
     requests: Counter[str] = field(default_factory=Counter)
     preemptions: Counter[str] = field(default_factory=Counter)
-    first_ns: dict[str, int] = field(default_factory=dict)  # by request: from its arrival to its first token
+    first_ns: dict[tuple[int, str], int] = field(
+        default_factory=dict
+    )  # by life and request: from its arrival to its first token
     gaps: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))  # lengths, ns
     whole_ns: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # of who left with tokens
     batches: dict[tuple[int, int], dict[str, tuple[bool, bool, int, int]]] = field(default_factory=dict)
@@ -70,6 +71,8 @@ class Told:
             self.kv_block_ns[tenant] += float(new.kv_block_ns[number])
         self.steps += len(window.ready)
         self.lost += window.lost
+        amounts = (window.ready - window.begin, window.host_ns, window.gap_ns)
+        self.longest_ns = max(self.longest_ns, *(int(amount.max()) for amount in amounts))
         self.requests.update(tenants.names[tenants.code(one)] for one in window.joined)
         for number, times in enumerate(window.preempted.tolist()):
             self.preemptions[tenants.names[code[number]]] += times
@@ -83,8 +86,9 @@ class Told:
         for one in requests:
             if window.has(one.first_token_step):
                 assert one.first_token_step is not None
-                assert one.info.request_id not in self.first_ns
-                self.first_ns[one.info.request_id] = window.ready_of(one.first_token_step) - one.info.arrival_ns
+                key = self.stream.lives, one.info.request_id
+                assert key not in self.first_ns
+                self.first_ns[key] = window.ready_of(one.first_token_step) - one.info.arrival_ns
             if one.left_step is not None and one.output_tokens:
                 whole = window.ready_of(one.left_step) - one.info.arrival_ns
                 self.whole_ns[tenants.names[tenants.code(one)]].append(whole)
@@ -189,18 +193,13 @@ def gaps_in(trace: Trace) -> dict[str, tuple[int, int, Counter[int]]]:
 def restarted(first: Recording, second: Recording, pause_ns: int) -> list[bytes]:
     """Steps of a process that ended, and of the one that took its place: step indices begin anew."""
     shift = first.steps[-1].ready_ns + pause_ns - second.steps[0].scheduled_ns
-    later = []
-    for text in second.step_lines():
-        line = orjson.loads(text)
-        span = line["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
-        for name in ("startTimeUnixNano", "endTimeUnixNano"):
-            span[name] = str(int(span[name]) + shift)
-        later.append(orjson.dumps(line))
-    return [*first.step_lines(), *later]
+    return [*first.step_lines(), *(shifted(line, shift) for line in second.step_lines())]
 
 
-def steps_in(lines: Lines) -> Iterator[int]:
-    for group in groups_of(lines):
-        for span in group.spans:
-            if span.name == names.STEP_SPAN:
-                yield int(span.attributes[names.STEP])  # type: ignore[arg-type]
+def shifted(line: bytes, by_ns: int) -> bytes:
+    """A line with a span at another time."""
+    data = orjson.loads(line)
+    span = data["resourceSpans"][0]["scopeSpans"][0]["spans"][0]
+    for name in ("startTimeUnixNano", "endTimeUnixNano"):
+        span[name] = str(int(span[name]) + by_ns)
+    return orjson.dumps(data)

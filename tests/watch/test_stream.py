@@ -19,6 +19,7 @@ from tests.watch.streams import (
     kv_block_ns_in,
     lives_of,
     restarted,
+    shifted,
     tokens_in,
     watched,
 )
@@ -73,8 +74,14 @@ def test_windows_add_up_to_what_the_trace_says(seed: int) -> None:
     told = watched(in_windows(lines, rng), block_tokens)
     check_same(told, lines, block_tokens)
     ends = {row["request"]: row for row in read(lines).requests.to_pylist()}
+    ended = Counter(
+        (row["tenant"] or "(unknown)", row["end"] - row["arrival"])
+        for row in ends.values()
+        if row["finish_reason"] in ("stop", "length")
+    )
+    assert ended <= Counter((tenant, length) for tenant, lengths in told.whole_ns.items() for length in lengths)
     assert told.first_ns == {
-        name: row["first_token"] - row["arrival"] for name, row in ends.items() if row["first_token"] is not None
+        (1, name): row["first_token"] - row["arrival"] for name, row in ends.items() if row["first_token"] is not None
     }
 
 
@@ -94,3 +101,53 @@ def test_policies_that_pause_and_preempt_are_told_alike(workload: Workload, seed
     assume(lines)
     windows = in_windows(lines, random.Random(seed))
     check_same(watched(windows, workload.config.block_size), lines, workload.config.block_size)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, seeds, st.integers(2, 600))
+def test_a_process_that_begins_again_loses_nothing_of_either_life(one: int, other: int, pause_s: int) -> None:
+    before, after = random_run(one).recording, random_run(other).recording
+    assume(len(before.steps) > 3 and len(after.steps) > 3)
+    lines = restarted(before, after, pause_s * 10**9)
+    trace = read(lines)
+    assume(len(lives_of(trace)) == 2)  # the reader takes a step or two with passed indices for wrong times
+    told = watched(in_windows(lines, random.Random(one)), before.config.block_size)
+    assert told.stream.lives == 2
+    assert told.batches == batches_in(trace)
+    assert (told.steps, told.lost) == (trace.steps.num_rows, 0)
+    assert [positive(tokens) for tokens in (told.prefill, told.decode, told.recomputed)] == [
+        positive(tokens) for tokens in tokens_in(trace)
+    ]
+
+
+def test_a_step_with_a_time_of_another_century_costs_a_window_and_poisons_no_sum() -> None:
+    lines = steady(requests=2, output=60, keyframe_every=10).step_lines()
+    for position in (0, 7, 20, 39, 40, len(lines) - 1):
+        for years in (-40, 40):
+            damaged = [*lines]
+            damaged[position] = shifted(lines[position], years * 365 * 86_400 * 10**9)
+            told = watched(cut_at(damaged, [20, 40]))
+            steps = {number: batch for (life, number), batch in told.batches.items()}
+            assert max(steps) >= len(lines) - 2, "it is watched on"
+            assert told.longest_ns < 10**9
+            assert all(length < 10**9 for lengths in told.gaps.values() for length in lengths)
+            assert all(held < 1e13 for held in told.kv_block_ns.values())
+
+
+def test_a_clock_that_is_set_back_is_watched_on() -> None:
+    lines = steady(requests=2, output=60, keyframe_every=10).step_lines()
+    whole = watched([lines])
+    for back_s in (2, 300, 86_400):
+        later = [shifted(line, -back_s * 10**9) for line in lines[30:]]
+        told = watched(cut_at([*lines[:30], *later], [10, 30, 45]))
+        assert told.batches == whole.batches
+        assert told.longest_ns < 10**9
+
+
+def test_what_comes_again_or_too_late_counts_once() -> None:
+    lines = steady(requests=3, output=40, keyframe_every=10).step_lines()
+    whole = watched([lines])
+    told = watched([lines[:20], [*lines[10:30], *lines[20:30]], lines[:5], lines[30:]])
+    assert (told.steps, told.lost) == (whole.steps, 0)
+    assert told.batches == whole.batches
+    assert told.gaps == whole.gaps
