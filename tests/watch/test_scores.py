@@ -128,7 +128,7 @@ def test_names_that_differ_stay_apart_and_short_enough() -> None:
     assert label_value("x" * 300) == "x" * 300
 
 
-@pytest.mark.parametrize("budget", [LEAST_SERIES, 2000, 20_000])
+@pytest.mark.parametrize("budget", [LEAST_SERIES, 3000])
 def test_a_crowd_of_every_kind_fills_the_budget_and_no_more(budget: int) -> None:
     it = scored(budget)
     for number in range(budget // 10):
