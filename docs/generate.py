@@ -14,7 +14,7 @@ from typing import Union, get_args, get_origin, get_type_hints
 
 from stallscope.diagnosis import model
 from stallscope.watch import families
-from stallscope.watch.scores import LEAST_SERIES, LIKELY
+from stallscope.watch.scores import LEAST_SERIES, LIKELY, POSSIBLE
 from stallscope_telemetry.names import ATTRIBUTES, CLIENT_SPAN, GPU_SPAN, REQUEST_SPAN, SCOPE, STEP_SPAN
 
 FOLDER = Path(__file__).parent
@@ -146,7 +146,8 @@ every {families.SCRAPE_S} s, under the same names.
   until every scraper that comes regularly has seen it so, and only then what came for it meanwhile: so `rate()` sees a
   first offence. Where nobody scrapes, that waits for 30 s.
 - **Pairs** of victim and culprit are at zero from the time on at which a tenant first comes to a replica, for
-  {", ".join(f"`{mechanism.value}`" for mechanism in LIKELY)}; for others, blame shows a scrape later.
+  {", ".join(f"`{mechanism}`" for mechanism in LIKELY)}, and while pairs are few for
+  {", ".join(f"`{mechanism}`" for mechanism in POSSIBLE)}. For others, blame shows a scrape later.
 - **Budget**: at most 20,000 series (`--max-series`, at least {LEAST_SERIES}), each bucket, sum and count of a
   histogram one. Tenants, replicas and pairs are each sure of a share. Who has no room is `{families.OTHER}`, the sum of
   all such (of coverage and of the last span the least, of the oldest wait the most), and counted by
