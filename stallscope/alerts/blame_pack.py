@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from stallscope.alerts import settings as s
 from stallscope.alerts.commands import command
-from stallscope.alerts.promql import equal, number, one_of, span
+from stallscope.alerts.promql import number, one_of, span
 from stallscope.alerts.rules import Group, Owner, RecordingRule, Rule, Severity
 from stallscope.alerts.texts import ByLabel, Found, Label, Percent, Text, Value
 from stallscope.alerts.thresholds import Counted, Teacher, Threshold, without_own
@@ -30,7 +30,7 @@ def blame_groups(teacher: Teacher, owner: Owner, *, recorded: bool = True) -> tu
     pairs = RecordingRule(
         PAIRS,
         "sum by (victim, culprit, mechanism) ("
-        + without_own(f"rate({_BLAME}[{_PAGE}]) > 0", f"rate({_BLAME}[{_PAGE}])")
+        + without_own(f"rate({_BLAME}[{_PAGE}]) > 0", "rate", s.PAGE_WINDOW_S)
         + ")",
     )
     rules = [
@@ -56,10 +56,10 @@ def blame_groups(teacher: Teacher, owner: Owner, *, recorded: bool = True) -> tu
 def _stalls_others(teacher: Teacher, owner: Owner, *, recorded: bool) -> Rule:
     quantity = Counted(f.BLAME, ("culprit",), s.PAGE_WINDOW_S, others=True)
     threshold = teacher.threshold(quantity, s.PAGE_STALLS)
-    expr = threshold.exceeded_by(replace(quantity, recorded=PAIRS) if recorded else quantity)
+    shown = replace(quantity, recorded=PAIRS) if recorded else quantity
     return Rule(
         "StallscopeTenantStallsOthers",
-        f"({expr})\n{_rising('culprit', _BLAME)}",
+        threshold.exceeded_by(shown, _rising("culprit", _BLAME)),
         Severity.PAGE,
         summary=(
             Label("culprit"),
@@ -166,7 +166,7 @@ def _engine_stalls(teacher: Teacher, owner: Owner) -> Rule:
     threshold = teacher.threshold(quantity, s.PAGE_ENGINE)
     return Rule(
         "StallscopeEngineStall",
-        f"({threshold.exceeded_by(quantity)})\n{_rising('replica', _JUDGED, equal(where[0], where[1][0]))}",
+        threshold.exceeded_by(quantity, _rising("replica", _JUDGED, one_of(*where))),
         Severity.PAGE,
         summary=(
             "The engine itself is stalling everybody on ",
@@ -181,15 +181,11 @@ def _engine_stalls(teacher: Teacher, owner: Owner) -> Rule:
         command=command(
             owner,
             "replica",
-            f"sum by (replica) (rate({_JUDGED}{{replica=%[1]q,{equal(*_first(where))}}}[{_PAGE}]) > 0)",
+            f"sum by (replica) (rate({_JUDGED}{{replica=%[1]q,{one_of(*where)}}}[{_PAGE}]) > 0)",
         ),
         catches=(Verdict.ENGINE_STALL,),
         keep_firing_s=s.KEEP_FIRING_S,
     )
-
-
-def _first(where: tuple[str, tuple[str, ...]]) -> tuple[str, str]:
-    return where[0], where[1][0]
 
 
 def _engine_stalled(teacher: Teacher, owner: Owner) -> Rule:

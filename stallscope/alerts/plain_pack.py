@@ -183,7 +183,7 @@ def _kv_full(engine: Engine, teacher: Teacher, owner: Owner) -> Rule:
         (Percent(), " of the KV cache is in use, and requests wait"),
         "Whoever holds the blocks keeps the others out; the prefix cache is not counted as use.",
         owner,
-        condition=f"\nand on ({', '.join(_BY)}) {waiting} > 0",
+        condition=f"and on ({', '.join(_BY)}) {waiting} > 0",
     )
 
 
@@ -213,10 +213,9 @@ def _rule(
     for_s: int = 0,
     condition: str = "",
 ) -> Rule:
-    exceeded = threshold.exceeded_by(quantity)
     return Rule(
         name,
-        f"({exceeded}){condition}" if condition else exceeded,
+        threshold.exceeded_by(quantity, condition),
         severity,
         summary=(
             *what,

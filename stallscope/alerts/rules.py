@@ -28,7 +28,8 @@ class RecordingRule:
 @dataclass(frozen=True)
 class Rule:
     """An alert. ``about``: the labels that it gets beside those of its expression; ``catches``: the verdicts that it is
-    for (none: of those of an incident). Annotations are texts, rendered by the formats."""
+    for; ``names``: whether the tenant that it names is a culprit or a victim. Annotations are texts, rendered by the
+    formats."""
 
     name: str
     expr: str
@@ -39,6 +40,7 @@ class Rule:
     threshold_reason: Text
     command: Text
     catches: tuple[str, ...]
+    names: str = "culprit"
     about: Mapping[str, Text] = field(default_factory=dict)
     for_s: int = 0
     keep_firing_s: int = 0

@@ -290,6 +290,7 @@ def _rule(objective: Objective, burns: tuple[Burn, ...], owner: Owner, *, page: 
         ),
         command=command(owner, "tenant"),
         catches=_STALLS,
+        names="victim",
         about={"slo": (objective.name,)},
         keep_firing_s=s.KEEP_FIRING_S,
     )
@@ -323,6 +324,7 @@ def _bucket_lost(objective: Objective, owner: Owner) -> Rule:
         threshold_reason=("a bucket is there or is not.",),
         command=command(owner),
         catches=(Verdict.INSUFFICIENT_DATA,),
+        names="victim",
         about={"cause": ("slo_bucket",), "slo": (objective.name,)},
         for_s=s.DOWN_FOR_S,
     )

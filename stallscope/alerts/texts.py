@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from stallscope.alerts.promql import quoted
+from stallscope.watch.families import OTHER
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Since:
 Part = str | Label | ShellWord | Value | Percent | ByLabel | Found | Since
 Text = tuple[Part, ...]
 _ISO = "2006-01-02T15:04:05Z"  # as Go names a format
-_NOBODY = ("(other)", "(unknown)", "")
+_NOBODY = (OTHER, "(unknown)", "")
 
 
 def for_prometheus(text: Text) -> str:

@@ -18,11 +18,12 @@ from stallscope.alerts.promql import equal, number, one_of, selector, span, uneq
 from stallscope.alerts.settings import LEAST_CALM_S, MARGIN_S, MOST_OWN, Limit
 from stallscope.alerts.texts import ByLabel, Part
 from stallscope.diagnosis.model import Incident
-from stallscope.watch.families import Family
+from stallscope.watch.families import BLAME, OTHER, Family
 from stallscope.watch.samples import Samples
 
 Floats = npt.NDArray[np.float64]
 PERSONAL = frozenset({"culprit", "tenant"})  # labels of which each value has a usual of its own
+SEVERAL = (OTHER, "(unknown)")  # no tenant, but several: such a pair may be of two
 NO_CALM = "no calm traffic was given to learn from"
 
 
@@ -64,11 +65,15 @@ class Counted:
             return f"{grouped}({selector(self.recorded, *matchers)})"
         rise = self._rise(self.counter, matchers)
         if self.others:
-            return f"{grouped}({without_own(rise, self._rise(self.counter, ()))})"
+            return f"{grouped}({without_own(rise, self._function, self.window_s)})"
         return f"{grouped}({rise})" + (f" / {grouped}({self._rise(self.over, ())})" if self.over else "")
 
     def _rise(self, counter: Family, matchers: Sequence[str]) -> str:
-        return f"{'increase' if self.whole else 'rate'}({selector(counter.name, *matchers)}[{span(self.window_s)}])"
+        return f"{self._function}({selector(counter.name, *matchers)}[{span(self.window_s)}])"
+
+    @property
+    def _function(self) -> str:
+        return "increase" if self.whole else "rate"
 
     def of(self, samples: Samples) -> dict[tuple[str, ...], Floats]:
         """Values at each scrape by the labels of ``by``; NaN where the window begins before the samples."""
@@ -88,13 +93,15 @@ class Counted:
         """Whether a series is part of it."""
         if self.where and labels.get(self.where[0]) not in self.where[1]:
             return False
-        return not (self.others and labels["victim"] == labels["culprit"])
+        return not (self.others and labels["victim"] == labels["culprit"] and labels["victim"] not in SEVERAL)
 
 
-def without_own(rise: str, of_all: str) -> str:
-    """``rise`` by victim and culprit, without the pairs of a tenant with itself."""
-    own = f'label_replace(sum by (victim) ({of_all}), "culprit", "$1", "victim", "(?s:(.*))")'  # (?s: names have lines
-    return f"{rise} unless on (victim, culprit) {own}"
+def without_own(rise: str, function: str, window_s: int) -> str:
+    """``rise`` of blame, without the pairs of a tenant with itself."""
+    named = selector(BLAME.name, *(unequal("victim", several) for several in SEVERAL))
+    of_all = f"sum by (victim) ({function}({named}[{span(window_s)}]))"
+    # (?s: lets a dot be a newline too, which names may have.
+    return f'{rise} unless on (victim, culprit) label_replace({of_all}, "culprit", "$1", "victim", "(?s:(.*))")'
 
 
 @dataclass(frozen=True)
@@ -144,18 +151,26 @@ class Threshold:
     otherwise: Level
     own: Mapping[str, Level] = field(default_factory=dict)
 
-    def exceeded_by(self, quantity: Quantity) -> str:
-        """An expression with the series that are above their level."""
+    def exceeded_by(self, quantity: Quantity, condition: str = "") -> str:
+        """An expression with the series that are above their level, where the condition (``and on ...``) holds too.
+
+        Each ends in its number, which a backtest may raise.
+        """
         label = quantity.by[0] if self.own else ""
-        rest = quantity.promql(*(unequal(label, name) for name in self.own))
-        parts = [f"{rest} > {number(self.otherwise.value)}"]
-        parts += [f"{quantity.promql(equal(label, name))} > {number(level.value)}" for name, level in self.own.items()]
-        return "\nor\n".join(parts)
+        levels = [(self.otherwise, [unequal(label, name) for name in self.own])]
+        levels += [(level, [equal(label, name)]) for name, level in self.own.items()]
+        return "\nor\n".join(
+            f"{_under(quantity.promql(*matchers), condition)} > {number(level.value)}" for level, matchers in levels
+        )
 
     def reason(self, quantity: Quantity) -> Part:
         if not self.own:
             return self.otherwise.reason
         return ByLabel(quantity.by[0], {name: level.reason for name, level in self.own.items()}, self.otherwise.reason)
+
+
+def _under(expr: str, condition: str) -> str:
+    return f"({expr}\n{condition})" if condition else expr
 
 
 class Teacher(Protocol):

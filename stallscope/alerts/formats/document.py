@@ -29,6 +29,7 @@ def annotations_of(rule: Rule, owner: Owner, render: Render) -> dict[str, str]:
         "command": render(rule.command),
         "runbook_url": render((f"{owner.runbooks.rstrip('/')}/{rule.name}.md",)),
         "catches": " ".join(rule.catches),
+        "names": rule.names,
     }
 
 
