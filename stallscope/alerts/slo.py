@@ -216,12 +216,7 @@ def _recorded_name(window_s: int) -> str:
 
 
 def _recording(objective: Objective, window_s: int) -> RecordingRule:
-    return RecordingRule(_recorded_name(window_s), _ratio(objective, window_s), _slo_labels(objective))
-
-
-def _slo_labels(objective: Objective) -> dict[str, str]:
-    """``scope`` tells an objective for all tenants from one that a tenant has for itself."""
-    return {"slo": objective.name, "scope": "all" if objective.slo.tenant is None else "own"}
+    return RecordingRule(_recorded_name(window_s), _ratio(objective, window_s), {"slo": objective.name})
 
 
 def _ratio(objective: Objective, window_s: int) -> str:
@@ -236,9 +231,8 @@ def _ratio(objective: Objective, window_s: int) -> str:
 def _share(objective: Objective, window_s: int, *, recorded: bool) -> str:
     if not recorded:
         return f"({_ratio(objective, window_s)})"
-    labels = [equal(label, value) for label, value in _slo_labels(objective).items()]
     own = [] if objective.slo.tenant is None else [equal("tenant", objective.slo.tenant)]
-    return selector(_recorded_name(window_s), *labels, *own)
+    return selector(_recorded_name(window_s), equal("slo", objective.name), *own)
 
 
 def _rule(objective: Objective, burns: tuple[Burn, ...], owner: Owner, *, page: bool, recorded: bool) -> Rule:
