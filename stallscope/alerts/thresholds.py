@@ -233,9 +233,8 @@ def learned(
         (name for name in of_each if limit.times * of_each[name] > limit.floor), key=lambda one: -of_each[one]
     )
     own, rest = above[:MOST_OWN], [value for name, value in of_each.items() if name not in above[:MOST_OWN]]
-    return Threshold(
-        _level(limit, max(rest, default=0.0), what), {name: _level(limit, of_each[name], what) for name in sorted(own)}
-    )
+    others = _level(limit, max(rest, default=0.0), f"{what}, of tenants without one of their own," if own else what)
+    return Threshold(others, {name: _level(limit, of_each[name], what) for name in sorted(own)})
 
 
 def _level(limit: Limit, highest: float, what: str) -> Level:

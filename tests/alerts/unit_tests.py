@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,19 @@ def series(name: str, labels: Labels) -> str:
 
 @dataclass
 class UnitTest:
-    """What is scraped every ``STEP_S``, and what is expected of it."""
+    """What is scraped every ``STEP_S`` (NaN: nothing), and what is expected of it."""
 
     inputs: list[dict[str, str]] = field(default_factory=list)
     exprs: list[dict[str, object]] = field(default_factory=list)
     alerts: list[dict[str, object]] = field(default_factory=list)
 
     def scraped(self, name: str, labels: Labels, values: Sequence[float]) -> None:
-        self.inputs.append({"series": series(name, labels), "values": " ".join(f"{value:.17g}" for value in values)})
+        self.inputs.append(
+            {
+                "series": series(name, labels),
+                "values": " ".join("_" if isnan(value) else f"{value:.17g}" for value in values),
+            }
+        )
 
     def firing(self, at_s: int, alert: str, labels: Sequence[Labels]) -> None:
         """These and no others fire, by all of their labels but the alert's name and state."""
