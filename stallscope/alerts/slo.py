@@ -75,6 +75,11 @@ class Objective:
     def histogram(self) -> f.Family:
         return _HISTOGRAMS[self.slo.metric]
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """What tells it from other objectives."""
+        return {"slo": self.name} if self.slo.tenant is None else {"slo": self.name, "tenant": self.slo.tenant}
+
     def matchers(self) -> tuple[str, ...]:
         if self.slo.tenant is not None:
             return (equal("tenant", self.slo.tenant),)
@@ -179,27 +184,25 @@ def notes(found: Sequence[Objective]) -> list[str]:
 
 
 def slo_groups(found: Sequence[Objective], owner: Owner, *, recorded: bool = True) -> tuple[Group, ...]:
-    """A group of rules that page and one of those that don't."""
-    fast = _group("stallscope-slo-fast", s.SLO_FAST_INTERVAL_S, s.FAST_BURNS, found, owner, recorded=recorded)
-    slow = _group("stallscope-slo-slow", s.SLO_SLOW_INTERVAL_S, s.SLOW_BURNS, found, owner, recorded=recorded)
-    return tuple(group for group in (fast, slow) if group.rules)
+    """A group of rules that page and one of those that don't, each with the windows that it is the first to read."""
+    fast = [_rule(one, s.FAST_BURNS, owner, page=True, recorded=recorded) for one in found]
+    fast += [_bucket_lost(one, owner) if one.bucket_missing else None for one in found]
+    slow = [_rule(one, s.SLOW_BURNS, owner, page=False, recorded=recorded) for one in found]
+    first: list[RecordingRule] = []
+    then: list[RecordingRule] = []
+    for objective in found if recorded else ():
+        read_first = _windows(objective, s.FAST_BURNS)
+        first += [_recording(objective, window) for window in sorted(read_first)]
+        then += [_recording(objective, window) for window in sorted(_windows(objective, s.SLOW_BURNS) - read_first)]
+    groups = (
+        Group("stallscope-slo-fast", s.SLO_FAST_INTERVAL_S, tuple(first), tuple(filter(None, fast))),
+        Group("stallscope-slo-slow", s.SLO_SLOW_INTERVAL_S, tuple(then), tuple(filter(None, slow))),
+    )
+    return tuple(group for group in groups if group.rules)
 
 
-def _group(
-    name: str, interval_s: int, burns: tuple[Burn, ...], found: Sequence[Objective], owner: Owner, *, recorded: bool
-) -> Group:
-    page = burns is s.FAST_BURNS
-    rules, recordings = [], []
-    for objective in found:
-        reachable = _reachable(objective, burns)
-        if not reachable:
-            continue
-        windows = sorted({window for burn in reachable for window in (burn.long_s, burn.short_s)})
-        recordings += [_recording(objective, window) for window in windows]
-        rules.append(_rule(objective, reachable, owner, page=page, recorded=recorded))
-    if page:
-        rules += [_bucket_lost(objective, owner) for objective in found if objective.bucket_missing]
-    return Group(name, interval_s, tuple(recordings) if recorded else (), tuple(rules))
+def _windows(objective: Objective, burns: Sequence[Burn]) -> set[int]:
+    return {window for burn in _reachable(objective, burns) for window in (burn.long_s, burn.short_s)}
 
 
 def _reachable(objective: Objective, burns: Sequence[Burn]) -> tuple[Burn, ...]:
@@ -216,7 +219,7 @@ def _recorded_name(window_s: int) -> str:
 
 
 def _recording(objective: Objective, window_s: int) -> RecordingRule:
-    return RecordingRule(_recorded_name(window_s), _ratio(objective, window_s), {"slo": objective.name})
+    return RecordingRule(_recorded_name(window_s), _ratio(objective, window_s), objective.labels)
 
 
 def _ratio(objective: Objective, window_s: int) -> str:
@@ -231,11 +234,15 @@ def _ratio(objective: Objective, window_s: int) -> str:
 def _share(objective: Objective, window_s: int, *, recorded: bool) -> str:
     if not recorded:
         return f"({_ratio(objective, window_s)})"
-    own = [] if objective.slo.tenant is None else [equal("tenant", objective.slo.tenant)]
-    return selector(_recorded_name(window_s), equal("slo", objective.name), *own)
+    labels = [equal(label, value) for label, value in objective.labels.items()]
+    return selector(_recorded_name(window_s), *labels)
 
 
-def _rule(objective: Objective, burns: tuple[Burn, ...], owner: Owner, *, page: bool, recorded: bool) -> Rule:
+def _rule(objective: Objective, wanted: Sequence[Burn], owner: Owner, *, page: bool, recorded: bool) -> Rule | None:
+    """None where no burn can be as fast as that."""
+    burns = _reachable(objective, wanted)
+    if not burns:
+        return None
     alternatives = []
     for burn in burns:
         over = number(burn.factor * objective.budget)
@@ -285,7 +292,7 @@ def _rule(objective: Objective, burns: tuple[Burn, ...], owner: Owner, *, page: 
         command=command(owner, "tenant"),
         catches=_STALLS,
         names="victim",
-        about={"slo": (objective.name,)},
+        about={name: (value,) for name, value in objective.labels.items()},
         keep_firing_s=s.KEEP_FIRING_S,
     )
 
@@ -319,6 +326,6 @@ def _bucket_lost(objective: Objective, owner: Owner) -> Rule:
         command=command(owner),
         catches=(Verdict.INSUFFICIENT_DATA,),
         names="victim",
-        about={"cause": ("slo_bucket",), "slo": (objective.name,)},
+        about={"cause": ("slo_bucket",), **{name: (value,) for name, value in objective.labels.items()}},
         for_s=s.DOWN_FOR_S,
     )
