@@ -7,9 +7,10 @@ from dataclasses import replace
 from stallscope.alerts import settings as s
 from stallscope.alerts.commands import command
 from stallscope.alerts.promql import number, one_of, span
+from stallscope.alerts.quantities import Counted
 from stallscope.alerts.rules import Group, Owner, RecordingRule, Rule, Severity
 from stallscope.alerts.texts import ByLabel, Found, Label, Percent, Text, Value
-from stallscope.alerts.thresholds import Counted, Teacher, Threshold, without_own
+from stallscope.alerts.thresholds import Teacher, Threshold
 from stallscope.diagnosis.model import Verdict
 from stallscope.views.words import MECHANISM_WORDS
 from stallscope.watch import families as f
@@ -27,12 +28,7 @@ _CAUSES = {
 
 def blame_groups(teacher: Teacher, owner: Owner, *, recorded: bool = True) -> tuple[Group, ...]:
     """The pack but for SLOs; without recording rules where whoever evaluates has none."""
-    pairs = RecordingRule(
-        PAIRS,
-        "sum by (victim, culprit, mechanism) ("
-        + without_own(f"rate({_BLAME}[{_PAGE}]) > 0", "rate", s.PAGE_WINDOW_S)
-        + ")",
-    )
+    pairs = RecordingRule(PAIRS, f"sum by (victim, culprit, mechanism) (rate({_BLAME}[{_PAGE}])) > 0")
     rules = [
         _stalls_others(teacher, owner, recorded=recorded),
         _engine_stalls(teacher, owner),
@@ -54,7 +50,7 @@ def blame_groups(teacher: Teacher, owner: Owner, *, recorded: bool = True) -> tu
 
 
 def _stalls_others(teacher: Teacher, owner: Owner, *, recorded: bool) -> Rule:
-    quantity = Counted(f.BLAME, ("culprit",), s.PAGE_WINDOW_S, others=True)
+    quantity = Counted(f.BLAME, ("culprit",), s.PAGE_WINDOW_S)
     threshold = teacher.threshold(quantity, s.PAGE_STALLS)
     shown = replace(quantity, recorded=PAIRS) if recorded else quantity
     return Rule(
@@ -89,9 +85,9 @@ def _stalls_others(teacher: Teacher, owner: Owner, *, recorded: bool) -> Rule:
 
 
 def _stalled_others(teacher: Teacher, owner: Owner) -> Rule:
-    quantity = Counted(f.BLAME, ("culprit",), s.TICKET_WINDOW_S, whole=True, others=True)
+    quantity = Counted(f.BLAME, ("culprit",), s.TICKET_WINDOW_S, whole=True)
     threshold = teacher.threshold(quantity, s.TICKET_STALLS)
-    of = f"(increase({_BLAME}{{culprit=%[1]q,victim!=%[1]q}}[{_TICKET}])) > 0"
+    of = f"(increase({_BLAME}{{culprit=%[1]q}}[{_TICKET}])) > 0"
     return Rule(
         "StallscopeTenantStalledOthers",
         threshold.exceeded_by(quantity),
@@ -124,11 +120,9 @@ def _stalled_others(teacher: Teacher, owner: Owner) -> Rule:
 
 
 def _kv_pinned(teacher: Teacher, owner: Owner) -> Rule:
-    quantity = Counted(
-        f.BLAME, ("culprit", "mechanism"), s.TICKET_WINDOW_S, where=("mechanism", _KV), whole=True, others=True
-    )
+    quantity = Counted(f.BLAME, ("culprit", "mechanism"), s.TICKET_WINDOW_S, where=("mechanism", _KV), whole=True)
     threshold = teacher.threshold(quantity, s.TICKET_KV)
-    of = f"(increase({_BLAME}{{culprit=%[1]q,victim!=%[1]q,{one_of('mechanism', _KV)}}}[{_TICKET}])) > 0"
+    of = f"(increase({_BLAME}{{culprit=%[1]q,{one_of('mechanism', _KV)}}}[{_TICKET}])) > 0"
     return Rule(
         "StallscopeKvPinned",
         threshold.exceeded_by(quantity),

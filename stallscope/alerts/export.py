@@ -11,9 +11,11 @@ from stallscope.alerts.choices import Format, Pack
 from stallscope.alerts.formats.grafana import provisioning
 from stallscope.alerts.formats.prometheus import prometheus_rule, rule_file
 from stallscope.alerts.plain_pack import plain_groups
+from stallscope.alerts.quantities import Quantity
 from stallscope.alerts.rules import Group, Owner
+from stallscope.alerts.settings import Limit
 from stallscope.alerts.slo import objectives, slo_groups
-from stallscope.alerts.thresholds import Teacher
+from stallscope.alerts.thresholds import NoTeacher, Teacher, Threshold
 from stallscope.diagnosis.slo import Slo
 
 
@@ -31,18 +33,38 @@ class Export:
 _HEADING = "Alert rules of stallscope: written by `stallscope alerts export`, to be made anew rather than edited.\n"
 
 
+@dataclass
+class _Heard:
+    """A teacher that another one stands behind: remembers how many thresholds were learned."""
+
+    teacher: Teacher
+    learned: int = 0
+    asked: int = 0
+
+    def threshold(self, quantity: Quantity, limit: Limit) -> Threshold:
+        found = self.teacher.threshold(quantity, limit)
+        self.asked += 1
+        self.learned += found.otherwise.learned
+        return found
+
+
 def export(teacher: Teacher, slos: Sequence[Slo], owner: Owner, pack: Pack, format_: Format) -> Export:
     """Rules with thresholds that the teacher knows. Raises UsageError for objectives that make no sense."""
-    found = objectives(slos)
+    found, heard = objectives(slos), _Heard(teacher)
     recorded = format_ is not Format.GRAFANA
     groups: list[Group] = []
     notes: list[str] = []
     if pack is not Pack.PLAIN:
-        groups += [*blame_groups(teacher, owner, recorded=recorded), *slo_groups(found, owner, recorded=recorded)]
+        groups += [*blame_groups(heard, owner, recorded=recorded), *slo_groups(found, owner, recorded=recorded)]
         notes += slo.notes(found)
     if pack is not Pack.BLAME:
-        groups += plain_groups(teacher, owner, found)
+        groups += plain_groups(heard, owner, found)
         notes += plain_pack.notes(found)
+    if heard.learned < heard.asked and not isinstance(teacher, NoTeacher):
+        notes.append(
+            f"{heard.learned} of {heard.asked} thresholds were learned, the others are floors: each rule's "
+            "threshold_reason says why"
+        )
     written = rule_file(groups, owner, _HEADING)
     texts = {
         Format.PROMETHEUS: lambda: written,

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.alerts.promql import number, span
+from stallscope.alerts.quantities import Counted, Quantity
 from stallscope.alerts.settings import (
     HISTORY_QUANTILE,
     HISTORY_S,
@@ -24,7 +25,7 @@ from stallscope.alerts.settings import (
     MARGIN_S,
     Limit,
 )
-from stallscope.alerts.thresholds import Counted, Quantity, Threshold, floor, learned, length, too_short
+from stallscope.alerts.thresholds import Threshold, floor, learned, length, too_short
 from stallscope.errors import UsageError
 from stallscope.watch.families import BLAME, JUDGED
 

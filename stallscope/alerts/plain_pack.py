@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from stallscope.alerts import settings as s
 from stallscope.alerts.promql import number, selector, span
+from stallscope.alerts.quantities import Quantity
 from stallscope.alerts.rules import Group, Owner, Rule, Severity
 from stallscope.alerts.settings import Limit
 from stallscope.alerts.slo import Objective
 from stallscope.alerts.texts import Label, Percent, Text, Value
-from stallscope.alerts.thresholds import Level, Quantity, Teacher, Threshold
+from stallscope.alerts.thresholds import Level, Teacher, Threshold
 from stallscope.diagnosis.model import Verdict
 
 # Both label a model; Prometheus adds the instance. vLLM's data-parallel ranks and SGLang's are taken together.

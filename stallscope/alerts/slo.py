@@ -15,7 +15,7 @@ from prometheus_client.utils import floatToGoString
 
 from stallscope.alerts import settings as s
 from stallscope.alerts.commands import command
-from stallscope.alerts.promql import equal, number, quoted, selector, span, unequal
+from stallscope.alerts.promql import equal, number, selector, span, unequal
 from stallscope.alerts.rules import Group, Owner, RecordingRule, Rule, Severity
 from stallscope.alerts.settings import Burn
 from stallscope.alerts.texts import Found, Label, Percent
@@ -25,6 +25,7 @@ from stallscope.diagnosis.model import Verdict
 from stallscope.diagnosis.slo import Slo
 from stallscope.errors import UsageError
 from stallscope.watch import families as f
+from stallscope.watch.names import label_value
 
 _HISTOGRAMS = {"ttft": f.TTFT, "itl": f.ITL}
 _UNIT = {"ttft": "requests", "itl": "gaps between tokens"}
@@ -78,12 +79,17 @@ class Objective:
     @property
     def labels(self) -> dict[str, str]:
         """What tells it from other objectives."""
-        return {"slo": self.name} if self.slo.tenant is None else {"slo": self.name, "tenant": self.slo.tenant}
+        return {"slo": self.name} if self.tenant is None else {"slo": self.name, "tenant": self.tenant}
+
+    @property
+    def tenant(self) -> str | None:
+        """As the metrics have it."""
+        return None if self.slo.tenant is None else label_value(self.slo.tenant)
 
     def matchers(self) -> tuple[str, ...]:
-        if self.slo.tenant is not None:
-            return (equal("tenant", self.slo.tenant),)
-        return tuple(unequal("tenant", name) for name in self.others)
+        if self.tenant is not None:
+            return (equal("tenant", self.tenant),)
+        return tuple(unequal("tenant", label_value(name)) for name in self.others)
 
     def bound(self) -> str:
         """The matcher of the limit's bucket: whole seconds are written 2.0, or 2 in the older text format."""
@@ -135,15 +141,8 @@ def _check(slo: Slo) -> None:
         raise UsageError(
             f"SLO {_said(slo)}: one slow request in {1 / budget:,.0f} can't be told from luck; give at most p99.9999"
         )
-    if slo.tenant is not None:
-        try:
-            quoted(slo.tenant)
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"SLO {_said(slo)}: the tenant's name is no valid Unicode, and so no label's value"
-            ) from error
-        if not slo.tenant:
-            raise UsageError(f"SLO {_said(slo)}: the tenant has no name; leave out the colon for all tenants")
+    if slo.tenant == "":
+        raise UsageError(f"SLO {_said(slo)}: the tenant has no name; leave out the colon for all tenants")
 
 
 def _check_both(lower: Slo, higher: Slo) -> None:

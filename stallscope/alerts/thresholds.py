@@ -1,12 +1,10 @@
-"""Quantities that alerts compare, and thresholds for them: floors, raised by what calm traffic shows.
+"""Thresholds: floors, raised by what calm traffic shows, each with its reason.
 
-A quantity is written in PromQL and computed from samples by the same definition. Calm is all that was sampled but for
-incidents and what a window that touches one still sees of it.
+Calm is all that was sampled but for incidents and what a window that touches one still sees of it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,134 +12,24 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stallscope.alerts.promql import equal, number, one_of, selector, span, unequal
+from stallscope.alerts.promql import equal, number, span, unequal
+from stallscope.alerts.quantities import Counted, Floats, Quantity
 from stallscope.alerts.settings import LEAST_CALM_S, MARGIN_S, MOST_OWN, Limit
 from stallscope.alerts.texts import ByLabel, Part
 from stallscope.diagnosis.model import Incident
-from stallscope.watch.families import BLAME, OTHER, Family
 from stallscope.watch.samples import Samples
 
-Floats = npt.NDArray[np.float64]
 PERSONAL = frozenset({"culprit", "tenant"})  # labels of which each value has a usual of its own
-SEVERAL = (OTHER, "(unknown)")  # no tenant, but several: such a pair may be of two
 NO_CALM = "no calm traffic was given to learn from"
-
-
-class Quantity(Protocol):
-    """Something to compare, by labels, looking back ``window_s``."""
-
-    @property
-    def by(self) -> tuple[str, ...]: ...
-
-    @property
-    def window_s(self) -> int: ...
-
-    def promql(self, *matchers: str) -> str:
-        """An expression of it, for the series that match."""
-        ...
-
-
-@dataclass(frozen=True)
-class Counted:
-    """How much a counter rises: a second, or (``whole``) in all of the window; ``over``: as a share of another's rise.
-
-    ``where``: values of a label that count. ``others``: without what victims did to themselves.
-    ``recorded``: a recording rule that has the rise a second already, by all labels.
-    """
-
-    counter: Family
-    by: tuple[str, ...]
-    window_s: int
-    where: tuple[str, tuple[str, ...]] | None = None
-    over: Family | None = None
-    whole: bool = False
-    others: bool = False
-    recorded: str = ""
-
-    def promql(self, *matchers: str) -> str:
-        matchers = (one_of(*self.where), *matchers) if self.where else matchers
-        grouped = f"sum by ({', '.join(self.by)}) " if self.by else "sum "
-        if self.recorded:
-            return f"{grouped}({selector(self.recorded, *matchers)})"
-        rise = self._rise(self.counter, matchers)
-        if self.others:
-            return f"{grouped}({without_own(rise, self._function, self.window_s)})"
-        return f"{grouped}({rise})" + (f" / {grouped}({self._rise(self.over, ())})" if self.over else "")
-
-    def _rise(self, counter: Family, matchers: Sequence[str]) -> str:
-        return f"{self._function}({selector(counter.name, *matchers)}[{span(self.window_s)}])"
-
-    @property
-    def _function(self) -> str:
-        return "increase" if self.whole else "rate"
-
-    def of(self, samples: Samples) -> dict[tuple[str, ...], Floats]:
-        """Values at each scrape by the labels of ``by``; NaN where the window begins before the samples."""
-        window = _Window(samples.times_ns, self.window_s)
-        rises = _summed(samples, self.counter, self.by, self)
-        if self.over is None:
-            return {key: window.rise(each, whole=self.whole) for key, each in rises.items()}
-        whole = _summed(samples, self.over, self.by, None)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return {
-                key: window.rise(each, whole=True) / window.rise(whole[key], whole=True)
-                for key, each in rises.items()
-                if key in whole
-            }
-
-    def counts(self, labels: Mapping[str, str]) -> bool:
-        """Whether a series is part of it."""
-        if self.where and labels.get(self.where[0]) not in self.where[1]:
-            return False
-        return not (self.others and labels["victim"] == labels["culprit"] and labels["victim"] not in SEVERAL)
-
-
-def without_own(rise: str, function: str, window_s: int) -> str:
-    """``rise`` of blame, without the pairs of a tenant with itself."""
-    named = selector(BLAME.name, *(unequal("victim", several) for several in SEVERAL))
-    of_all = f"sum by (victim) ({function}({named}[{span(window_s)}]))"
-    # (?s: lets a dot be a newline too, which names may have.
-    return f'{rise} unless on (victim, culprit) label_replace({of_all}, "culprit", "$1", "victim", "(?s:(.*))")'
-
-
-@dataclass(frozen=True)
-class _Window:
-    times_ns: npt.NDArray[np.int64]
-    length_s: int
-
-    def rise(self, increments: Floats, *, whole: bool) -> Floats:
-        """The rise in the window that ends at each scrape, a second or in all of it, as Prometheus extrapolates it."""
-        times = self.times_ns
-        first = np.searchsorted(times, times - self.length_s * 1_000_000_000)
-        total = np.cumsum(increments)
-        covered_s = (times - times[first]) / 1e9
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rate = (total - total[first]) / covered_s
-        rate[times - times[0] < self.length_s * 1_000_000_000] = np.nan
-        return rate * self.length_s if whole else rate
-
-
-def _summed(
-    samples: Samples, family: Family, by: tuple[str, ...], quantity: Counted | None
-) -> dict[tuple[str, ...], Floats]:
-    """Increments at each scrape, summed by labels."""
-    found: dict[tuple[str, ...], Floats] = defaultdict(lambda: np.zeros(len(samples.times_ns)))
-    for labels, values in samples.of(family.name):
-        if quantity is None or quantity.counts(labels):
-            risen = np.diff(values, prepend=np.nan)
-            found[tuple(labels[name] for name in by)] += np.where(np.isnan(risen), 0.0, np.maximum(risen, 0.0))
-    return dict(found)
-
-
-# --- thresholds ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Level:
-    """A number to compare with, and why it is that one."""
+    """A number to compare with, and why it is that one; ``learned``: from calm traffic."""
 
     value: float
     reason: str
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,14 +105,12 @@ class FromSamples:
         return calm
 
 
-def learned(
-    quantity: Quantity, limit: Limit, highest: Mapping[tuple[str, ...], float], what: str, *, personal: bool = True
-) -> Threshold:
+def learned(quantity: Quantity, limit: Limit, highest: Mapping[tuple[str, ...], float], what: str) -> Threshold:
     """The threshold by the highest calm value of each series: of one for each tenant that lies above the floor; else of
     one for all, as a replica is like the next."""
     if not highest:
         return Threshold(floor(limit, f"{what} had none of it"))
-    if not (personal and quantity.by and quantity.by[0] in PERSONAL):
+    if not (quantity.by and quantity.by[0] in PERSONAL):
         return Threshold(_level(limit, max(highest.values()), what))
     of_each: dict[str, float] = {}
     for key, value in highest.items():
@@ -240,13 +126,12 @@ def learned(
 def _level(limit: Limit, highest: float, what: str) -> Level:
     raised = limit.times * highest
     if raised <= limit.floor:
-        return Level(limit.floor, f"{_floor(limit)}; {what} was {number(highest)}")
+        return Level(limit.floor, f"{_floor(limit)}; {what} was {number(highest)}", learned=True)
     by = "" if limit.times == 1 else f"{number(limit.times)} x "
     if raised > limit.ceiling:
-        return Level(
-            limit.ceiling, f"{by}{what} ({number(highest)}) would be more than can be: {number(limit.ceiling)}"
-        )
-    return Level(raised, f"{by}{what}: {by}{number(highest)} = {number(raised)}")
+        most = number(limit.ceiling)
+        return Level(limit.ceiling, f"{by}{what} ({number(highest)}) would be more than can be: {most}", learned=True)
+    return Level(raised, f"{by}{what}: {by}{number(highest)} = {number(raised)}", learned=True)
 
 
 def floor(limit: Limit, why: str) -> Level:

@@ -89,7 +89,7 @@ def _teacher(calm: Path | None, from_prometheus: str | None, slos: list[Slo]) ->
         return FromPrometheus(from_prometheus)
     if calm is None:
         return NoTeacher()
-    from stallscope.watch import rehearse  # type: ignore[attr-defined]
+    from stallscope.watch.rehearsal import rehearse
 
     with progress("watching it as it would have been") as advance:
         rehearsal = rehearse(calm, slos=tuple(slos), progress=advance)

@@ -72,18 +72,6 @@ def test_a_page_outlasts_a_pause_and_resolves_five_minutes_after_the_stall(tmp_p
 
 
 @needs_promtool
-def test_who_stalls_itself_pages_nobody_but_a_pair_of_others_may_be_two(tmp_path: Path) -> None:
-    test = UnitTest()
-    blame(test, rising(2.0, 0, 100), culprit="agents", victim="agents")
-    blame(test, rising(2.0, 0, 100), culprit="two\nlines", victim="two\nlines")
-    blame(test, rising(2.0, 0, 100), culprit="(other)", victim="(other)")
-    others = {"culprit": "(other)", "tenant": "(other)"}
-    test.firing(300, STALLS, [others | PAGE])
-    test.firing(300, STALLED, [others | TICKET])
-    test.passes(RULES, tmp_path)
-
-
-@needs_promtool
 def test_calm_traffic_fires_nothing(tmp_path: Path) -> None:
     test = UnitTest()
     blame(test, [0.0] * SCRAPES)

@@ -14,8 +14,8 @@ import pytest
 from stallscope.alerts import settings as s
 from stallscope.alerts.history import FromPrometheus
 from stallscope.alerts.plain_pack import Gauge
+from stallscope.alerts.quantities import Counted
 from stallscope.alerts.settings import Limit
-from stallscope.alerts.thresholds import Counted
 from stallscope.errors import UsageError
 from stallscope.watch import families as f
 
@@ -103,7 +103,7 @@ def test_what_an_engine_exports_is_learned_alike(url: str) -> None:
 
 
 def test_blame_can_t_be_learned_where_it_counts_as_no_calm(url: str) -> None:
-    level = FromPrometheus(url, END_S).threshold(Counted(f.BLAME, ("culprit",), 60, others=True), LIMIT).otherwise
+    level = FromPrometheus(url, END_S).threshold(Counted(f.BLAME, ("culprit",), 60), LIMIT).otherwise
     assert level.value == 0.1
     assert "a history can't teach it" in level.reason
 

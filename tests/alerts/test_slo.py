@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from stallscope.alerts import settings as s
 from stallscope.alerts.choices import Format, Pack
 from stallscope.alerts.export import export
+from stallscope.alerts.promql import equal
 from stallscope.alerts.slo import limit_of, notes, objectives
 from stallscope.alerts.thresholds import NoTeacher
 from stallscope.diagnosis.slo import parse_slo
 from stallscope.errors import UsageError
 from stallscope.watch import families as f
+from stallscope.watch.names import label_value
 from tests.alerts.unit_tests import OWNER, STEP_S, UnitTest, annotated, needs_promtool
 
 PAGE = {"severity": "page", "team": "inference"}
@@ -140,13 +142,19 @@ def test_a_fine_percentile_says_how_many_requests_it_needs() -> None:
         ([":ttft=1s@p99"], "the tenant has no name"),
         (["chat:ttft=1s@p99", "chat:ttft=2s@p99"], "contradict each other"),
         (["ttft=2s@p50", "ttft=1s@p99"], "the higher percentile with the shorter limit says all"),
-        (["\udcff:ttft=1s@p99"], "no valid Unicode"),
     ],
 )
 def test_slos_that_make_no_sense_are_refused_with_a_reason_on_one_line(slos: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said) as refused:
         objectives([parse_slo(text) for text in slos])
     assert "\n" not in str(refused.value)
+
+
+def test_a_name_that_no_label_can_have_is_matched_as_the_metrics_show_it() -> None:
+    for name in ("\udcff", "x" * 2000):
+        (objective,) = objectives([parse_slo(f"{name}:ttft=1s@p99")])
+        assert objective.matchers() == (equal("tenant", label_value(name)),)
+        assert label_value(name) != name
 
 
 def test_slos_that_go_together_are_taken() -> None:

@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stallscope.alerts import settings as s
+from stallscope.alerts.quantities import Counted
 from stallscope.alerts.settings import Limit
-from stallscope.alerts.thresholds import Counted, FromSamples, NoTeacher, Threshold, length
+from stallscope.alerts.thresholds import FromSamples, NoTeacher, Threshold, length
 from stallscope.diagnosis.model import Confidence, Incident, Verdict
 from stallscope.watch import families as f
 from stallscope.watch.samples import Samples, Series, samples_of
 from tests.alerts.unit_tests import STEP_S, UnitTest, needs_promtool
 
 BEGIN_NS = 1_790_000_000_000_000_000
-PAGE = Counted(f.BLAME, ("culprit",), 60, others=True)
+PAGE = Counted(f.BLAME, ("culprit",), 60)
 LIMIT = Limit(0.1, "because")
 
 
@@ -140,7 +141,7 @@ def test_what_is_computed_from_samples_is_what_prometheus_computes(tmp_path: Pat
         test.scraped(name, dict(labels), values.tolist())
     quantities = [
         PAGE,
-        Counted(f.BLAME, ("culprit",), 600, whole=True, others=True),
+        Counted(f.BLAME, ("culprit",), 600, whole=True),
         Counted(f.BLAME, ("culprit", "mechanism"), 600, ("mechanism", ("kv_pinning", "head_of_line")), whole=True),
         Counted(f.STEPS_LOST, ("replica",), 600, over=f.STEPS),
         Counted(f.STEPS_LOST, (), 300),

@@ -18,7 +18,7 @@ def rule_file(groups: Sequence[Group], owner: Owner, heading: str) -> str:
 
 
 def prometheus_rule(groups: Sequence[Group], owner: Owner, heading: str) -> str:
-    """A custom resource of the Prometheus operator (0.64 or later: keep_firing_for)."""
+    """A custom resource of the Prometheus operator (0.67 or later: keep_firing_for)."""
     resource = {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
