@@ -1,0 +1,1 @@
+"""Alerts: rules for Prometheus and Grafana on what a watch, or an engine itself, exposes."""
