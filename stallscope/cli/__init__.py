@@ -13,6 +13,7 @@ import typer
 
 from stallscope import __version__
 from stallscope.bench import command as bench
+from stallscope.cli import alerts
 from stallscope.cli.analysis import compare, doctor, explain
 from stallscope.cli.analyze import analyze
 from stallscope.cli.collecting import collect
@@ -64,6 +65,7 @@ for _command, _example in (
     (serve, "stallscope serve --model tiny-llama -o served.otlp.jsonl.zst"),
 ):
     app.command(epilog=f"Example: {_example}")(_command)
+app.add_typer(alerts.app)
 app.add_typer(bench.app)
 
 

@@ -1,0 +1,1 @@
+"""Alert rules: what is exported, and the proof that it works."""
