@@ -15,6 +15,7 @@ from stallscope.errors import UsageError
 
 if TYPE_CHECKING:
     from stallscope.alerts.backtest import Backtest, Timeline
+    from stallscope.alerts.backtest.rulefile import RuleFile
     from stallscope.diagnosis.slo import Slo
 
 
@@ -77,6 +78,7 @@ def backtest(
     slos = tuple(parse_slo(text) for text in slo or ())
     find_promtool()
     read = read_rules(rules)
+    for_tests = _readable(read, rules if tune is None else tune, tests, force)
     timelines = [_rehearsed(trace, slos) for trace in traces or ()]
     quiet = [_rehearsed(trace, slos) for trace in quiet_on or ()]
     for timeline in quiet:
@@ -88,7 +90,7 @@ def backtest(
     if tune is not None:
         _write_tuned(result, tune)
     if tests is not None:
-        _write_tests(result, tests, rules if tune is None else tune)
+        _write_tests(result, tests, for_tests)
     _write(_rendered(result, output, for_file=out is not None), out)
     if result.found:
         raise typer.Exit(FOUND)
@@ -130,20 +132,26 @@ def _write_tuned(result: Backtest, path: Path) -> None:
 
 
 def _write_tests(result: Backtest, path: Path, rules: Path) -> None:
-    """The proof, and beside it the rules where Prometheus could not read them as they are; promtool runs it again."""
+    """The proof, and beside it the rules where promtool can't read the user's; promtool runs it once more."""
     from stallscope.alerts.backtest.firing import proof
     from stallscope.alerts.backtest.promtool import passes
 
-    seen = rules
     if result.rules.is_resource:
-        seen = path.with_suffix(".rules.yaml")
-        check_new(seen, force=False)
-        _written(seen, [result.rules.text()])
-    relative = os.path.relpath(seen.resolve(), path.resolve().parent)
+        _written(rules, [result.rules.text()])
+    relative = os.path.relpath(rules.resolve(), path.resolve().parent)
     lines = proof(result.rules, _literal(relative), result.reads, result.runs)
     _written(path, (f"{line}\n" for line in lines))
     if not passes(path):
         raise UsageError(f"{path}: promtool does not pass it; run: promtool test rules {path}")
+
+
+def _readable(read: RuleFile, rules: Path, tests: Path | None, force: bool) -> Path:
+    """The rules for unit tests: of a resource, which promtool does not read, a file beside the tests."""
+    if tests is None or not read.is_resource:
+        return rules
+    beside = tests.with_suffix(".rules.yaml")
+    check_new(beside, force)
+    return beside
 
 
 def _literal(path: str) -> str:

@@ -76,7 +76,7 @@ class Verdict:
 
 def judge(rules: RuleFile, run: Run, within_s: float) -> Verdict:
     """Lasting incidents, longer than ``within_s``, must be caught by a page within that, where a page is for them."""
-    firings = tuple(_judged(firing, rules.alerts[firing.alert], run.timeline.incidents) for firing in run.firings)
+    firings = tuple(_judged(firing, rules, run.timeline.incidents) for firing in run.firings)
     fates = tuple(
         _fate(number, incident, rules, run, firings, within_s) for number, incident in enumerate(run.timeline.incidents)
     )
@@ -88,8 +88,9 @@ def is_within(time_ns: int, incident: Incident) -> bool:
     return incident.start_ns <= time_ns <= incident.end_ns + GRACE_S * 1e9
 
 
-def _judged(firing: Firing, alert: Alert, incidents: Sequence[Incident]) -> Judged:
+def _judged(firing: Firing, rules: RuleFile, incidents: Sequence[Incident]) -> Judged:
     """One that began in calm catches nothing later, else a rule that always fires would catch everything."""
+    alert = rules.alerts[firing.alert]
     if not any(is_within(firing.start_ns, incident) for incident in incidents):
         return Judged(firing, Outcome.FALSE, {})
     touched = [
@@ -99,13 +100,20 @@ def _judged(firing: Firing, alert: Alert, incidents: Sequence[Incident]) -> Judg
     ]
     kind = [(number, incident) for number, incident in touched if alert.claims(incident.verdict)]
     caught = {
-        number: max(0.0, (firing.start_ns - incident.start_ns) / 1e9)
-        for number, incident in kind
-        if _names_right(firing, alert, incident)
+        number: _delay_s(firing, incident, rules) for number, incident in kind if _names_right(firing, alert, incident)
     }
     if caught:
         return Judged(firing, Outcome.CAUGHT, caught)
     return Judged(firing, Outcome.WRONG_NAME if kind else Outcome.OTHER_KIND, {})
+
+
+def _delay_s(firing: Firing, incident: Incident, rules: RuleFile) -> float:
+    """With what a group that is evaluated less often than the backtest does may add; 0 where it fired already."""
+    if firing.start_ns <= incident.start_ns:
+        return 0.0
+    own = evaluation_s(rules)
+    lag_s = max(0.0, (rules.alerts[firing.alert].interval_s or own) - own)
+    return (firing.start_ns - incident.start_ns) / 1e9 + lag_s
 
 
 def _names_right(firing: Firing, alert: Alert, incident: Incident) -> bool:
@@ -122,11 +130,7 @@ def _fate(
 ) -> Fate:
     claiming = [alert for alert in rules.alerts if alert.claims(incident.verdict)]
     pages = [alert for alert in claiming if alert.is_page]
-    caught = [
-        (judged.delay_s[number] + _lag_s(rules, rules.alerts[judged.firing.alert]), judged.firing.alert)
-        for judged in firings
-        if number in judged.delay_s
-    ]
+    caught = [(judged.delay_s[number], judged.firing.alert) for judged in firings if number in judged.delay_s]
     by_pages = [(delay, alert) for delay, alert in caught if rules.alerts[alert].is_page]
     length_s = (incident.end_ns - incident.start_ns) / 1e9
     required = bool(pages) and length_s > within_s
@@ -145,12 +149,6 @@ def _fate(
     if run.grid.end_ns < incident.start_ns + within_s * 1e9:
         return fate(Answer.NOT_PROVABLE, "the trace ends before the latency budget does")
     return fate(Answer.LATE if by_pages else Answer.MISSED)
-
-
-def _lag_s(rules: RuleFile, alert: Alert) -> float:
-    """What a group that is evaluated less often than the backtest does may add."""
-    own = evaluation_s(rules)
-    return max(0.0, (alert.interval_s or own) - own)
 
 
 def _calm_s(run: Run) -> float:

@@ -17,6 +17,7 @@ from stallscope.watch.samples import Labels
 
 RULES, TESTS = "rules.yaml", "tests.yaml"
 _LONGEST_ERROR = 300
+_SAME_SERIES = "duplicate sample for timestamp"
 _ASKED = re.compile(r'    expr: "((?:[^"\\]|\\.)*)", time: (\w+),')
 _GOT = "        got: "
 _LABEL = re.compile(r'(?P<name>[a-zA-Z_][a-zA-Z0-9_]*)="(?P<value>(?:[^"\\]|\\.)*)"(?:, )?')
@@ -128,4 +129,6 @@ def _complaint(ended: subprocess.CompletedProcess[str]) -> str:
     """What promtool says of the first thing that is wrong, on one line."""
     lines = [line.strip() for line in ended.stderr.split("\n")]
     said = " ".join(line for line in lines if line and line != "FAILED:").replace(f"{RULES}: ", "", 1)
+    if _SAME_SERIES in said:
+        said += ": two alerts of this name have the same labels, and so one series; give them a label that differs"
     return shortened(printable(said or f"promtool ended with {ended.returncode}"), _LONGEST_ERROR)

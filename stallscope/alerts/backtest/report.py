@@ -64,7 +64,8 @@ def headline(result: Backtest) -> str:
         parts += [_caught(result), *_not_caught(result)]
         parts.append(_false(result.calm, "false page", "of calm"))
     if result.quiet:
-        parts.append(_false(result.quiet_calm, "page", "that had to be quiet"))
+        unproven = "no page that is provable on the quiet traces"
+        parts.append(unproven if result.unprovable_quiet else _false(result.quiet_calm, "page", "that had to be quiet"))
     return "; ".join(parts)
 
 

@@ -111,7 +111,7 @@ def backtest(
     """
     if tuned and not quiet:
         raise UsageError("tuning needs traces on which the rules are to be quiet; give --quiet-on TRACE")
-    check_rules(rules.text(), str(rules.path))
+    check_rules(rules.text() if rules.is_resource else rules.source, str(rules.path))
     read = reads(rules)
     steps = len(timelines) + len(quiet) * (2 if tuned else 1)
     done = 0

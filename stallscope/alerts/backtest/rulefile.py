@@ -53,9 +53,10 @@ class Alert:
 
 @dataclass(frozen=True)
 class RuleFile:
-    """``documents``: the file's YAML, scalars as text; one has ``groups``, or is a resource that has them."""
+    """``documents``: its YAML, scalars as text; one has ``groups``, or is a resource that has them."""
 
     path: Path
+    source: str  # the file as it is
     documents: tuple[dict[str, object], ...]
     alerts: tuple[Alert, ...]
     recordings: Mapping[str, list[str]]  # expressions by the name that they are recorded as
@@ -68,7 +69,11 @@ class RuleFile:
         """As Prometheus reads it; ``tagged``: each alert has the label ``TAG``, its number."""
         groups = [deepcopy(group) for document in self.documents for group in _groups(document)]
         number = 0
+        names: set[str] = set()
         for group in groups:
+            while group.get("name") in names:  # two resources may each have a group of that name
+                group["name"] = f"{group['name']}_"
+            names.add(_text(group.get("name")))
             for rule in _rules(group):
                 if "alert" in rule and tagged:
                     rule["labels"] = {**_texts(rule.get("labels")), TAG: str(number)}
@@ -87,7 +92,7 @@ class RuleFile:
                     rule["expr"] = changed[number]
                     rule["annotations"] = {**_texts(rule.get("annotations")), annotation: reasons[number]}
                 number += 1
-        return _parsed(self.path, documents)
+        return _parsed(self.path, self.source, documents)
 
     def own_text(self) -> str:
         """As the file was: a resource stays one."""
@@ -106,11 +111,13 @@ def read_rules(path: Path) -> RuleFile:
         raise UsageError(f"{path}: no YAML ({printable(' '.join(str(error).split()))})") from error
     if not documents or not all(isinstance(one, dict) for one in documents):
         raise UsageError(f"{path}: no alert rules; give YAML with groups:, or a PrometheusRule")
+    if len(documents) > 1 and any(_NAMES_A_RESOURCE not in document for document in documents):
+        raise UsageError(f"{path}: {len(documents)} YAML documents, of which Prometheus reads the first; make them one")
     for document in documents:
         kind = document.get(_NAMES_A_RESOURCE)
         if kind is not None and kind != "PrometheusRule":
             raise UsageError(f"{path}: a {printable(str(kind))}; of resources, only kind: PrometheusRule has rules")
-    return _parsed(path, tuple(documents))
+    return _parsed(path, text, tuple(documents))
 
 
 class _AllText(yaml.SafeLoader):
@@ -123,7 +130,7 @@ _AllText.yaml_implicit_resolvers = {
 }
 
 
-def _parsed(path: Path, documents: tuple[dict[str, object], ...]) -> RuleFile:
+def _parsed(path: Path, source: str, documents: tuple[dict[str, object], ...]) -> RuleFile:
     alerts: list[Alert] = []
     recordings: dict[str, list[str]] = {}
     try:
@@ -151,7 +158,7 @@ def _parsed(path: Path, documents: tuple[dict[str, object], ...]) -> RuleFile:
         raise UsageError(f"{path}: not as Prometheus has rules: {printable(reason)}") from error
     if not alerts:
         raise UsageError(f"{path}: no alert rules; give YAML with groups:, or a PrometheusRule")
-    return RuleFile(path, documents, tuple(alerts), recordings)
+    return RuleFile(path, source, documents, tuple(alerts), recordings)
 
 
 # --- the YAML's tree ----------------------------------------------------------------------------------------------
