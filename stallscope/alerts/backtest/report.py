@@ -18,7 +18,7 @@ from stallscope.views import words
 
 SCHEMA_VERSION = 1
 MOST_FIRINGS = 50  # on a terminal
-_LONGEST_NAME = 60
+_LONGEST_NAME = 32
 _STYLE = {
     Answer.CAUGHT: "green",
     Answer.LATE: "red",
@@ -42,7 +42,12 @@ def print_backtest(result: Backtest, console: Console) -> None:
     for line in _evidence(result):
         console.print(Text(line), soft_wrap=True)
     console.print()
-    console.print(_rules(result))
+    if not all(result.reason(alert) for alert in result.rules.alerts):
+        console.print(_rules(result))
+    for alert in result.rules.alerts:
+        if reason := result.reason(alert):
+            text = f"{words.printable(alert.name)} is not provable on this data: {reason}"
+            console.print(Text(text, style="yellow"), soft_wrap=True)
     if any(verdict.fates for verdict in result.verdicts):
         console.print()
         console.print(_incidents(result))
@@ -233,10 +238,8 @@ def _rules(result: Backtest) -> Table:
         ("", "left"),
     )
     for alert in result.rules.alerts:
-        name, reason = Text(words.printable(alert.name)), result.reason(alert)
-        if reason:
-            unproven = Text(f"not provable on this data: {reason}", style="yellow")
-            table.add_row(name, Text(words.printable(alert.severity or "-")), *["-"] * 6, unproven)
+        name = Text(words.printable(alert.name))
+        if result.reason(alert):
             continue
         counts = _counts(result, alert)
         delays = sorted(delay for _, judged in _firings_of(result, alert) for delay in judged.delay_s.values())
