@@ -109,7 +109,7 @@ def _check_files(rules: Path, out: Path | None, tune: Path | None, tests: Path |
 
 def _rehearsed(trace: str, slos: Sequence[Slo]) -> Timeline:
     from stallscope.alerts.backtest import Timeline
-    from stallscope.watch import rehearse  # type: ignore[attr-defined]
+    from stallscope.watch.rehearsal import rehearse
 
     with progress(f"rehearsing {Path(trace).name}") as advance:
         rehearsal = rehearse(trace, slos=slos, progress=advance)

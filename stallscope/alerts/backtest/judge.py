@@ -22,6 +22,7 @@ class Outcome(StrEnum):
     WRONG_NAME = "wrong name"  # in an incident that the rule is for, but of a tenant that has no part in it
     OTHER_KIND = "other kind"  # in an incident that the rule is not for
     FALSE = "false"  # it began while there was none
+    AFTER = "after the end"  # it began when nothing was recorded any more, which it may well be about
 
 
 class Answer(StrEnum):
@@ -76,7 +77,7 @@ class Verdict:
 
 def judge(rules: RuleFile, run: Run, within_s: float) -> Verdict:
     """Lasting incidents, longer than ``within_s``, must be caught by a page within that, where a page is for them."""
-    firings = tuple(_judged(firing, rules, run.timeline.incidents) for firing in run.firings)
+    firings = tuple(_judged(firing, rules, run) for firing in run.firings)
     fates = tuple(
         _fate(number, incident, rules, run, firings, within_s) for number, incident in enumerate(run.timeline.incidents)
     )
@@ -88,11 +89,11 @@ def is_within(time_ns: int, incident: Incident) -> bool:
     return incident.start_ns <= time_ns <= incident.end_ns + GRACE_S * 1e9
 
 
-def _judged(firing: Firing, rules: RuleFile, incidents: Sequence[Incident]) -> Judged:
+def _judged(firing: Firing, rules: RuleFile, run: Run) -> Judged:
     """One that began in calm catches nothing later, else a rule that always fires would catch everything."""
-    alert = rules.alerts[firing.alert]
+    alert, incidents = rules.alerts[firing.alert], run.timeline.incidents
     if not any(is_within(firing.start_ns, incident) for incident in incidents):
-        return Judged(firing, Outcome.FALSE, {})
+        return Judged(firing, Outcome.FALSE if run.grid.is_recorded(firing.start_ns) else Outcome.AFTER, {})
     touched = [
         (number, incident)
         for number, incident in enumerate(incidents)
@@ -152,8 +153,9 @@ def _fate(
 
 
 def _calm_s(run: Run) -> float:
-    """Evaluated time that is within no incident."""
+    """Evaluated time of the recording that is within no incident."""
     grid = run.grid
     times = [grid.time_ns(at * grid.evaluation_ms) for at in range(1, grid.evaluations)]
-    calm = [time for time in times if not any(is_within(time, incident) for incident in run.timeline.incidents)]
+    recorded = [time for time in times if grid.is_recorded(time)]
+    calm = [time for time in recorded if not any(is_within(time, incident) for incident in run.timeline.incidents)]
     return len(calm) * grid.evaluation_ms / 1e3

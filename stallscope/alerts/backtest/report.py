@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stallscope.alerts.backtest.figures import Calm, Share
+from stallscope.alerts.backtest.firing import Firing, Run
 from stallscope.alerts.backtest.judge import Answer, Fate, Judged, Outcome, Verdict
 from stallscope.alerts.backtest.result import Backtest
 from stallscope.alerts.backtest.rulefile import Alert
@@ -32,6 +33,7 @@ _OUTCOME_STYLE = {
     Outcome.WRONG_NAME: "red",
     Outcome.OTHER_KIND: "yellow",
     Outcome.FALSE: "red",
+    Outcome.AFTER: "dim",
 }
 
 
@@ -205,7 +207,10 @@ def _evidence(result: Backtest) -> list[str]:
     longer = [
         alert
         for alert in result.rules.alerts
-        if alert.interval_s and runs and alert.interval_s * 1e3 > runs[0].grid.evaluation_ms
+        if alert.interval_s
+        and runs
+        and alert.interval_s * 1e3 > runs[0].grid.evaluation_ms
+        and not result.reason(alert)
     ]
     if longer:
         names = words.listed(list(dict.fromkeys(words.printable(alert.group) for alert in longer)))
@@ -277,13 +282,13 @@ def _counts(result: Backtest, alert: Alert) -> dict[str, int]:
         if alert.claims(fate.incident.verdict)
         and (not alert.is_page or fate.incident.end_ns - fate.incident.start_ns > result.within_s * 1e9)
     }
-    quiet = sum(firing.alert == alert.number for run in result.quiet for firing in run.firings)
+    quiet = [_on_quiet(run, one) for run in result.quiet for one in run.firings if one.alert == alert.number]
     outcomes = [judged.outcome for _, judged in firings]
     return {
-        "fired": len(firings) + quiet,
+        "fired": len(firings) + len(quiet),
         "caught": len(caught),
         "missed": len(for_it - caught),
-        "false": outcomes.count(Outcome.FALSE) + quiet,
+        "false": (outcomes + quiet).count(Outcome.FALSE),
         "wrong_name": outcomes.count(Outcome.WRONG_NAME),
         "other_kind": outcomes.count(Outcome.OTHER_KIND),
     }
@@ -329,9 +334,15 @@ def _all_firings(result: Backtest) -> list[tuple[str, Judged]]:
     """With the trace's name; on quiet traces all are false."""
     on_traces = [(verdict.run.timeline.name, judged) for verdict in result.verdicts for judged in verdict.firings]
     on_quiet = [
-        (run.timeline.name, Judged(firing, Outcome.FALSE, {})) for run in result.quiet for firing in run.firings
+        (run.timeline.name, Judged(firing, _on_quiet(run, firing), {}))
+        for run in result.quiet
+        for firing in run.firings
     ]
     return on_traces + on_quiet
+
+
+def _on_quiet(run: Run, firing: Firing) -> Outcome:
+    return Outcome.FALSE if run.grid.is_recorded(firing.start_ns) else Outcome.AFTER
 
 
 def _firings(result: Backtest, firings: Sequence[tuple[str, Judged]]) -> Table:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from stallscope.diagnosis.model import Incident
 from stallscope.errors import InconclusiveError
+from stallscope.watch.families import LAST_SEEN
 from stallscope.watch.samples import Samples
 
 
@@ -36,11 +37,16 @@ class Grid:
     evaluation_ms: int
     phase_ms: int
     slots: npt.NDArray[np.int64]  # of each scrape: how many scrape intervals after the first it was
+    until_ns: int  # the end of what was recorded: a rehearsal scrapes on until the last stall is judged
 
     @property
     def length_s(self) -> float:
-        """From the first scrape to the last."""
-        return int(self.slots[-1]) * self.scrape_ms / 1e3
+        """From the first scrape until there was nothing recorded any more."""
+        return (self.until_ns - self.start_ns) / 1e9 - self.phase_ms / 1e3
+
+    def is_recorded(self, time_ns: int) -> bool:
+        """Whether there still was something recorded when that was scraped which an evaluation at a time sees."""
+        return time_ns - self.phase_ms * 1_000_000 <= self.until_ns
 
     @property
     def evaluations(self) -> int:
@@ -66,4 +72,14 @@ def grid_of(timeline: Timeline, evaluation_s: float) -> Grid:
         raise InconclusiveError(f"{timeline.name}: scrapes are not at one interval; record them again")
     evaluation_ms = round(evaluation_s * 1e3)
     phase_ms = min(scrape_ms, evaluation_ms) // 2
-    return Grid(int(times[0]) - phase_ms * 1_000_000, scrape_ms, evaluation_ms, phase_ms, slots)
+    start_ns = int(times[0]) - phase_ms * 1_000_000
+    return Grid(start_ns, scrape_ms, evaluation_ms, phase_ms, slots, _until_ns(timeline.samples))
+
+
+def _until_ns(samples: Samples) -> int:
+    """When the last span ended, or the last scrape was, where nothing tells that."""
+    last = int(samples.times_ns[-1])
+    seen = [values for _, values in samples.of(LAST_SEEN.name) if not np.isnan(values).all()]
+    if not seen:
+        return last
+    return min(last, round(max(float(np.nanmax(values)) for values in seen) * 1e9))

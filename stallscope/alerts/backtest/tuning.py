@@ -92,8 +92,8 @@ def pages(rules: RuleFile, parts: Sequence[Part]) -> Calm:
 
 
 def whole(run: Run) -> Part:
-    """All of a run; its last evaluation is in it."""
-    return Part(run, run.grid.start_ns, run.grid.end_ns + 1)
+    """All that was recorded, the evaluation that sees the last of it among it."""
+    return Part(run, run.grid.start_ns, run.grid.until_ns + run.grid.phase_ms * 1_000_000 + 1)
 
 
 def _parts(quiet: Sequence[Run]) -> tuple[list[Part], list[Part], str]:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +15,9 @@ from stallscope.alerts.backtest.figures import calm, share
 from stallscope.alerts.backtest.firing import Firing, Run
 from stallscope.alerts.backtest.judge import GRACE_S, Answer, Outcome, Verdict, judge
 from stallscope.alerts.backtest.rulefile import RuleFile
-from stallscope.alerts.backtest.timeline import grid_of
+from stallscope.alerts.backtest.timeline import Timeline, grid_of
 from stallscope.diagnosis import model
+from stallscope.watch.samples import Samples, Series
 from tests.alerts.backtest.stories import Stall, ns, rules, timeline
 
 FILE = """
@@ -181,3 +183,15 @@ def test_shares_and_rates_say_what_chance_leaves_open() -> None:
     assert calm(week_s, 0).most_per_week == pytest.approx(3.0, abs=0.01)  # the rule of three
     assert calm(week_s, 2).most_per_week == pytest.approx(6.30, abs=0.01)  # a table of Poisson's bounds
     assert calm(0, 0).most_per_week is None
+
+
+def test_what_fires_once_the_recording_is_over_is_not_false_and_that_time_is_not_calm(read: RuleFile) -> None:
+    whole = timeline(2000)
+    seen: Series = ("stallscope_last_span_timestamp_seconds", (("replica", "r"),))
+    last_s = np.minimum(whole.samples.times_ns / 1e9, ns(1500) / 1e9)
+    made = Timeline("ended", Samples(whole.samples.times_ns, {**whole.samples.values, seen: last_s}), ())
+    firings = (fire(PAGE, 1495, 1700), fire(PAGE, 1515, 1700))
+    verdict = judge(read, Run(made, grid_of(made, 10), ("",) * 5, firings, ()), 60)
+    assert outcomes(verdict) == [Outcome.FALSE, Outcome.AFTER]
+    assert verdict.calm_s == 1510
+    assert grid_of(made, 10).length_s == 1500
