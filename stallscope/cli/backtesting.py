@@ -68,6 +68,7 @@ def backtest(
     from stallscope.alerts.backtest import read_rules
     from stallscope.alerts.backtest.promtool import find_promtool
     from stallscope.diagnosis.slo import parse_slo
+    from stallscope.views.words import counted
 
     if not traces and not quiet_on:
         raise UsageError("give at least one trace to run the rules over, or --quiet-on TRACE")
@@ -83,7 +84,7 @@ def backtest(
     quiet = [_rehearsed(trace, slos) for trace in quiet_on or ()]
     for timeline in quiet:
         if timeline.incidents:
-            has = f"{timeline.name} has {len(timeline.incidents)} incidents by its diagnosis"
+            has = f"{timeline.name} has {counted(len(timeline.incidents), 'incident')} by its diagnosis"
             typer.echo(f"warning: {has}: a page in them counts as one that should not be", err=True)
     with progress("promtool evaluates the rules") as advance:
         result = run(read, timelines, quiet, tuned=tune is not None, within_s=within_s, progress=advance)

@@ -11,7 +11,7 @@ from stallscope.alerts.backtest.rulefile import Alert, RuleFile
 from stallscope.diagnosis.model import Incident
 
 # An alert may come this long after an incident's end and still be about it: a window of a minute, which is the usual
-# one of pages, a scrape and an evaluation, and as much again for tickets that wait until a stall is over.
+# one of pages, a scrape and an evaluation, and half as much again for tickets that wait until a stall is over.
 GRACE_S = 120.0
 
 

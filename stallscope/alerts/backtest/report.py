@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -183,6 +184,8 @@ def _false(calm: Calm, what: str, of_what: str) -> str:
 
 
 def _hours(length_s: float) -> str:
+    if length_s < 360:
+        return f"{length_s / 60:.2g} min"
     return f"{length_s / 3600:.2g} h" if length_s < 36000 else f"{length_s / 3600:,.0f} h"
 
 
@@ -194,23 +197,22 @@ def _evidence(result: Backtest) -> list[str]:
     """What the answer rests on, and how far chance goes."""
     runs = result.runs
     length = _hours(sum(run.grid.length_s for run in runs))
-    evaluations = f"every {runs[0].grid.evaluation_ms / 1e3:g} s" if runs else ""
+    evaluations = f"every {runs[0].grid.evaluation_ms / 1e3:g} s"
     traces = f"{words.counted(len(runs), 'trace')}, {length}"
     made = [f"evaluated by Prometheus' own promtool, {evaluations}, over {traces}; the same run again gave the same"]
+    spread = words.duration(runs[0].grid.phase_ms / 1e3)
+    made[0] += f"; delays ± {spread}, as scrapes and evaluations happen to fall"
     share = result.share_in_time
     if share is not None:
         percent, interval = f"{share.hits / share.of:.0%}", f"{share.low:.0%} to {share.high:.0%}"
-        made.append(f"caught in time: {percent} of {share.of:,}, by chance anything from {interval} (95%)")
+        made.append(f"caught in time: {percent} of {share.of:,} (95% interval {interval})")
     for calm, where in ((result.calm, "calm"), (result.quiet_calm, "the quiet traces")):
         if calm.most_per_week is not None and (calm is not result.quiet_calm or result.quiet):
             made.append(f"false pages by what was seen of {where}: at most {_rate(calm.most_per_week)} a week (95%)")
     longer = [
         alert
         for alert in result.rules.alerts
-        if alert.interval_s
-        and runs
-        and alert.interval_s * 1e3 > runs[0].grid.evaluation_ms
-        and not result.reason(alert)
+        if alert.interval_s and alert.interval_s * 1e3 > runs[0].grid.evaluation_ms and not result.reason(alert)
     ]
     if longer:
         names = words.listed(list(dict.fromkeys(words.printable(alert.group) for alert in longer)))
@@ -317,7 +319,7 @@ def _incidents(result: Backtest) -> Table:
 def _incident(result: Backtest, verdict: Verdict, fate: Fate) -> list[Text]:
     incident = fate.incident
     when = f"{words.clock(incident.start_ns, zone=True)} {incident.verdict}"
-    where = f" in {words.printable(verdict.run.timeline.name)}" if len(result.verdicts) > 1 else ""
+    where = f" in {_short(Path(verdict.run.timeline.name).name)}" if len(result.verdicts) > 1 else ""
     culprits = words.listed([_short(culprit.tenant) for culprit in incident.culprits]) or "-"
     answer = f"{fate.answer}: {fate.reason}" if fate.reason else str(fate.answer)
     return [
@@ -355,7 +357,7 @@ def _firings(result: Backtest, firings: Sequence[tuple[str, Judged]]) -> Table:
             for name, value in firing.labels
             if name != "alertname" and alert.labels.get(name) != value
         ]
-        where = f" in {words.printable(trace)}" if len(result.runs) > 1 else ""
+        where = f" in {_short(Path(trace).name)}" if len(result.runs) > 1 else ""
         until = "the end" if firing.is_open else words.clock(firing.end_ns)
         after = (
             f" after {words.listed([words.duration(one) for one in judged.delay_s.values()])}" if judged.delay_s else ""

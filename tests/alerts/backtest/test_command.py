@@ -86,7 +86,7 @@ def test_a_missed_incident_is_exit_code_3(run: Run) -> None:
     code, out, _ = run("rules.yaml", "stall", "late")
     assert code == 3
     assert out.startswith("2 of 3 lasting incidents caught, after 25 s and 25 s; 1 missed; no false page")
-    assert "caught in time: 67% of 3, by chance anything from 21% to 94% (95%)" in out
+    assert "caught in time: 67% of 3 (95% interval 21% to 94%)" in out
 
 
 def test_a_page_on_a_quiet_trace_is_exit_code_3_and_a_quiet_one_is_0(run: Run) -> None:

@@ -72,6 +72,18 @@ def test_rules_that_are_quiet_stay_as_they_are(tmp_path: Path) -> None:
 
 
 @needs_promtool
+def test_an_expression_of_several_lines_is_raised_before_its_condition(tmp_path: Path) -> None:
+    text = PAGE.replace("[1m])) > 0.2", "[1m])) > 0.2  # 0.3\n      and on (culprit)\n      vector(1) > 0.2")
+    text = text.replace("expr: sum by (culprit) (", "expr: |\n      sum by (culprit) (").replace(
+        "and on (culprit)", "and on ()"
+    )
+    result, _ = tuned(tmp_path, [[BUSY]], text)
+    assert result.rules.alerts[0].expression == (
+        "sum by (culprit) (rate(stallscope_blame_seconds_total[1m])) > 0.43  # 0.3\nand on ()\nvector(1) > 0.2\n"
+    )
+
+
+@needs_promtool
 def test_a_ticket_is_not_raised(tmp_path: Path) -> None:
     _, tuning = tuned(tmp_path, [[BUSY]], PAGE.replace("severity: page", "severity: ticket"))
     assert tuning.raised == ()
