@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stallscope.cli.shared import FOUND, INCONCLUSIVE, check_new, console, progress
-from stallscope.errors import UsageError
+from stallscope.errors import StallscopeError, UsageError
 
 if TYPE_CHECKING:
     from stallscope.alerts.backtest import Backtest, Timeline
@@ -143,7 +143,7 @@ def _write_tests(result: Backtest, path: Path, rules: Path) -> None:
     lines = proof(result.rules, _literal(relative), result.reads, result.runs)
     _written(path, (f"{line}\n" for line in lines))
     if not passes(path):
-        raise UsageError(f"{path}: promtool does not pass it; run: promtool test rules {path}")
+        raise StallscopeError(f"{path}: promtool does not pass it; to see why: promtool test rules {path}")
 
 
 def _readable(read: RuleFile, rules: Path, tests: Path | None, force: bool) -> Path:

@@ -37,6 +37,7 @@ class Reads:
     alerts: tuple[Needs, ...]
     look_back_s: tuple[float, ...]
     recorded: frozenset[str]
+    templates: str  # of all labels: they may query more
 
     def reason(self, alert: Alert, timeline: Timeline, grid: Grid) -> str:
         """Why a timeline can't prove anything of an alert; "" where it can."""
@@ -54,14 +55,15 @@ class Reads:
         return ""
 
     def series(self, timeline: Timeline) -> list[Series]:
-        """The series of a timeline that any rule of the file reads, recording rules among them."""
+        """The series of a timeline that any alert of the file reads, through recording rules too."""
         names = {name for name, _ in timeline.samples.values}
         if any(read.any_metric for read in self.alerts):
             chosen = names
         else:
             mentioned = frozenset().union(*(read.names for read in self.alerts))
             patterns = frozenset().union(*(read.patterns for read in self.alerts))
-            chosen = {name for name in names if name in mentioned or any(_matches(one, name) for one in patterns)}
+            chosen = {name for name in names if name in mentioned or name in self.templates}
+            chosen |= {name for name in names if any(_matches(one, name) for one in patterns)}
         return [series for series in timeline.samples.values if series[0] in chosen]
 
 
@@ -74,7 +76,8 @@ def reads(rules: RuleFile) -> Reads:
     except ValueError as error:
         raise UsageError(f"{rules.path}: {printable(str(error))}") from error
     back = tuple(one.look_back_s + alert.for_s for one, alert in zip(read, rules.alerts, strict=True))
-    return Reads(read, back, frozenset(recordings))
+    templates = "\n".join(text for alert in rules.alerts for text in alert.labels.values())
+    return Reads(read, back, frozenset(recordings), templates)
 
 
 def spoken(length_s: float) -> str:

@@ -245,21 +245,17 @@ def _rules(result: Backtest) -> Table:
         ("", "left"),
     )
     for alert in result.rules.alerts:
-        name = Text(words.printable(alert.name))
         if result.reason(alert):
             continue
         counts = _counts(result, alert)
         delays = sorted(delay for _, judged in _firings_of(result, alert) for delay in judged.delay_s.values())
-        after = (
-            words.listed([words.duration(delay) for delay in delays])
-            if len(delays) <= 3
-            else (f"{words.duration(delays[0])} to {words.duration(delays[-1])}")
-        )
+        after = words.listed([words.duration(delay) for delay in delays])
+        if len(delays) > 3:
+            after = f"{words.duration(delays[0])} to {words.duration(delays[-1])}"
         figures = [f"{counts[key]:,}" for key in ("fired", "caught")]
         rest = [f"{counts[key]:,}" for key in ("missed", "false", "wrong_name")]
-        table.add_row(
-            name, Text(words.printable(alert.severity or "-")), *figures, after, *rest, _partly(result, alert)
-        )
+        name, severity = (Text(words.printable(text)) for text in (alert.name, alert.severity or "-"))
+        table.add_row(name, severity, *figures, after, *rest, _partly(result, alert))
     return table
 
 

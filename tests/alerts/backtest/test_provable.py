@@ -60,6 +60,13 @@ def test_only_series_that_a_rule_reads_are_given_to_promtool(tmp_path: Path) -> 
     assert [name for name, _ in reads(read).series(timeline(60))] == [BLAME]
 
 
+def test_what_a_label_queries_is_given_too(tmp_path: Path) -> None:
+    label = "    labels: {top: '{{ with query \"topk(1, NAME)\" }}x{{ end }}'}\n".replace("NAME", BLAME)
+    text = RULE % ("", "vector(1)", "0s") + label
+    read = rules(tmp_path, text)
+    assert [name for name, _ in reads(read).series(timeline(60))] == [BLAME]
+
+
 def test_what_is_not_understood_is_an_error_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"rules\.yaml: .* is no PromQL"):
         reads(rules(tmp_path, RULE % ("", "a > $x", "0s")))
