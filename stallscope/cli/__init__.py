@@ -1,7 +1,7 @@
 """The command line: parse, call, print. Everything heavy is imported by the command that needs it.
 
-A module a kind of command (``traffic``, ``analyze``, ``analysis``, ``conversion``, ``serving``, ``collecting``), what
-they have in common in ``shared``; here they become one program.
+A module a kind of command (``traffic``, ``analyze``, ``analysis``, ``conversion``, ``serving``, ``collecting``,
+``alerts``), what they have in common in ``shared``; here they become one program.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ for _command, _example in (
     (serve, "stallscope serve --model tiny-llama -o served.otlp.jsonl.zst"),
 ):
     app.command(epilog=f"Example: {_example}")(_command)
-app.add_typer(alerts.app)
 app.add_typer(bench.app)
+app.add_typer(alerts.app)
 
 
 def main() -> None:
