@@ -63,7 +63,9 @@ inject:
   - {{engine: throttle, from_s: 0, to_s: {seconds}, factor: {slowdown}}}
 {injected}
 """
-FLOOD = "  - {{tenant: reports, from_s: {at}, to_s: {until}, poisson_per_s: 0.5, prompt_tokens: 12000, output_tokens: 40}}"
+FLOOD = (
+    "  - {{tenant: reports, from_s: {at}, to_s: {until}, poisson_per_s: 0.5, prompt_tokens: 12000, output_tokens: 40}}"
+)
 SLOWDOWN = 2.6  # so that a step with such a batch takes 33 ms
 
 

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 RUNBOOKS = "docs/runbooks"
 
-app = typer.Typer(name="alerts", help="Alert rules on who stalls whom, and the proof that they work.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="alerts",
+    help="Alert rules on who stalls whom, and the proof that they work.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 app.command(epilog="Example: stallscope alerts backtest rules.yaml stall.otlp.jsonl.zst --quiet-on healthy.parquet")(
