@@ -5,9 +5,10 @@
     python benchmarks/alerts.py --healthy-hours 0 --json alerts.json
 
 Each case of StallBench that has a culprit is watched in virtual time as a collector would, scraped every 10 s; promtool
-evaluates the rules of ``stallscope alerts export --pack both`` (floors, nothing learned). An incident begins when the third request of others has begun to wait that waits longer than in the same run without the injection (by
-50 ms and 20%), and ends when the third last one has been served. Those longer than the latency budget (60 s) must be
-caught: by a page within 60 s of the start.
+evaluates the rules of ``stallscope alerts export --pack both`` (floors, nothing learned). An incident begins when the
+third request of others has begun to wait that waits longer than in the same run without the injection (by 50 ms and
+20%), and ends when the third last one has been served. Those longer than the latency budget (60 s) must be caught: by a
+page within 60 s of the start.
 
 Three packs run over the same times: on blame; on the metrics that vLLM exports (made from the trace's tables, with
 vLLM's buckets); and one rule on the p99 of TTFT over a minute, whose threshold is the highest that calm traffic shows
