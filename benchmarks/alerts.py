@@ -288,9 +288,9 @@ def usual_traffic() -> list[Path]:
 
 
 def in_processes(
-    work: Callable[[tuple[Path, int]], Result], jobs: list[tuple[Path, int]], what: str
+    work: Callable[[tuple[Path, int]], Result], jobs: list[tuple[Path, int]], what: str, processes: int
 ) -> Iterator[Result]:
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(processes) as pool:
         yield from track(pool.map(work, jobs), what, len(jobs), console=Console(stderr=True))
 
 
