@@ -111,13 +111,14 @@ class WatchedReplica:
         self._memory.forget(end_ns - REMEMBERED_NS - min(end_ns - self._calm_until, LONGEST_NS))
         self.window = self.spent = self.waited = None
         self.stalled_s = {}
-        window = self._stream.advance(spans.steps(Findings()))
+        has_steps = bool(spans.rows) or self._stream.has_later
+        window = self._stream.advance(spans.steps(Findings())) if has_steps else None
         if window is not None:
             self.heard_ns = end_ns
             self._take(window, spans)
+            self._stream.done()
         elif not self._stream.alive or end_ns > self.heard_ns + _SILENT_NS:
             self._losses.add(0.0)  # whoever is there may wait for a step that takes long
-        self._stream.done()
 
     def _take(self, window: Window, spans: ReplicaSpans) -> None:
         attributes = list(spans.resources)[int(window.columns["resource"][-1])].attributes

@@ -133,6 +133,11 @@ class Stream:
         self._reached = {one.info.handle: self._reached.get(one.info.handle, 0) for one in self._machine.alive}
 
     @property
+    def has_later(self) -> bool:
+        """Whether there are steps that the next window begins with."""
+        return self._later is not None
+
+    @property
     def alive(self) -> list[SeenRequest]:
         """Who is there now."""
         return list(self._machine.alive)

@@ -67,10 +67,11 @@ class Watch:
         ``now_ns``: by the clock of whoever watches.
         """
         self._findings = Findings()
+        self._make_room(now_ns)
         for name, spans in list(self._collected.replicas.items()):
             new = spans.taken()
             self._count_throttling(name, new.samples)
-            if name in self.replicas or (new.rows and self._has_room(now_ns)):
+            if name in self.replicas or (new.rows and len(self.replicas) < MOST_REPLICAS):
                 try:
                     self._advance(name, new, now_ns)
                 except Exception:  # it begins anew with the next window, and the others are watched on
@@ -98,13 +99,12 @@ class Watch:
 
     # --- windows ------------------------------------------------------------------------------------------------------
 
-    def _has_room(self, now_ns: int) -> bool:
-        """Whether there may be one more; the one that has been silent for longest goes for it."""
+    def _make_room(self, now_ns: int) -> None:
+        """Where there are too many, those that have been silent for a while go."""
         if len(self.replicas) >= MOST_REPLICAS:
-            quietest = min(self.replicas.values(), key=lambda one: one.heard_ns)
-            if now_ns > quietest.heard_ns + _QUIET_NS:
-                self._forget(quietest.name)
-        return len(self.replicas) < MOST_REPLICAS
+            for replica in list(self.replicas.values()):
+                if now_ns > replica.heard_ns + _QUIET_NS:
+                    self._forget(replica.name)
 
     def _advance(self, name: str, spans: ReplicaSpans, now_ns: int) -> None:
         replica = self.replicas.get(name)

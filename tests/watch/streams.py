@@ -26,7 +26,7 @@ Lines = Sequence[bytes]
 
 def groups_of(lines: Lines, resources: Resources | None = None) -> list[SpanGroup]:
     """Lines of an OTLP file as what a decoder makes of them."""
-    decoder = JsonDecoder(resources or Resources())
+    decoder = JsonDecoder(Resources() if resources is None else resources)
     return [SpanGroup(resource, spans, "", "", bad) for line in lines for resource, spans, bad in decoder.groups(line)]
 
 
