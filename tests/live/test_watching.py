@@ -142,7 +142,6 @@ def test_while_a_watch_hangs_senders_are_acknowledged_and_what_it_misses_is_told
         assert 0 < missed < 60
         os.kill(watch, signal.SIGCONT)
 
-
         def is_watched_again() -> bool:
             before, message = total(running, families.UNWATCHED), request(ids, 10, padding=20_000)
             sent.extend(trace_ids(message))
