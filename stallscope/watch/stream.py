@@ -154,6 +154,9 @@ class Stream:
         columns = steps.columns
         steps = steps.take(np.lexsort((columns["ready"], columns["step"], columns["scheduled"])))
         again = self._restart(steps)
+        if again == 0:
+            self._begin_again()
+            again = self._restart(steps)
         if again is not None:
             steps, self._later = steps.take(np.arange(again)), steps.take(np.arange(again, len(steps)))
         columns = steps.columns

@@ -141,7 +141,8 @@ class Watch:
         scores.add(families.HOST_GAP, (name,), float(window.host_ns.sum()) / 1e9)
         scores.add(families.UNEXPLAINED, (name,), replica.costs.unexplained_ns(window) / 1e9)
         dropped = int(columns["dropped"][-1])  # since its process began: before it was watched does not count
-        scores.add(families.DROPPED, (name,), max(dropped - self._dropped.get(name, dropped), 0))
+        before = self._dropped.get(name, dropped)
+        scores.add(families.DROPPED, (name,), dropped - before if dropped >= before else dropped)
         self._dropped[name] = dropped
         scores.set(families.COVERAGE, (name,), replica.coverage)
         scores.set(families.RUNNING, (name,), float(columns["running"][-1]))
