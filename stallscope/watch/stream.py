@@ -77,6 +77,8 @@ class Stream:
     _machine: Machine = field(init=False)
     _findings: Findings = field(default_factory=Findings)
     _later: Steps | None = None  # of another life, which the next window begins with
+    _behind: Steps | None = None  # those after a step that is missing, which may come with the next window
+    _waited: int = -1  # up to this step no missing one is waited for any more
     _told: int = 0  # requests of the machine that were in a window before
     _preempted: dict[int, int] = field(default_factory=dict)  # by handle: how often by the end of the window before
     _reached: dict[int, int] = field(default_factory=dict)  # by handle: tokens up to this one were computed once
@@ -135,7 +137,7 @@ class Stream:
     @property
     def has_later(self) -> bool:
         """Whether there are steps that the next window begins with."""
-        return self._later is not None
+        return self._later is not None or self._behind is not None
 
     @property
     def alive(self) -> list[SeenRequest]:
@@ -145,6 +147,8 @@ class Stream:
     def _new(self, steps: Steps) -> Steps:
         """Those after the last one, in order, each once. Where the process began again, what it did before comes
         first, and the rest with the next window."""
+        if self._behind is not None:
+            steps, self._behind = _joined(self._behind, steps), None
         if self._later is not None:
             self._begin_again()
             steps, self._later = _joined(self._later, steps), None
@@ -167,7 +171,19 @@ class Stream:
         for back in np.flatnonzero(columns["ready"][:-1] - scheduled[1:] >= _JUMP_NS).tolist():
             far = np.abs(scheduled[back : back + 2] - int(np.median(scheduled)))
             fresh[back + int(np.argmax(far))] = False  # of the two its time is damaged
-        return steps.take(fresh)
+        return self._up_to_missing(steps.take(fresh))
+
+    def _up_to_missing(self, steps: Steps) -> Steps:
+        """Those before a step that is missing: senders that send side by side overtake one another. The others wait for
+        it until the next window, once."""
+        index = steps.columns["step"]
+        before = np.append(self.last_step if self.last_step >= 0 else index[:1] - 1, index[:-1])
+        gaps = np.flatnonzero((index != before + 1) & (index > self._waited))
+        if self._later is not None or not len(gaps):
+            return steps
+        self._waited = int(index[-1])
+        self._behind = steps.take(np.arange(gaps[0], len(steps)))
+        return steps.take(np.arange(gaps[0]))
 
     def _restart(self, steps: Steps) -> int | None:
         """Where in steps, by time, the process has begun again."""
@@ -180,7 +196,7 @@ class Stream:
     def _begin_again(self) -> None:
         self._machine = Machine(self.name, self._findings)
         self.lives, self.last_step, self._told = self.lives + 1, -1, 0
-        self._preempted, self._reached = {}, {}
+        self._preempted, self._reached, self._waited = {}, {}, -1
 
     def _recomputed(self, rows: Stretches) -> Ints:
         """Of each row of a prefill, the tokens that were computed before."""

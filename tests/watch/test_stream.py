@@ -144,6 +144,21 @@ def test_a_clock_that_is_set_back_is_watched_on() -> None:
         assert told.longest_ns < 10**9
 
 
+@settings(deadline=None, max_examples=30)
+@given(seeds)
+def test_batches_that_overtake_one_another_between_two_windows_lose_nothing(seed: int) -> None:
+    recording, rng = random_run(seed).recording, random.Random(seed)
+    lines = recording.step_lines()
+    assume(len(lines) > 8)
+    batches = cut_at(lines, [rng.randrange(1, len(lines)) for _ in range(6)])
+    for number in range(0, len(batches) - 1, 2):
+        batches[number : number + 2] = batches[number + 1], batches[number]
+    begins, trace = [lines[:1], *batches], read(lines)  # from its first step on: else it begins with what came first
+    told = watched(begins, recording.config.block_size)
+    assert (told.steps, told.lost) == (trace.steps.num_rows, 0)
+    assert told.batches == batches_in(trace)
+
+
 def test_what_comes_again_or_too_late_counts_once() -> None:
     lines = steady(requests=3, output=40, keyframe_every=10).step_lines()
     whole = watched([lines])

@@ -71,15 +71,19 @@ def test_who_waits_grows_older_while_the_engine_hangs_and_is_gone_with_its_repli
 
 def test_coverage_is_that_of_the_last_minute() -> None:
     it = Watched()
-    for window in range(14):
+    for window in range(16):
         spans = [joining(window * 20, START_NS + window * WINDOW_NS, [window], ["t"])]
         spans += [
             step(window * 20 + number, START_NS + window * WINDOW_NS + number * S // 10) for number in range(1, 20)
         ]
+        spans[0].attributes[names.KEYFRAME] = window > 2
+        if window < 3:
+            del spans[0].attributes[names.KEYFRAME]
         it.window(group("r", spans[:10] if window == 0 else spans))
-        if window == 1:
+        if window == 2:
             assert it.total(families.COVERAGE, replica="r") < 0.5, "a lost step, and nobody knows the batch after it"
             assert it.total(families.STEPS_LOST, replica="r") == 10
+    assert it.total(families.COVERAGE, replica="r") == 1
 
 
 def test_drops_that_telemetry_tells_are_counted_from_when_it_is_watched() -> None:
@@ -179,3 +183,24 @@ def test_a_case_is_looked_into_before_it_closes_and_does_not_stay_open_for_ever(
     replica._stream.last_ready = START_NS + LASTING_NS + 1
     assert replica.closed() is case
     assert not replica._losses.is_unusual
+
+
+def test_a_stall_is_not_over_because_its_engine_is_silent_and_is_when_that_has_stopped() -> None:
+    replica, collected = WatchedReplica("r"), Collected()
+    spans = [joining(0, START_NS, [0], ["t"]), *(step(number, START_NS + number * S // 10) for number in range(1, 40))]
+    collect([group("r", spans)], Findings(), collected)
+    end_ns = START_NS + WINDOW_NS
+    replica.advance(collected.replicas["r"].taken(), end_ns)
+    for seconds in (*[0.1] * 10, 20.0, 20.0):
+        replica._losses.add(seconds)
+        if seconds < 1:
+            replica._losses.learn()
+    replica.case = Case(START_NS)
+    replica.skip_look()
+    open_for = 0
+    for window in range(1, 20):
+        replica.advance(collected.replicas["r"].taken(), end_ns + window * WINDOW_NS)
+        if replica.closed() is not None:
+            break
+        open_for += 1
+    assert 60 <= open_for * WINDOW_NS / S <= 80
