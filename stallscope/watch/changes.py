@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from stallscope.watch.families import BUCKETS, FAMILIES, Family
 
+_Counts = npt.NDArray[np.float64]
 _BY_NAME = {family.name: family for family in FAMILIES}
 
 
@@ -35,7 +37,7 @@ class Changes:
         self._added: dict[tuple[str, tuple[str, ...]], float] = {}
         self._set: dict[tuple[str, tuple[str, ...]], float] = {}
         self._forgotten: list[str] = []
-        self._observed: list[tuple[str, tuple[str, ...], npt.ArrayLike, float]] = []
+        self._observed: dict[tuple[str, tuple[str, ...]], tuple[_Counts, float]] = {}
 
     def admit(self, tenant: str, beside: Iterable[str]) -> None:
         self._admitted.append((tenant, tuple(beside)))
@@ -50,7 +52,8 @@ class Changes:
         self._set[family.name, labels] = value
 
     def observe(self, family: Family, labels: tuple[str, ...], counts: npt.ArrayLike, total: float) -> None:
-        self._observed.append((family.name, labels, counts, total))
+        before, sum_before = self._observed.get((family.name, labels), (0.0, 0.0))
+        self._observed[family.name, labels] = np.asarray(counts, dtype=np.float64) + before, sum_before + total
 
     def forget_replica(self, replica: str) -> None:
         self._forgotten.append(replica)
@@ -69,7 +72,7 @@ class Changes:
             score.add(_BY_NAME[name], labels, amount)
         for (name, labels), value in self._set.items():
             score.set(_BY_NAME[name], labels, value)
-        for name, labels, counts, total in self._observed:
+        for (name, labels), (counts, total) in self._observed.items():
             score.observe(_BY_NAME[name], labels, counts, total)
         for (victim, culprit, mechanism), seconds in self._blamed.items():
             score.blame(victim, culprit, mechanism, seconds)

@@ -195,19 +195,30 @@ def _gaps(window: Window, tenant: Ints, row: Ints, first: Ints, model: CostModel
     with tokens the position of the step after which its gaps are such. Tokens that are ready at once have gaps of 0."""
     rows = window.rows
     last, of = rows.last[row], tenant[rows.request[row]]
-    n, count = len(window.ready), int(tenant.max(initial=-1)) + 1
-    change = np.zeros((count, n + 1), dtype=np.int64)
-    np.add.at(change, (of, first + 1), 1)
-    np.add.at(change, (of, last + 1), -1)
-    running = np.cumsum(change, axis=1)[:, :n]
-    code, step = np.nonzero(running)
+    count = int(tenant.max(initial=-1)) + 1
+    parts = [_NOBODY]
+    for tenants_code in np.unique(of).tolist():
+        mine = of == tenants_code
+        step, number = _running(first[mine] + 1, last[mine] + 1, len(window.ready))
+        parts.append((np.full(len(step), tenants_code), step, number))
+    code, step, number = (np.concatenate(column) for column in zip(*parts, strict=True))
     own = 0.0 if model is None else model.coefficients[0] + model.coefficients[3]
     more = np.where(rows.decode[row], (rows.tokens[row] - 1) * (last - rows.first[row] + 1), 0)
     together = np.bincount(of, more, count).astype(np.int64)
     some = np.flatnonzero(together)
     at_once = _columns(ITL, some, np.full(len(some), window.ready[-1]), np.zeros_like(some), weight=together[some])
-    between = _columns(ITL, code, window.ready[step], window.gap_ns[step], own=own, weight=running[code, step])
+    between = _columns(ITL, code, window.ready[step], window.gap_ns[step], own=own, weight=number)
     return [np.concatenate(both) for both in zip(between, at_once, strict=True)]
+
+
+_NOBODY: tuple[Ints, Ints, Ints] = (np.zeros(0, dtype=np.int64),) * 3
+
+
+def _running(begin: Ints, end: Ints, n: int) -> tuple[Ints, Ints]:
+    """In which of n steps some of these stretches are under way (``end`` is not), and how many."""
+    running = np.cumsum(np.bincount(begin, minlength=n + 1) - np.bincount(end, minlength=n + 1))[:n]
+    step = np.flatnonzero(running)
+    return step, running[step]
 
 
 def _first_tokens(window: Window, tenant: Ints, model: CostModel | None) -> list[_Wait]:
