@@ -86,7 +86,8 @@ def spent(window: Window, tenant: Ints, tenants: int, block_tokens: int, model: 
     steps = rows.last - rows.first + 1
     tokens = (rows.tokens * steps).astype(np.float64)
     passed = np.where(window.gap_ns >= 0, window.gap_ns, window.ready - window.begin).astype(np.float64)
-    time, weighted = running_total(passed), running_total(passed * np.arange(n))
+    held = passed * _share_held(window, block_tokens)
+    time, weighted = running_total(held), running_total(held * np.arange(n))
     held_ns = time[rows.last + 1] - time[rows.first]
     grown = weighted[rows.last + 1] - weighted[rows.first] - (rows.first - 1) * held_ns
     token_ns = rows.resident * (rows.context * held_ns + rows.tokens * grown)
@@ -106,6 +107,23 @@ def spent(window: Window, tenant: Ints, tenants: int, block_tokens: int, model: 
         total(cost),
         total(token_ns / max(block_tokens, 1) + rows.resident * held_ns / 2),  # half of a block is not full
     )
+
+
+def _share_held(window: Window, block_tokens: int) -> Floats:
+    """Of each step, the share of the blocks that its requests need by their contexts which is really used: below 1
+    where requests share the blocks of a prefix."""
+    rows, n = window.rows, len(window.ready)
+    rise = rows.resident * rows.tokens / max(block_tokens, 1)
+    level = rows.resident * (rows.context / max(block_tokens, 1) + 0.5) - rise * (rows.first - 1)
+
+    def of_steps(amount: Floats) -> Floats:
+        begun, ended = (np.bincount(at, amount, n + 1)[:n] for at in (rows.first, rows.last + 1))
+        total: Floats = np.cumsum(begun - ended)
+        return total
+
+    needed, used = of_steps(level) + of_steps(rise) * np.arange(n), window.columns["kv_used"].astype(np.float64)
+    share: Floats = np.divide(used, needed, out=np.ones(n), where=(used > 0) & (needed > used))
+    return share
 
 
 class Waits:

@@ -163,17 +163,22 @@ def tokens_in(trace: Trace) -> tuple[Counter[str], Counter[str], Counter[str]]:
 
 
 def kv_block_ns_in(trace: Trace, block_tokens: int) -> dict[str, float]:
-    """KV blocks times ns that each tenant held, step by step: half of a request's last block is not full."""
+    """KV blocks times ns that each tenant held, step by step: half of a request's last block is not full, and all of
+    them together hold no more than is used."""
     tenants, held = tenant_of(trace), defaultdict[str, float](float)
     for replica in lives_of(trace):
         times = {row["step"]: row for row in trace.steps.to_pylist() if row["replica"] == replica}
         for step, doing in as_batches(trace, replica).items():
             row, before = times[step], times.get(step - 1)
             since = before["ready"] if before is not None else min(row["dispatched"], row["ready"])
-            for name, (phase, tokens, context, *_) in doing.items():
-                if phase in ("prefill", "decode", "paused"):
-                    blocks = (context + tokens) / block_tokens + 0.5
-                    held[tenants[replica, name]] += blocks * (row["ready"] - since)
+            needed = {
+                name: (context + tokens) / block_tokens + 0.5
+                for name, (phase, tokens, context, *_) in doing.items()
+                if phase in ("prefill", "decode", "paused")
+            }
+            share = min(row["kv_used"] / sum(needed.values()), 1.0) if needed and row["kv_used"] else 1.0
+            for name, blocks in needed.items():
+                held[tenants[replica, name]] += blocks * share * (row["ready"] - since)
     return held
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,17 +26,29 @@ SEED = 3
 STORIES = ("chunked_flood", "culprit_and_victim", "engine_pause", "healthy")
 
 
+@dataclass(frozen=True)
+class Story:
+    """``samples``: what a scraper saw; ``first_ns``: when each tenant's first request came; ``used_block_s``: KV blocks
+    in use, times seconds, as the steps say themselves."""
+
+    samples: Samples
+    first_ns: dict[str, int]
+    used_block_s: float
+
+
 @cache
-def watched(story: str) -> tuple[Samples, dict[str, int]]:
-    """What a scraper saw of a story, and when each tenant's first request came."""
+def watched(story: str) -> Story:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "story.otlp.jsonl"
         record(load_scenario(str(SCENARIOS / f"{story}.yaml")), path, seed=SEED, executor="virtual")
         samples = watch_spans(Reader(Findings()).read(find_sources(path)))
+        trace = read_trace(path)
         first: dict[str, int] = {}
-        for row in read_trace(path).requests.to_pylist():
+        for row in trace.requests.to_pylist():
             first[row["tenant"]] = min(first.get(row["tenant"], row["arrival"]), row["arrival"])
-        return samples, first
+        ready, used = (trace.steps[name].to_numpy() for name in ("ready", "kv_used"))
+        passed_ns = np.diff(ready, prepend=trace.steps["dispatched"][0].as_py())
+        return Story(samples, first, float((used * passed_ns).sum()) / 1e9)
 
 
 def last(samples: Samples, family: Family, *by: str) -> dict[tuple[str, ...], float]:
@@ -48,25 +61,26 @@ def last(samples: Samples, family: Family, *by: str) -> dict[tuple[str, ...], fl
 
 
 def test_a_newcomer_that_stalls_others_is_blamed_within_half_a_minute_and_nobody_else() -> None:
-    samples, first = watched("chunked_flood")
+    story = watched("chunked_flood")
+    samples = story.samples
     blamed = last(samples, families.BLAME, "culprit")
     assert set(blamed) == {("ember",)}
     rises = [np.flatnonzero(np.nan_to_num(values) > 0) for _, values in samples.of(families.BLAME.name)]
     seen_ns = min(int(samples.times_ns[one[0]]) for one in rises if len(one))
     stalled = [np.flatnonzero(np.nan_to_num(values) > 1.0) for _, values in samples.of(families.STALLED.name)]
-    begins_ns = max(first["ember"], min(int(samples.times_ns[one[0]]) for one in stalled if len(one)))
+    begins_ns = max(story.first_ns["ember"], min(int(samples.times_ns[one[0]]) for one in stalled if len(one)))
     assert seen_ns <= begins_ns + 30 * 10**9
 
 
 def test_who_stalls_itself_as_well_is_not_blamed_for_that() -> None:
-    samples, _ = watched("culprit_and_victim")
+    samples = watched("culprit_and_victim").samples
     assert set(last(samples, families.BLAME, "culprit")) == {("amber",)}
     assert ("amber", "amber") not in last(samples, families.BLAME, "victim", "culprit")
     assert last(samples, families.STALLED, "victim")["amber",] > 5
 
 
 def test_an_engine_that_pauses_is_nobodys_fault() -> None:
-    samples, _ = watched("engine_pause")
+    samples = watched("engine_pause").samples
     assert last(samples, families.BLAME, "culprit") == {}
     judged = last(samples, families.JUDGED, "verdict")
     assert judged["engine_stall",] > 0.8 * sum(last(samples, families.STALLED, "victim").values())
@@ -74,14 +88,14 @@ def test_an_engine_that_pauses_is_nobodys_fault() -> None:
 
 
 def test_healthy_traffic_is_nobodys_fault() -> None:
-    samples, _ = watched("healthy")
+    samples = watched("healthy").samples
     assert last(samples, families.BLAME, "culprit") == {}
     assert set(last(samples, families.INCIDENTS, "verdict")) <= {("overload",)}
 
 
 @pytest.mark.parametrize("story", STORIES)
 def test_blame_and_judgement_never_exceed_what_was_lost(story: str) -> None:
-    samples, _ = watched(story)
+    samples = watched(story).samples
     stalled, blamed = (last(samples, family, "victim") for family in (families.STALLED, families.BLAME))
     for victim, seconds in blamed.items():
         assert seconds <= stalled[victim] + 1e-6
@@ -90,9 +104,18 @@ def test_blame_and_judgement_never_exceed_what_was_lost(story: str) -> None:
 
 @pytest.mark.parametrize("story", STORIES)
 def test_no_counter_falls(story: str) -> None:
-    samples, _ = watched(story)
+    samples = watched(story).samples
     for (name, labels), values in samples.values.items():
         if name.endswith(("_total", "_bucket", "_count", "_sum")):
             there = values[~np.isnan(values)]
             assert (np.diff(there) >= 0).all(), (name, labels)
             assert there[0] == 0, "a series begins at zero, so that its first rise counts"
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_tenants_hold_the_kv_blocks_that_are_used_and_spend_no_more_time_than_steps_took(story: str) -> None:
+    samples = watched(story).samples
+    held = sum(last(samples, families.KV, "tenant").values())
+    assert 0.98 * watched(story).used_block_s < held < 1.001 * watched(story).used_block_s
+    spent, busy = (sum(last(samples, family).values()) for family in (families.STEP_TIME, families.BUSY))
+    assert 0 < spent < busy
