@@ -23,7 +23,7 @@ from stallscope.workloads.scenario import load_scenario
 
 SCENARIOS = Path(stallscope.bench.__file__).parent / "scenarios"
 SEED = 3
-STORIES = ("chunked_flood", "culprit_and_victim", "engine_pause", "healthy")
+STORIES = ("chunked_flood", "kv_pinning", "head_of_line", "culprit_and_victim", "engine_pause", "healthy")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ def last(samples: Samples, family: Family, *by: str) -> dict[tuple[str, ...], fl
     return {key: value for key, value in found.items() if value}
 
 
-def test_a_newcomer_that_stalls_others_is_blamed_within_half_a_minute_and_nobody_else() -> None:
-    story = watched("chunked_flood")
+@pytest.mark.parametrize("name", STORIES[:3])
+def test_a_newcomer_that_stalls_others_is_blamed_within_half_a_minute_and_nobody_else(name: str) -> None:
+    story = watched(name)
     samples = story.samples
     blamed = last(samples, families.BLAME, "culprit")
     assert set(blamed) == {("ember",)}
