@@ -128,6 +128,21 @@ def test_names_that_differ_stay_apart_and_short_enough() -> None:
     assert label_value("x" * 300) == "x" * 300
 
 
+def test_by_default_200_tenants_and_200_replicas_are_all_named_and_so_is_who_stalls_them() -> None:
+    it = scored()
+    tenants = [f"tenant-{number}" for number in range(200)]
+    for number, tenant in enumerate(tenants):
+        it.scores.admit(tenant, tenants[:number])
+        for family in FAMILIES:
+            if family.labels == ("replica",):
+                (it.scores.add if family.kind is Kind.COUNTER else it.scores.set)(family, (f"r{number}",), 1)
+        it.scores.blame(tenants[number - 1], tenant, "kv_pinning", 1)
+    it.scrape()
+    exposed = it.scrape()
+    assert [series for series in exposed if OTHER in dict(series[1]).values()] == []
+    assert all(exposed[blame(tenants[number - 1], tenants[number])] == 1 for number in range(200))
+
+
 @pytest.mark.parametrize("budget", [LEAST_SERIES, 3000])
 def test_a_crowd_of_every_kind_fills_the_budget_and_no_more(budget: int) -> None:
     it = scored(budget)
