@@ -91,7 +91,7 @@ class Losses:
     def add(self, seconds: float, *, calm: bool) -> None:
         """The next window's. ``calm``: it may count as usual."""
         self.of_late, self._before = self._before + seconds, seconds
-        if calm and not self.is_unusual:
+        if calm:
             self._calm.append(self.of_late)
 
     @property
