@@ -72,7 +72,7 @@ def test_a_collector_without_a_watch_shows_what_it_has_received(tmp_path: Path) 
     sound = request(random.Random(1), 5)
     spoilt = request(random.Random(2), 3)
     spoilt.resource_spans[0].scope_spans[0].spans[0].span_id = b"short"
-    with collecting(tmp_path) as running:
+    with collecting(tmp_path, "--no-watch") as running:
         for message in (sound, sound, spoilt):  # one was sent again
             assert running.post(message.SerializeToString()).status_code == 200
         answer = running.client.get(metrics_of(running), headers={"Accept": OPENMETRICS})
