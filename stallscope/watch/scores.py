@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.diagnosis.partition import Mechanism
+from stallscope.errors import UsageError
 from stallscope.watch.exposition import classic, openmetrics
 from stallscope.watch.families import (
     BLAME,
@@ -58,7 +59,7 @@ POSSIBLE = tuple(
 )
 _CREATED_LINES = 2  # of the families without labels
 _RETRY_NS = 60 * 10**9  # who is (other) stays it so long, but for blame
-_MOST_REMEMBERED = 50_000  # folded values, and series that have left
+_MOST_REMEMBERED = 20_000  # folded values, and series that have left
 _MOST_OF_REPLICA = 64  # by device, reason and verdict, beside those that every replica has
 _MOST_ADMITTED = 4096
 _OF_ONE_TENANT = [
@@ -85,7 +86,7 @@ class Scores:
     ``Scrapers``). A series leaves when its room is needed and it has been quiet for hours; if it returns, it goes on
     from its value. Until then new amounts of it are in ``(other)``.
 
-    Raises ValueError for fewer than 500 series, and for an amount that is negative or no number.
+    Raises UsageError where there are too few series, and ValueError for an amount that is negative or no number.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Scores:
         bounds: Mapping[str, Sequence[float]] = BUCKETS,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        if most_series < LEAST_SERIES:
-            raise ValueError(f"{most_series} series are too few, give at least {LEAST_SERIES}")
         self.bounds = {name: tuple(sorted(set(edges))) for name, edges in bounds.items()}
+        last = sum(self._lines(family) for family in FAMILIES) + _CREATED_LINES
+        if most_series < (least := max(LEAST_SERIES, 5 * last)):
+            raise UsageError(f"{most_series} series are too few: give at least {least}")
         self._clock = clock
         self._start_ns = clock()
         self._lock = threading.RLock()
@@ -108,7 +110,6 @@ class Scores:
         self._left: dict[tuple[str, tuple[str, ...]], Series] = {}
         self._folded: dict[tuple[str, str], None] = {}
         self._beside: dict[str, set[str]] = {}  # tenants whose pairs with these are there
-        last = sum(self._lines(family) for family in FAMILIES) + _CREATED_LINES
         self._seats = Seats(most_series - last)
         self._tenant_lines = sum(self._lines(family) * len(_RESTS.get(family, [()])) for family in _OF_ONE_TENANT)
         self._replica_lines = sum(self._lines(family) for family in FAMILIES if family.labels == ("replica",))

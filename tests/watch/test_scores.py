@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stallscope.errors import UsageError
 from stallscope.watch.families import (
     BLAME,
+    BUCKETS,
     BUSY,
     COVERAGE,
     FAMILIES,
@@ -312,6 +314,12 @@ def test_amounts_that_would_make_a_counter_fall_or_mean_nothing_are_refused() ->
         it.scores.set(REQUESTS, ("chat",), 1.0)
     with pytest.raises(ValueError, match="labels"):
         it.scores.add(BLAME, ("chat",), 1.0)
-    with pytest.raises(ValueError, match="500"):
-        Scores(most_series=499)
     assert it.scrape() == {of(SERIES): 1}
+
+
+def test_fewer_series_than_can_say_anything_are_refused() -> None:
+    with pytest.raises(UsageError, match="499 series are too few: give at least 500"):
+        Scores(most_series=499)
+    bounds = {name: [0.01 * number for number in range(1, 100)] for name in BUCKETS}
+    with pytest.raises(UsageError, match="too few"):
+        Scores(most_series=LEAST_SERIES, bounds=bounds)
