@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from stallscope.alerts import settings as s
 from stallscope.alerts.commands import command
-from stallscope.alerts.promql import number, one_of, span
+from stallscope.alerts.promql import number, one_of, selector, span
 from stallscope.alerts.quantities import Counted
 from stallscope.alerts.rules import Group, Owner, RecordingRule, Rule, Severity
 from stallscope.alerts.texts import ByLabel, Found, Label, Percent, Text, Value
@@ -16,8 +16,10 @@ from stallscope.views.words import MECHANISM_WORDS
 from stallscope.watch import families as f
 
 PAIRS = "stallscope:blame:rate1m"
+TOTALS = "stallscope:blame_seconds:sum"
 _PAGE, _TICKET = span(s.PAGE_WINDOW_S), span(s.TICKET_WINDOW_S)
 _BLAME, _JUDGED = f.BLAME.name, f.JUDGED.name
+_TOTAL = f"sum by (culprit) ({_BLAME})"
 _KV = ("kv_pinning", "head_of_line")
 _CAUSES = {
     "dropped_spans": "the engine's telemetry says that it dropped spans",
@@ -28,7 +30,10 @@ _CAUSES = {
 
 def blame_groups(teacher: Teacher, owner: Owner, *, recorded: bool = True) -> tuple[Group, ...]:
     """The pack but for SLOs; without recording rules where whoever evaluates has none."""
-    pairs = RecordingRule(PAIRS, f"sum by (victim, culprit, mechanism) (rate({_BLAME}[{_PAGE}])) > 0")
+    recordings = (
+        RecordingRule(PAIRS, f"sum by (victim, culprit, mechanism) (rate({_BLAME}[{_PAGE}])) > 0"),
+        RecordingRule(TOTALS, _TOTAL),
+    )
     rules = [
         _stalls_others(teacher, owner, recorded=recorded),
         _engine_stalls(teacher, owner),
@@ -43,7 +48,7 @@ def blame_groups(teacher: Teacher, owner: Owner, *, recorded: bool = True) -> tu
         _replica_silent(owner),
         _collector_down(owner),
     ]
-    return (Group("stallscope", s.INTERVAL_S, (pairs,) if recorded else (), tuple(rules)),)
+    return (Group("stallscope", s.INTERVAL_S, recordings if recorded else (), tuple(rules)),)
 
 
 # --- who stalls whom ----------------------------------------------------------------------------------------------
@@ -53,9 +58,12 @@ def _stalls_others(teacher: Teacher, owner: Owner, *, recorded: bool) -> Rule:
     quantity = Counted(f.BLAME, ("culprit",), s.PAGE_WINDOW_S)
     threshold = teacher.threshold(quantity, s.PAGE_STALLS)
     shown = replace(quantity, recorded=PAIRS) if recorded else quantity
+    within = span(s.RISES_WITHIN_S)
+    # A stall moves from victim to victim: what must rise is what its culprit did to all of them.
+    of_each = f"{TOTALS}[{within}]" if recorded else f"({_TOTAL})[{within}:{span(s.INTERVAL_S)}]"
     return Rule(
         "StallscopeTenantStallsOthers",
-        threshold.exceeded_by(shown, _rising("culprit", _BLAME)),
+        threshold.exceeded_by(shown, _lasting("culprit", f"changes({of_each})")),
         Severity.PAGE,
         summary=(
             Label("culprit"),
@@ -69,7 +77,7 @@ def _stalls_others(teacher: Teacher, owner: Owner, *, recorded: bool) -> Rule:
         ),
         description=(
             "Requests of other tenants wait because of this one. Seconds of waiting a second are as many requests as"
-            f" are held up at any time. It rose in the last {s.RISING_S} s and in those before, so it goes on.",
+            f" are held up at any time. They rose at {s.RISES} scrapes within {s.RISES_WITHIN_S} s, so it goes on.",
         ),
         evidence=(
             "By mechanism: ",
@@ -158,9 +166,10 @@ def _engine_stalls(teacher: Teacher, owner: Owner) -> Rule:
     where = ("verdict", (Verdict.ENGINE_STALL.value,))
     quantity = Counted(f.JUDGED, ("replica",), s.PAGE_WINDOW_S, where)
     threshold = teacher.threshold(quantity, s.PAGE_ENGINE)
+    rising = f"{selector(_JUDGED, one_of(*where))}[{span(s.RISES_WITHIN_S)}]"
     return Rule(
         "StallscopeEngineStall",
-        threshold.exceeded_by(quantity, _rising("replica", _JUDGED, one_of(*where))),
+        threshold.exceeded_by(quantity, _lasting("replica", f"sum by (replica) (changes({rising}))")),
         Severity.PAGE,
         summary=(
             "The engine itself is stalling everybody on ",
@@ -430,12 +439,9 @@ def _collector_down(owner: Owner) -> Rule:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _rising(label: str, counter: str, *matchers: str) -> str:
-    """That a counter rose in the last stretch and in the one before: what it counts lasts."""
-    chosen = f"{counter}{{{','.join(matchers)}}}" if matchers else counter
-    window = span(s.RISING_S)
-    latest, before = f"{chosen}[{window}]", f"{chosen}[{window}] offset {window}"
-    return "\n".join(f"and on ({label}) (sum by ({label}) (increase({each})) > 0)" for each in (latest, before))
+def _lasting(label: str, rises: str) -> str:
+    """That a counter rose at several scrapes: what it counts goes on."""
+    return f"and on ({label}) ({rises} >= {s.RISES})"
 
 
 def _found(query: str, given: str, label: str, otherwise: str, form: str = "") -> Found:
