@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from stallscope.alerts import settings as s
-from stallscope.alerts.commands import command
+from stallscope.alerts.commands import command, doctor
 from stallscope.alerts.promql import number, one_of, selector, span
 from stallscope.alerts.quantities import Counted
 from stallscope.alerts.rules import Group, Owner, RecordingRule, Rule, Severity
@@ -387,7 +387,7 @@ def _telemetry_lost(teacher: Teacher, owner: Owner) -> Rule:
             ),
             ".",
         ),
-        command=command(owner, "replica"),
+        command=doctor(owner),
         catches=(Verdict.INSUFFICIENT_DATA,),
         keep_firing_s=s.KEEP_FIRING_S,
     )
@@ -412,7 +412,7 @@ def _replica_silent(owner: Owner) -> Rule:
         threshold_reason=(
             f"with requests there, a step comes every few seconds at the slowest: {silence} is silence.",
         ),
-        command=command(owner, "replica"),
+        command=doctor(owner),
         catches=(Verdict.INSUFFICIENT_DATA, Verdict.ENGINE_STALL),
         about={"cause": ("silent_replica",)},
         keep_firing_s=s.KEEP_FIRING_S,
@@ -429,7 +429,7 @@ def _collector_down(owner: Owner) -> Rule:
         description=("Until it is back, no stall is seen, and no other of these alerts can fire.",),
         evidence=(f"up is 0 for a target that had {f.SERIES.name} within {back}.",),
         threshold_reason=(f"a restart takes less than {span(s.DOWN_FOR_S)}.",),
-        command=command(owner),
+        command=doctor(owner),
         catches=(Verdict.INSUFFICIENT_DATA,),
         about={"cause": ("collector_down",)},
         for_s=s.DOWN_FOR_S,

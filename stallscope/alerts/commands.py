@@ -1,4 +1,4 @@
-"""The command that opens what an alert is about: the folder that ``collect`` writes, from some minutes before it on."""
+"""The commands that open what an alert is about, in the folder that ``collect`` writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _OPTIONS = {"culprit": "--tenant", "tenant": "--tenant", "replica": "--replica"}
 
 
 def command(owner: Owner, label: str = "", began: str = "") -> Text:
-    """``label`` of the alert says which tenant or replica. ``began``: an expression that has had values since the
+    """What analyzes an incident, from some minutes before it on.
+
+    ``label`` of the alert says which tenant or replica. ``began``: an expression that has had values since the
     incident began; ``%[1]q`` in it is that label's value.
     """
     fallback = f"-{span(COMMAND_LOOKBACK_S + BEFORE_S)}"
@@ -24,3 +26,8 @@ def command(owner: Owner, label: str = "", began: str = "") -> Text:
         since = Since(f"time() - {COMMAND_LOOKBACK_S + BEFORE_S}", "", fallback)
     start = f"stallscope analyze {shlex.quote(owner.folder)} --since "
     return (start, since, ShellWord(_OPTIONS[label], label)) if label else (start, since)
+
+
+def doctor(owner: Owner) -> Text:
+    """What says which telemetry is missing."""
+    return (f"stallscope doctor {shlex.quote(owner.folder)}",)
