@@ -81,7 +81,7 @@ def test_without_promtool_the_rules_are_written_and_the_warning_comes_once(
 
 @needs_promtool
 def test_rules_that_promtool_refuses_are_not_written(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("stallscope.alerts.blame_pack.PAIRS", "no name of a metric")
+    monkeypatch.setattr("stallscope.alerts.tenant_rules.PAIRS", "no name of a metric")
     code, out, err = run("alerts", "export", "-o", tmp_path / "rules.yml")
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert "promtool refuses the rules" in err
