@@ -1,4 +1,4 @@
-"""The commands on alert rules: export; what proves them joins this group."""
+"""The commands on alert rules: export, and the proof that they work (``backtesting``)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stallscope.alerts.choices import Format, Pack
+from stallscope.cli.backtesting import backtest
 from stallscope.cli.shared import check_new, progress
 from stallscope.errors import UsageError
 
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
 
 RUNBOOKS = "docs/runbooks"
 
-app = typer.Typer(name="alerts", help="Alert rules on who stalls whom.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="alerts",
+    help="Alert rules on who stalls whom, and the proof that they work.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+app.command(epilog="Example: stallscope alerts backtest rules.yaml stall.otlp.jsonl.zst --quiet-on healthy.parquet")(
+    backtest
+)
 
 
 @app.command(

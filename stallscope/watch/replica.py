@@ -89,7 +89,7 @@ class WatchedReplica:
             self.heard_ns = end_ns
             self._take(window, spans)
         elif not self._stream.alive or end_ns > self.heard_ns + _SILENT_NS:
-            self._losses.add(0.0, calm=False)  # whoever is there may wait for a step that takes long
+            self._losses.add(0.0)  # whoever is there may wait for a step that takes long
         self._stream.done()
 
     def _take(self, window: Window, spans: ReplicaSpans) -> None:
@@ -104,7 +104,7 @@ class WatchedReplica:
         self.waited = self._waits.of(window, tenant, self.costs.model)
         self._usual.settle()
         self._count_stalled(window, self.waited)
-        if self.case is None:
+        if self._is_calm:
             self._usual.learn(self.waited.kind, self.waited.time, self.waited.delay)
 
     # --- stalls -----------------------------------------------------------------------------------------------------
@@ -123,12 +123,19 @@ class WatchedReplica:
                     del self._counted[handle, kind]
             victim = self.tenants.names[int(waited.tenant[row])]
             self.stalled_s[victim] = self.stalled_s.get(victim, 0.0) + amount / 1e9
-        self._losses.add(sum(self.stalled_s.values()), calm=self.case is None)
+        self._losses.add(sum(self.stalled_s.values()))
         if self.case is None and self._losses.is_unusual:
             self.case = Case(int(window.begin[0]))
+        if self._is_calm:
+            self._losses.learn()
         if self.case is not None:
             for victim, seconds in self.stalled_s.items():
                 self.case.waiting[victim] += seconds
+
+    @property
+    def _is_calm(self) -> bool:
+        """Whether what happens may count as usual: so does a stall in which a diagnosis finds nothing."""
+        return self.case is None or self.case.is_usual
 
     def _beyond(self, waited: Waited, delay: Floats) -> tuple[Mask, Floats]:
         """Which waits are stalled, and how much longer than usual, or than promised, each is (ns)."""
