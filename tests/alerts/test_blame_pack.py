@@ -206,6 +206,21 @@ def test_the_command_begins_five_minutes_before_the_stall_and_names_the_culprit(
 
 
 @needs_promtool
+@pytest.mark.parametrize(("alert", "severity"), [(STALLS, PAGE), (STALLED, TICKET)], ids=["page", "ticket"])
+def test_the_command_of_a_collector_that_has_just_begun_begins_with_its_first_step(
+    tmp_path: Path, alert: str, severity: dict[str, str]
+) -> None:
+    """Who asks for a time before the first span is told that it lies outside the trace."""
+    test = UnitTest()
+    test.scraped(f.STEPS.name, {"replica": "r0"}, [float("nan")] * 60 + rising(30, 0, 60))
+    test.scraped(f.STEPS.name, {"replica": "r1"}, [float("nan")] * 70 + rising(30, 0, 50))
+    blame(test, rising(2.0, 75, 100))
+    command = "stallscope analyze spans --since 1970-01-01T00:10:00Z --tenant='hog'"
+    test.saying(900, alert, [(HOG | severity, {"command": command})])
+    test.passes(annotated(RULES, "command"), tmp_path)
+
+
+@needs_promtool
 def test_a_ticket_says_whom_by_what_and_how_much(tmp_path: Path) -> None:
     test = UnitTest()
     blame(test, rising(1.0, 12, 14), victim="chat")
