@@ -213,6 +213,17 @@ def test_wrong_use_is_one_line_and_exit_code_2(run: Run, arguments: list[str], s
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "says"), [("0.2)", "could not parse expression"), ("0.2\n    fro: 5m", "fro not found")]
+)
+def test_rules_that_prometheus_refuses_are_refused_before_any_trace_is_read(run: Run, change: str, says: str) -> None:
+    Path("rules.yaml").write_text(PAGE.replace("0.2", change))
+    code, _, err = run("rules.yaml", "no such trace")
+    assert code == 2
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
 def test_without_promtool_nothing_is_read_and_it_says_how_to_get_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     code, out, err = run("rules.yaml", "no such trace")
