@@ -200,8 +200,7 @@ def _evidence(result: Backtest) -> list[str]:
     evaluations = f"every {runs[0].grid.evaluation_ms / 1e3:g} s"
     traces = f"{words.counted(len(runs), 'trace')}, {length}"
     made = [f"evaluated by Prometheus' own promtool, {evaluations}, over {traces}; the same run again gave the same"]
-    spread = words.duration(runs[0].grid.phase_ms / 1e3)
-    made[0] += f"; delays ± {spread}, as scrapes and evaluations happen to fall"
+    made[0] += f"; delays ± {runs[0].grid.phase_ms / 1e3:g} s, as scrapes and evaluations happen to fall"
     share = result.share_in_time
     if share is not None:
         percent, interval = f"{share.hits / share.of:.0%}", f"{share.low:.0%} to {share.high:.0%}"
