@@ -21,6 +21,7 @@ from stallscope.views import words
 SCHEMA_VERSION = 1
 MOST_FIRINGS = 50  # on a terminal
 _LONGEST_NAME = 32
+_LEAST_SCRAPES = 3  # in a window, so that with one of them gone there still is a rate
 _STYLE = {
     Answer.CAUGHT: "green",
     Answer.LATE: "red",
@@ -208,6 +209,15 @@ def _evidence(result: Backtest) -> list[str]:
     for calm, where in ((result.calm, "calm"), (result.quiet_calm, "the quiet traces")):
         if calm.most_per_week is not None and (calm is not result.quiet_calm or result.quiet):
             made.append(f"false pages by what was seen of {where}: at most {_rate(calm.most_per_week)} a week (95%)")
+    brittle = [
+        alert
+        for alert, read in zip(result.rules.alerts, result.reads.alerts, strict=True)
+        if read.shortest_s < _LEAST_SCRAPES * runs[0].grid.scrape_ms / 1e3 and not result.reason(alert)
+    ]
+    if brittle:
+        names = words.listed(list(dict.fromkeys(words.printable(alert.name) for alert in brittle)))
+        least = f"{_LEAST_SCRAPES * runs[0].grid.scrape_ms / 1e3:g} s"
+        made.append(f"windows below {least}, which one late or failed scrape empties, and no backtest shows: {names}")
     longer = [
         alert
         for alert in result.rules.alerts

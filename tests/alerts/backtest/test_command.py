@@ -131,6 +131,13 @@ def test_a_rule_that_proves_nothing_says_what_it_needs(run: Run) -> None:
     assert "Burn is not provable on this data: looks back 6 h, the trace has 15 min" in out
 
 
+def test_a_window_that_one_late_scrape_empties_is_named(run: Run) -> None:
+    says = "windows below 30 s, which one late or failed scrape empties, and no backtest shows: Stalls"
+    assert says not in run("rules.yaml", "stall")[1]
+    Path("rules.yaml").write_text(PAGE.replace("[1m]", "[20s]"))
+    assert says in run("rules.yaml", "stall")[1]
+
+
 def test_json_has_all_of_it(run: Run) -> None:
     code, out, _ = run("rules.yaml", "stall", "late", "--quiet-on", "busy", "--format", "json")
     made = json.loads(out)
