@@ -18,7 +18,7 @@ LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check .
 TYPES = $(BIN)/mypy
 IMPORTS = $(BIN)/lint-imports --no-logo
 
-.PHONY: help demo test test-vllm lint types imports format docs clean
+.PHONY: help demo test test-vllm lint types imports format docs boards clean
 
 help:
 	@echo "make demo      record a stall on the bundled engine, diagnose it, say who did it"
@@ -27,6 +27,7 @@ help:
 	@echo "make lint | types | imports     one of these"
 	@echo "make format    format the code and mend what ruff can mend"
 	@echo "make docs      write the pages of docs/ that are made from code"
+	@echo "make boards    write the Grafana boards of dashboards/grafana/"
 	@echo "make clean     remove .venv and caches"
 
 demo: .venv/.installed-demo
@@ -59,6 +60,9 @@ format: .venv/.installed-dev
 
 docs: .venv/.installed-dev
 	@$(BIN)/python docs/generate.py
+
+boards: .venv/.installed-dev
+	@$(BIN)/python dashboards/grafana/generate.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,1 +1,1 @@
-"""Alert rules: what is exported, and the proof that it works."""
+"""Alerts: rules on what a watch, or an engine itself, exposes; the proof that they work; boards of the same metrics."""

@@ -36,6 +36,14 @@ def collect(
         str | None, typer.Option(help="URL of an OTLP/HTTP endpoint that gets what /metrics shows, every 10 s.")
     ] = None,
     max_series: Annotated[int, typer.Option(help="Series on /metrics; the rest is counted as (other).")] = 20_000,
+    slo: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What counts as stalled, in place of the usual, and a bound of the histograms: ttft=500ms@p99, or "
+            "chat:itl=100ms@p99 for one tenant; may be given again."
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option(help="Diagnose stalls while they go on, for /metrics.")] = True,
 ) -> None:
     """Receive spans over OTLP (HTTP and gRPC) and keep them in a folder that is a trace.
 
@@ -43,8 +51,11 @@ def collect(
     /metrics for Prometheus, too.
     """
     try:
+        from stallscope.diagnosis.slo import parse_slo
         from stallscope.live.collector import collect as run
         from stallscope.live.store import Limits
+        from stallscope.live.watching import Watching
+        from stallscope.watch.rehearsal import bounds_with
         from stallscope.watch.scores import LEAST_SERIES, Scores
     except ModuleNotFoundError as error:
         raise UsageError(f"the collector needs {error.name}: pip install 'stallscope[collect]'") from error
@@ -67,22 +78,33 @@ def collect(
     if max_series < LEAST_SERIES:
         raise UsageError(f"--max-series {max_series} must be at least {LEAST_SERIES}")
 
+    slos = [parse_slo(text) for text in slo or ()]
+    scores = Scores(most_series=max_series, bounds=bounds_with(slos))
+    watching = Watching(scores, slos) if watch else None
+
     def ready(over_http: Address | None, over_grpc: Address | None) -> None:
         where = [f"http://{over_http}/v1/traces"] if over_http is not None else []
         where += [f"gRPC at {over_grpc}"] if over_grpc is not None else []
         metrics = f"metrics at http://{over_http}/metrics; " if over_http is not None else ""
+        if watching is not None:
+            watching.start()
         typer.echo(f"collecting into {out}: {', '.join(where)}; {metrics}Ctrl-C ends it")
 
-    done = run(
-        out,
-        limits,
-        held,
-        http=addresses[0],
-        grpc=addresses[1],
-        ready=ready,
-        scores=Scores(most_series=max_series),
-        metrics_to=None if metrics_to is None else _endpoint("--metrics-to", metrics_to),
-    )
+    try:
+        done = run(
+            out,
+            limits,
+            held,
+            http=addresses[0],
+            grpc=addresses[1],
+            ready=ready,
+            listeners=[watching] if watching is not None else [],
+            scores=scores,
+            metrics_to=None if metrics_to is None else _endpoint("--metrics-to", metrics_to),
+        )
+    finally:
+        if watching is not None:
+            watching.close()
     counts = done.counts
     parts = [f"received {counts.spans:,} spans in {counts.requests:,} requests ({counts.repeated:,} sent again)"]
     if counts.refused or counts.refused_spans:

@@ -49,6 +49,11 @@ class Case:
     _looked_ns: int = 0
     _rate: float = 0.0  # at the last look
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether a diagnosis has found nothing in it."""
+        return self.looks > 0 and self.attribution is None
+
     def wants_look(self, now_ns: int, rate: float) -> bool:
         """Whether another diagnosis may say more; ``rate``: what was lost of late."""
         if now_ns > self.start_ns + LONGEST_NS:

@@ -12,6 +12,7 @@ from stallscope.watch.stream import Window, duration_ns
 _FIT_AT = (150, 600, 2_000, 6_000)  # steps seen, and then each time that as many more were
 _FIT_EVERY = 20_000
 _MOST_STEPS = 3_000  # of the latest ones that it is fitted on
+_FAR_BEYOND = 2.0  # times the most prefill tokens that a fitted step had: it knows nothing of such steps
 _MOST_ERROR = 0.1  # median relative error from which on nothing is said of unexplained time
 
 
@@ -24,6 +25,7 @@ class Costs:
         self._durations: list[Floats] = []
         self._seen = 0
         self._next = _FIT_AT[0]
+        self._most_tokens = 0.0  # of prompts in a step, as far as it was fitted on
 
     def learn(self, window: Window) -> None:
         """Takes a window's steps as examples."""
@@ -34,8 +36,12 @@ class Costs:
         self._seen += int(taught.sum())
         while sum(map(len, self._durations[1:])) >= _MOST_STEPS:
             del self._features[0], self._durations[0]
-        if self._seen >= self._next:
-            self.model = fit_cost_model(np.concatenate(self._features), np.concatenate(self._durations))
+        tokens = float(features[taught, 1].max(initial=0.0))
+        is_new = self.model is not None and tokens > _FAR_BEYOND * self._most_tokens
+        if self._seen >= self._next or is_new:
+            examples = np.concatenate(self._features)
+            self.model = fit_cost_model(examples, np.concatenate(self._durations))
+            self._most_tokens = float(examples[:, 1].max(initial=0.0))
             self._next = next((one for one in _FIT_AT if one > self._seen), self._seen + _FIT_EVERY)
 
     def unexplained_ns(self, window: Window) -> float:

@@ -25,13 +25,13 @@ class _Families(Collector):
     snapshot: Snapshot
 
     def collect(self) -> Iterator[Metric]:
-        for family, points in groupby(self.snapshot.points, key=lambda point: point.family):
+        for family, points in groupby(self.snapshot.points, key=lambda point: point.of.family):
             name = family.name.removesuffix("_total") if family.kind is Kind.COUNTER else family.name
             metric = Metric(name, family.help, family.kind.value, family.unit)
             metric.samples = [
-                Sample(line, dict(labels), value)
+                Sample(line, labels, value)
                 for point in points
-                for line, labels, value in self.snapshot.samples(point)
+                for (line, labels), value in zip(point.of.samples, point.numbers(), strict=True)
             ]
             if family.kind is Kind.COUNTER and not family.labels:
                 metric.samples.append(Sample(f"{name}_created", {}, self.snapshot.start_ns / 1e9))

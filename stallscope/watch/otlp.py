@@ -58,6 +58,7 @@ class Push:
         self, scores: Scores, url: str, *, before: Callable[[], None] = lambda: None, every_s: float = SCRAPE_S
     ) -> None:
         self._scores, self._url, self._before, self._every_s = scores, url, before, every_s
+        self._shown = str(httpx.URL(url).copy_with(username=None, password=None, query=None))  # no keys in a log
         self._ended = threading.Event()
         self._said = ""
 
@@ -87,7 +88,7 @@ class Push:
         if not trouble:
             self._scores.seen(snapshot, self._url)
         if trouble != self._said:
-            log.warning("%s %s", self._url, trouble or "takes metrics again")
+            log.warning("%s %s", self._shown, trouble or "takes metrics again")
         self._said = trouble
 
 
@@ -112,7 +113,7 @@ def request_of(snapshot: Snapshot, resource: Resource) -> ExportMetricsServiceRe
     """A snapshot as the body of a push."""
     metrics = [
         _metric(family, list(points), snapshot)
-        for family, points in groupby(snapshot.points, key=lambda point: point.family)
+        for family, points in groupby(snapshot.points, key=lambda point: point.of.family)
     ]
     scope = InstrumentationScope(name="stallscope", version=__version__)
     of_resource = ResourceMetrics(scope_metrics=[ScopeMetrics(scope=scope, metrics=metrics)])
@@ -151,12 +152,12 @@ def _histogram(point: Point, snapshot: Snapshot) -> HistogramDataPoint:
         count=sum(counts),
         sum=point.value,
         bucket_counts=counts,
-        explicit_bounds=snapshot.bounds[point.family.name],
+        explicit_bounds=snapshot.bounds[point.of.family.name],
     )
 
 
 def _attributes(point: Point) -> list[KeyValue]:
-    return [_attribute(name, value) for name, value in point.named.items()]
+    return [_attribute(name, value) for name, value in point.of.named.items()]
 
 
 def _attribute(name: str, value: str) -> KeyValue:

@@ -15,7 +15,7 @@ from stallscope.diagnosis.timeline import Floats, Mask
 from stallscope.errors import UsageError
 from stallscope.trace.decode import MOST, ReplicaSpans
 from stallscope.trace.findings import Findings
-from stallscope.watch.case import Case
+from stallscope.watch.case import LONGEST_NS, Case
 from stallscope.watch.costs import Costs
 from stallscope.watch.memory import Memory
 from stallscope.watch.stream import Stream, Window
@@ -24,6 +24,7 @@ from stallscope.watch.usual import Losses, Usual
 from stallscope_telemetry import names
 
 REMEMBERED_NS = 120_000_000_000  # of calm before a stall: what a diagnosis learns the usual from
+_SILENT_NS = 60_000_000_000  # without a step, it is no stall any more but an engine, or telemetry, that has stopped
 _BLOCK_TOKENS = 16  # where the engine does not say
 
 
@@ -37,6 +38,7 @@ class WatchedReplica:
         self.window: Window | None = None
         self.spent: Spent | None = None
         self.waited: Waited | None = None
+        self.heard_ns = 0  # when steps came last, by the clock of whoever watches
         self.stalled_s: dict[str, float] = {}  # of the latest window, by victim
         self.costs = Costs()
         self.preempted: dict[int, int] = {}  # by handle: how often, as far as counted
@@ -48,6 +50,7 @@ class WatchedReplica:
         self._counted: dict[tuple[int, int], float] = {}  # of waits that go on: by handle and kind, ns counted so far
         self._losses = Losses()
         self._kv_total = 0
+        self._calm_until = 0
 
     @property
     def now_ns(self) -> int:
@@ -77,12 +80,16 @@ class WatchedReplica:
         """Takes what came in a window that is over at ``end_ns``, by the clock of whoever watches."""
         self._memory.add(spans, end_ns)
         if self.case is None:
-            self._memory.forget(end_ns - REMEMBERED_NS)
+            self._calm_until = end_ns
+        self._memory.forget(end_ns - REMEMBERED_NS - min(end_ns - self._calm_until, LONGEST_NS))
         self.window = self.spent = self.waited = None
         self.stalled_s = {}
         window = self._stream.advance(spans.steps(Findings()))
         if window is not None:
+            self.heard_ns = end_ns
             self._take(window, spans)
+        elif not self._stream.alive or end_ns > self.heard_ns + _SILENT_NS:
+            self._losses.add(0.0)  # whoever is there may wait for a step that takes long
         self._stream.done()
 
     def _take(self, window: Window, spans: ReplicaSpans) -> None:
@@ -97,7 +104,7 @@ class WatchedReplica:
         self.waited = self._waits.of(window, tenant, self.costs.model)
         self._usual.settle()
         self._count_stalled(window, self.waited)
-        if self.case is None:
+        if self._is_calm:
             self._usual.learn(self.waited.kind, self.waited.time, self.waited.delay)
 
     # --- stalls -----------------------------------------------------------------------------------------------------
@@ -116,12 +123,19 @@ class WatchedReplica:
                     del self._counted[handle, kind]
             victim = self.tenants.names[int(waited.tenant[row])]
             self.stalled_s[victim] = self.stalled_s.get(victim, 0.0) + amount / 1e9
-        self._losses.add(sum(self.stalled_s.values()), calm=self.case is None)
+        self._losses.add(sum(self.stalled_s.values()))
         if self.case is None and self._losses.is_unusual:
             self.case = Case(int(window.begin[0]))
+        if self._is_calm:
+            self._losses.learn()
         if self.case is not None:
             for victim, seconds in self.stalled_s.items():
                 self.case.waiting[victim] += seconds
+
+    @property
+    def _is_calm(self) -> bool:
+        """Whether what happens may count as usual: so does a stall in which a diagnosis finds nothing."""
+        return self.case is None or self.case.is_usual
 
     def _beyond(self, waited: Waited, delay: Floats) -> tuple[Mask, Floats]:
         """Which waits are stalled, and how much longer than usual, or than promised, each is (ns)."""
@@ -149,13 +163,18 @@ class WatchedReplica:
         assert self.case is not None
         try:
             trace, slos = self._memory.trace(), self._known(self._slos)
-            diagnosis: Diagnosis | None = diagnose(trace, slos=slos, replay=False)
+            by_charges = diagnose(trace, slos=slos, replay=False)
             # A replay costs ten times as much: it is for who may be accused, and not for what befalls busy engines.
-            if self.case.suspects(diagnosis):
-                diagnosis = diagnose(trace, slos=slos)
+            suspects = self.case.suspects(by_charges)
+            diagnosis: Diagnosis | None = diagnose(trace, slos=slos) if suspects else by_charges
         except UsageError:  # nothing sound is remembered: there is nothing to say
             diagnosis = None
         self.case.looked(diagnosis, self.now_ns, self._losses.of_late)
+
+    def skip_look(self) -> None:
+        """There is nothing to be said."""
+        if self.case is not None:
+            self.case.looked(None, self.now_ns, self._losses.of_late)
 
     def _known(self, slos: tuple[Slo, ...]) -> list[Slo]:
         return [slo for slo in slos if slo.tenant is None or slo.tenant in self.tenants.names]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,16 +34,33 @@ from stallscope.watch.samples import Series as SeriesName
 from stallscope.watch.scrapers import Scrapers
 from stallscope.watch.seats import Seats, Whose
 from stallscope.watch.series import OPEN, Counter, Counts, Gauge, Histogram, Series, folded
-from stallscope.watch.snapshot import Point, Snapshot
+from stallscope.watch.snapshot import Point, Snapshot, identity
 
 LEAST_SERIES = 500
-# Of a pair that comes together, at zero from the start; others come when there is blame, and wait for one scrape.
-LIKELY = (Mechanism.PREFILL_INTERFERENCE, Mechanism.PREFILL_QUEUE, Mechanism.KV_PINNING, Mechanism.HEAD_OF_LINE)
+# Of a pair that comes together, at zero from the start: these while there is room, and those while pairs are few. What
+# is not there when blame comes waits for one scrape.
+LIKELY = tuple(
+    one.value
+    for one in (Mechanism.PREFILL_INTERFERENCE, Mechanism.PREFILL_QUEUE, Mechanism.KV_PINNING, Mechanism.HEAD_OF_LINE)
+)
+POSSIBLE = tuple(
+    one.value
+    for one in (
+        Mechanism.SLOT_EXHAUSTION,
+        Mechanism.STEP_BOUNDARY,
+        Mechanism.DECODE_DRAG,
+        Mechanism.PREEMPTION,
+        Mechanism.RECOMPUTE,
+        Mechanism.PREFILL_PRIORITY,
+        Mechanism.CACHE_EVICTION,
+    )
+)
 _PHASES = ("prefill", "decode")
 _CREATED_LINES = 2  # of the families without labels
 _RETRY_NS = 60 * 10**9  # who is (other) stays it so long, unless blamed
 _MOST_REMEMBERED = 50_000  # folded values, and series that have left
 _MOST_OF_REPLICA = 64  # by device, reason and verdict, beside those that every replica has
+_MOST_ADMITTED = 4096
 _OF_TENANTS = ("tenant", "victim")
 
 
@@ -77,7 +94,7 @@ class Scores:
     ) -> None:
         if most_series < LEAST_SERIES:
             raise ValueError(f"{most_series} series are too few, give at least {LEAST_SERIES}")
-        self.bounds = {name: tuple(sorted(edges)) for name, edges in bounds.items()}
+        self.bounds = {name: tuple(sorted(set(edges))) for name, edges in bounds.items()}
         self._clock = clock
         self._start_ns = clock()
         self._lock = threading.RLock()
@@ -87,6 +104,7 @@ class Scores:
         self._detours: dict[tuple[str, tuple[str, ...]], _Detour] = {}
         self._left: dict[tuple[str, tuple[str, ...]], Series] = {}
         self._folded: dict[tuple[str, str], None] = {}
+        self._beside: dict[str, set[str]] = {}  # tenants whose pairs with these are there
         last = sum(self._lines(family) for family in FAMILIES) + _CREATED_LINES
         self._seats = Seats(most_series - last)
         self._tenant_lines = sum(
@@ -114,11 +132,21 @@ class Scores:
                     for rest in _PHASES if family is TOKENS else ("",):
                         if family.kind is not Kind.GAUGE:
                             self._series(family, (tenant, rest) if rest else (tenant,), now)
-            for mechanism in LIKELY:
-                for other in others:
-                    for labels in ((tenant, other, mechanism.value), (other, tenant, mechanism.value)):
-                        if labels not in self._live[BLAME.name] and self._new(BLAME, labels, now) is None:
-                            return
+            known = self._beside.setdefault(tenant, set())
+            new = [other for other in others if other not in known]
+            pairs = [pair for other in new for pair in ((tenant, other), (other, tenant))]
+            if not all(self._make_ready((*pair, likely), now) for likely in LIKELY for pair in pairs):
+                return
+            known.update(new)
+            if len(self._beside) > _MOST_ADMITTED:
+                self._beside.clear()
+            for labels in ((*pair, possible) for possible in POSSIBLE for pair in pairs):
+                if not self._seats.has_plenty(Whose.PAIR) or not self._make_ready(labels, now):
+                    return
+
+    def _make_ready(self, labels: tuple[str, ...], now: int) -> bool:
+        """Blame's series with these labels is there, if there is room."""
+        return labels in self._live[BLAME.name] or self._new(BLAME, labels, now) is not None
 
     def blame(self, victim: str, culprit: str, mechanism: str, seconds: float) -> None:
         """Blame by what it is called in the diagnosis: both are tenants, or what stands for one."""
@@ -198,11 +226,9 @@ class Scores:
                 if self._scrapers.have_seen(series.sequence, series.born_ns, now):
                     series.release()
                     del self._held[series]
-            points = [
-                point for family in FAMILIES for series in self._live[family.name].values() for point in _points(series)
-            ]
-            exposed = sum(len(point.counts) + 2 if point.counts is not None else 1 for point in points)
-            points.append(Point(SERIES, (), {}, float(exposed + 1), None))
+            points = [series.point() for family in FAMILIES for series in self._live[family.name].values()]
+            exposed = sum(len(point.of.samples) for point in points) + 1
+            points.append(Point(identity(SERIES, ()), float(exposed)))
             return Snapshot(sequence, now, self._start_ns, tuple(points), self.bounds)
 
     def seen(self, snapshot: Snapshot, scraper: str) -> None:
@@ -245,7 +271,7 @@ class Scores:
             if (series := self._live[family.name].get(names) or self._new(family, names, now, make_room=True))
         )
         self._seats.use(found.seat, now)  # so that what follows can't make room by it
-        self._note_folded(family, labels, found.labels, now)
+        self._note_folded(family, labels, found.identity.labels, now)
         return found
 
     def _note_folded(self, family: Family, labels: tuple[str, ...], under: tuple[str, ...], now: int) -> None:
@@ -291,26 +317,26 @@ class Scores:
 
     def _begin(self, family: Family, labels: tuple[str, ...], now: int) -> Series:
         sequence = self._scrapers.coming
+        named = identity(family, labels, self.bounds.get(family.name, ()))
         before = self._left.pop((family.name, labels), None)
         if family.kind is Kind.GAUGE:
             self._leave_others(family, labels)
-            return Gauge(family, labels, sequence, now)
+            return Gauge(named, sequence, now)
         if family.kind is Kind.COUNTER:
-            value = before.value if isinstance(before, Counter) else 0.0
-            return Counter(family, labels, sequence, now, value)
+            return Counter(named, sequence, now, before.value if isinstance(before, Counter) else 0.0)
         if isinstance(before, Histogram):
-            return Histogram(family, labels, sequence, now, before.counts, before.total)
-        return Histogram(family, labels, sequence, now, np.zeros(len(self.bounds[family.name]) + 1))
+            return Histogram(named, sequence, now, before.counts, before.total)
+        return Histogram(named, sequence, now, np.zeros(len(self.bounds[family.name]) + 1))
 
     def _withdraw(self, series: Series, now: int) -> None:
         """It leaves; what it held, which nobody has seen yet, is (other)'s."""
         self._take_away(series)
+        family, labels = series.identity.family, series.identity.labels
         if series.holds:
-            live = self._live[series.family.name]
-            others = folded(series.family, series.labels)[1:]
-            series.hand_over(next(filter(None, (live.get(it) or self._new(series.family, it, now) for it in others))))
+            live, others = self._live[family.name], folded(family, labels)[1:]
+            series.hand_over(next(filter(None, (live.get(one) or self._new(family, one, now) for one in others))))
         if not series.is_zero:
-            self._left[series.family.name, series.labels] = series
+            self._left[family.name, labels] = series
             if len(self._left) > _MOST_REMEMBERED:
                 del self._left[next(iter(self._left))]
 
@@ -324,7 +350,7 @@ class Scores:
 
     def _take_away(self, series: Series) -> None:
         series.is_out = True
-        del self._live[series.family.name][series.labels]
+        del self._live[series.identity.family.name][series.identity.labels]
         self._held.pop(series, None)
 
     def _seat_of(self, family: Family, labels: tuple[str, ...]) -> tuple[Whose, tuple[str, ...], int]:
@@ -354,10 +380,3 @@ def _check(family: Family, kind: Kind, *amounts: float) -> None:
         raise ValueError(f"{family.name} is a {family.kind}, not a {kind}")
     if not all(amount >= 0 and math.isfinite(amount) for amount in amounts):
         raise ValueError(f"{family.name} can't change by {', '.join(map(str, amounts))}: it only rises")
-
-
-def _points(series: Series) -> Iterator[Point]:
-    if isinstance(series, Histogram):
-        yield Point(series.family, series.labels, series.named, series.total, series.counts)
-    elif isinstance(series, Counter | Gauge):
-        yield Point(series.family, series.labels, series.named, series.value, None)

@@ -87,6 +87,10 @@ class Seats:
         taken = sum(max(used + (lines if one is kind else 0), self._sure[one]) for one, used in self._used.items())
         return taken <= self._most
 
+    def has_plenty(self, kind: Whose) -> bool:
+        """Whether not even half of its sure share is used."""
+        return self._used[kind] < self._sure[kind] / 2
+
     def take(self, kind: Whose, key: Key, reserved: int, now_ns: int) -> Seat:
         """A new seat; ``fits`` must have said so."""
         seat = Seat(kind, key, reserved, now_ns, now_ns)

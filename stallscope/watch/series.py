@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.watch.families import COVERAGE, LAST_SEEN, OLDEST_WAIT, OTHER, Family
+from stallscope.watch.snapshot import Identity, Point
 
 if TYPE_CHECKING:
     from stallscope.watch.seats import Seat
@@ -32,19 +33,18 @@ _TOGETHER: Mapping[str, Callable[[Iterable[float]], float]] = {
 class Series:
     """``sequence``: of the scrape that is the first to show it, ``born_ns`` when that began to be so."""
 
-    __slots__ = ("born_ns", "family", "is_held", "is_out", "labels", "named", "seat", "sequence")
+    __slots__ = ("born_ns", "identity", "is_held", "is_out", "seat", "sequence")
     seat: Seat
 
-    def __init__(self, family: Family, labels: tuple[str, ...], sequence: int, born_ns: int) -> None:
-        self.family, self.labels = family, labels
+    def __init__(self, identity: Identity, sequence: int, born_ns: int) -> None:
+        self.identity = identity
         self.sequence, self.born_ns = sequence, born_ns
         self.is_held = True
         self.is_out = False  # it is exposed no more
-        self.named = dict(zip(family.labels, labels, strict=True))
 
     @property
     def lines(self) -> int:
-        return 1
+        return len(self.identity.samples)
 
     @property
     def holds(self) -> bool:
@@ -63,16 +63,18 @@ class Series:
     def hand_over(self, other: Series) -> None:
         """What is held is another's of the family."""
 
+    def point(self) -> Point:
+        """What it shows."""
+        raise NotImplementedError
+
 
 class Counter(Series):
     """A number that rises."""
 
     __slots__ = ("held", "value")
 
-    def __init__(
-        self, family: Family, labels: tuple[str, ...], sequence: int, born_ns: int, value: float = 0.0
-    ) -> None:
-        super().__init__(family, labels, sequence, born_ns)
+    def __init__(self, identity: Identity, sequence: int, born_ns: int, value: float = 0.0) -> None:
+        super().__init__(identity, sequence, born_ns)
         self.value, self.held = value, 0.0
 
     @property
@@ -99,25 +101,31 @@ class Counter(Series):
             other.add(self.held)
             self.held = 0.0
 
+    def point(self) -> Point:
+        return Point(self.identity, self.value)
+
 
 class Gauge(Series):
     """A number as it is, or several that share one series: ``parts``, by the labels that they came with."""
 
     __slots__ = ("parts",)
 
-    def __init__(self, family: Family, labels: tuple[str, ...], sequence: int, born_ns: int) -> None:
-        super().__init__(family, labels, sequence, born_ns)
+    def __init__(self, identity: Identity, sequence: int, born_ns: int) -> None:
+        super().__init__(identity, sequence, born_ns)
         self.is_held = False
         self.parts: dict[tuple[str, ...], float] = {}
 
     @property
     def value(self) -> float:
-        return _TOGETHER.get(self.family.name, math.fsum)(self.parts.values())
+        return _TOGETHER.get(self.identity.family.name, math.fsum)(self.parts.values())
 
     def set(self, came_with: tuple[str, ...], value: float) -> None:
         self.parts[came_with] = value
         if len(self.parts) > MOST_FOLDED_GAUGES:
             del self.parts[next(iter(self.parts))]
+
+    def point(self) -> Point:
+        return Point(self.identity, self.value)
 
 
 class Histogram(Series):
@@ -125,16 +133,10 @@ class Histogram(Series):
 
     __slots__ = ("counts", "held_counts", "held_total", "total")
 
-    def __init__(
-        self, family: Family, labels: tuple[str, ...], sequence: int, born_ns: int, counts: Counts, total: float = 0.0
-    ) -> None:
-        super().__init__(family, labels, sequence, born_ns)
+    def __init__(self, identity: Identity, sequence: int, born_ns: int, counts: Counts, total: float = 0.0) -> None:
+        super().__init__(identity, sequence, born_ns)
         self.counts, self.total = counts, total
         self.held_counts, self.held_total = np.zeros(len(counts)), 0.0
-
-    @property
-    def lines(self) -> int:
-        return len(self.counts) + 2
 
     @property
     def holds(self) -> bool:
@@ -161,6 +163,9 @@ class Histogram(Series):
         if isinstance(other, Histogram):
             other.add(self.held_counts, self.held_total)
             self.held_counts, self.held_total = np.zeros(len(self.counts)), 0.0
+
+    def point(self) -> Point:
+        return Point(self.identity, self.total, self.counts)
 
 
 def folded(family: Family, labels: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from prometheus_client.utils import floatToGoString
 
-from stallscope.watch.families import Family
+from stallscope.watch.families import Family, Kind
 from stallscope.watch.samples import Series as SeriesName
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Identity:
+    """A series by its labels: ``samples`` are the name and labels of each of its lines, ``names`` the same as keys."""
+
+    family: Family
+    labels: tuple[str, ...]
+    named: Mapping[str, str]
+    samples: tuple[tuple[str, dict[str, str]], ...]
+    names: tuple[SeriesName, ...]
+
+
+def identity(family: Family, labels: tuple[str, ...], bounds: Sequence[float] = ()) -> Identity:
+    """``bounds``: of a histogram, without +Inf."""
+    named = dict(zip(family.labels, labels, strict=True))
+    samples = [(family.name, named)]
+    if family.kind is Kind.HISTOGRAM:
+        edges = [*map(floatToGoString, bounds), "+Inf"]
+        samples = [(f"{family.name}_bucket", {**named, "le": edge}) for edge in edges]
+        samples += [(f"{family.name}_count", named), (f"{family.name}_sum", named)]
+    names = tuple((name, tuple(sorted(some.items()))) for name, some in samples)
+    return Identity(family, labels, named, tuple(samples), names)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Point:
     """One series, or one histogram with its ``counts``, one a bucket, not cumulative; ``value`` is then its sum."""
 
-    family: Family
-    labels: tuple[str, ...]
-    named: Mapping[str, str]
+    of: Identity
     value: float
-    counts: npt.NDArray[np.float64] | None
+    counts: npt.NDArray[np.float64] | None = None
+
+    def numbers(self) -> list[float]:
+        """One for each line."""
+        if self.counts is None:
+            return [self.value]
+        cumulative: list[float] = self.counts.cumsum().tolist()
+        return [*cumulative, cumulative[-1], self.value]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,23 +62,8 @@ class Snapshot:
     points: tuple[Point, ...]  # those of a family together
     bounds: Mapping[str, tuple[float, ...]]
 
-    def samples(self, point: Point) -> Iterator[tuple[str, Mapping[str, str], float]]:
-        """Each line of a point: its name, labels and value."""
-        name = point.family.name
-        if point.counts is None:
-            yield name, point.named, point.value
-            return
-        edges = [*map(floatToGoString, self.bounds[name]), "+Inf"]
-        cumulative = point.counts.cumsum().tolist()
-        for edge, count in zip(edges, cumulative, strict=True):
-            yield f"{name}_bucket", {**point.named, "le": edge}, count
-        yield f"{name}_count", point.named, cumulative[-1]
-        yield f"{name}_sum", point.named, point.value
-
     def values(self) -> dict[SeriesName, float]:
         """All of it as plain numbers."""
         return {
-            (name, tuple(sorted(labels.items()))): float(value)
-            for point in self.points
-            for name, labels, value in self.samples(point)
+            name: value for point in self.points for name, value in zip(point.of.names, point.numbers(), strict=True)
         }

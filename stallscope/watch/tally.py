@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,10 +11,12 @@ import numpy.typing as npt
 from stallscope.diagnosis.cost_model import CostModel
 from stallscope.diagnosis.ledger import cost_lines
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
-from stallscope.diagnosis.replica import UNKNOWN
+from stallscope.diagnosis.replica import OTHER, UNKNOWN
 from stallscope.diagnosis.timeline import Floats, Ints, running_total
 from stallscope.trace.rebuild import Phase, SeenRequest
 from stallscope.watch.stream import Window
+
+MOST_TENANTS = 200  # of a replica, in the order in which they came; the others are one
 
 Counts = npt.NDArray[np.int64]
 
@@ -28,12 +31,14 @@ class Tenants:
     def code(self, request: SeenRequest) -> int:
         name = request.info.tenant or UNKNOWN
         code = self._codes.get(name)
+        if code is None and len(self.names) >= MOST_TENANTS:
+            name, code = OTHER, self._codes.get(OTHER)
         if code is None:
             code = self._codes[name] = len(self.names)
             self.names.append(name)
         return code
 
-    def codes(self, requests: list[SeenRequest]) -> Ints:
+    def codes(self, requests: Sequence[SeenRequest]) -> Ints:
         return np.array([self.code(one) for one in requests], dtype=np.int64)
 
 
@@ -91,7 +96,7 @@ def spent(window: Window, tenant: Ints, tenants: int, block_tokens: int, model: 
         cost = level * steps + rise * (steps * (steps - 1) / 2)
 
     def total(amount: Floats) -> Floats:
-        each: Floats = np.bincount(of, amount, tenants)
+        each: Floats = np.bincount(of, amount, tenants).astype(np.float64)
         return each
 
     return Spent(
@@ -121,11 +126,11 @@ class Waits:
         found = [*_first_tokens(window, tenant, model), *self._pauses(window, tenant)]
         single = np.array(found, dtype=np.float64).reshape(len(found), 7)
         joined = [np.concatenate([one, two]) for one, two in zip(gaps, single.T, strict=True)]
-        metric, of, time, length, own, handle, is_open = joined
-        metric, of, time, length, handle = (one.astype(np.int64) for one in (metric, of, time, length, handle))
+        metric, of, when, length, handle = (joined[column].astype(np.int64) for column in (0, 1, 2, 3, 5))
+        own, is_open = joined[4], joined[6]
         weight = np.where(handle < 0, -handle, 1)
         return Waited(
-            of * len(METRICS) + metric, of, time, length, own, weight, np.maximum(handle, -1), is_open.astype(np.bool_)
+            of * len(METRICS) + metric, of, when, length, own, weight, np.maximum(handle, -1), is_open.astype(np.bool_)
         )
 
     def _pauses(self, window: Window, tenant: Ints) -> list[_Wait]:

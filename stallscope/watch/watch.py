@@ -21,13 +21,15 @@ from stallscope.trace.findings import Findings
 from stallscope.trace.otlp import SpanGroup
 from stallscope.watch import families
 from stallscope.watch.case import USUAL, Case
+from stallscope.watch.changes import Score
 from stallscope.watch.replica import WatchedReplica
-from stallscope.watch.scores import Scores
 from stallscope.watch.tally import Waited
 from stallscope_telemetry import names
 
 log = logging.getLogger(__name__)
 
+MOST_REPLICAS = 2_000
+FORGOTTEN_NS = 900_000_000_000  # a replica without steps for so long has ended
 _SAMPLE_S = 10.0  # a GPU sample says nothing of more time than this
 _THROTTLES = {"thermal": "thermal", "power": "power"}
 _NO_THROTTLE = ("idle", "application", "sync", "display")
@@ -38,7 +40,7 @@ Look = Callable[[WatchedReplica], None]
 class Watch:
     """All replicas whose spans come in. ``take`` spans, ``close_window`` every ``families.WINDOW_S``."""
 
-    def __init__(self, scores: Scores, slos: Sequence[Slo] = ()) -> None:
+    def __init__(self, scores: Score, slos: Sequence[Slo] = ()) -> None:
         self.scores = scores
         self.replicas: dict[str, WatchedReplica] = {}
         self._slos = tuple(slos)
@@ -58,18 +60,27 @@ class Watch:
         ``now_ns``: by the clock of whoever watches.
         """
         self._findings = Findings()
-        for name, spans in self._collected.replicas.items():
+        for name, spans in list(self._collected.replicas.items()):
             new = spans.taken()
             self._count_throttling(name, new.samples)
-            if new.rows or new.requests:
+            if name in self.replicas or (new.rows and len(self.replicas) < MOST_REPLICAS):
                 self._advance(name, new, now_ns)
+            elif not new.samples:
+                del self._collected.replicas[name]
+        self._count_ages(now_ns)
         due = [one for one in self.replicas.values() if one.wants_look]
         for replica in sorted(due, key=_urgency):
             if not may_look():
                 break
-            replica.look()
-        for replica in self.replicas.values():
+            try:
+                replica.look()
+            except Exception:  # of one replica nobody is named, and the others are watched on
+                log.exception("replica %r: its stall can't be diagnosed", replica.name)
+                replica.skip_look()
+        for replica in list(self.replicas.values()):
             self._judge(replica)
+            if now_ns > replica.heard_ns + FORGOTTEN_NS:
+                self._forget(replica)
 
     # --- windows ------------------------------------------------------------------------------------------------------
 
@@ -82,13 +93,13 @@ class Watch:
         for tenant in replica.tenants.names[known:]:
             self.scores.admit(tenant, replica.tenants.names)
         if replica.window is not None:
-            self._count_steps(replica, now_ns)
+            self._count_steps(replica)
             self._count_spent(replica)
             self._count_waits(replica)
             for victim, seconds in replica.stalled_s.items():
                 self.scores.add(families.STALLED, (victim,), seconds)
 
-    def _count_steps(self, replica: WatchedReplica, now_ns: int) -> None:
+    def _count_steps(self, replica: WatchedReplica) -> None:
         window, scores, name = replica.window, self.scores, replica.name
         assert window is not None
         columns = window.columns
@@ -106,9 +117,19 @@ class Watch:
         scores.set(families.KV_USED, (name,), float(columns["kv_used"][-1]))
         scores.set(families.KV_TOTAL, (name,), float(replica.kv_total))
         scores.set(families.LAST_SEEN, (name,), replica.now_ns / 1e9)
-        scores.set(families.LAG, (), max(now_ns - replica.now_ns, 0) / 1e9)
-        for tenant, age in replica.oldest_waits_s().items():
-            scores.set(families.OLDEST_WAIT, (tenant,), age)
+
+    def _count_ages(self, now_ns: int) -> None:
+        """How long somebody waits now, and how late this is, over all replicas."""
+        new = [one for one in self.replicas.values() if one.window is not None]
+        if new:
+            self.scores.set(families.LAG, (), max(max(now_ns - one.now_ns, 0) for one in new) / 1e9)
+        oldest: dict[str, float] = {}
+        for replica in self.replicas.values():
+            waits = replica.oldest_waits_s()
+            for tenant in replica.tenants.names:
+                oldest[tenant] = max(oldest.get(tenant, 0.0), waits.get(tenant, 0.0))
+        for tenant, age in oldest.items():
+            self.scores.set(families.OLDEST_WAIT, (tenant,), age)
 
     def _count_spent(self, replica: WatchedReplica) -> None:
         spent, scores, window = replica.spent, self.scores, replica.window
@@ -162,6 +183,13 @@ class Watch:
         for code, row in enumerate(counts.reshape(-1, size)):
             if row.any():
                 self.scores.observe(family, (replica.tenants.names[code],), row, float(totals[code]))
+
+    def _forget(self, replica: WatchedReplica) -> None:
+        """It has ended, or was never ours."""
+        del self.replicas[replica.name]
+        self._collected.replicas.pop(replica.name, None)
+        self._dropped.pop(replica.name, None)
+        self.scores.forget_replica(replica.name)
 
     # --- judgement ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stallscope.watch.families import BLAME, INCIDENTS, STALLED, TTFT
-from stallscope.watch.scores import LIKELY
+from stallscope.watch.scores import LIKELY, POSSIBLE
 from tests.watch.scoring import blame, buckets, of, scored
 
 
@@ -14,27 +14,38 @@ def test_pairs_are_at_zero_from_the_admission_on() -> None:
     it.scores.admit("newcomer", ["chat", "batch"])
     exposed = it.scrape()
     pairs = [("newcomer", "chat"), ("chat", "newcomer"), ("newcomer", "batch"), ("batch", "newcomer")]
-    expected = {blame(*pair, mechanism.value): 0.0 for pair in pairs for mechanism in LIKELY}
+    expected = {blame(*pair, mechanism): 0.0 for pair in pairs for mechanism in (*LIKELY, *POSSIBLE)}
     assert {series: value for series, value in exposed.items() if series[0] == BLAME.name} == expected
     assert exposed[of(STALLED, "newcomer")] == 0
+
+
+def test_of_many_tenants_pairs_are_at_zero_for_the_likely_mechanisms_before_any_for_the_others() -> None:
+    it = scored()
+    everybody = [f"tenant-{number}" for number in range(30)]
+    for number, tenant in enumerate(everybody):
+        it.scores.admit(tenant, everybody[:number])
+    exposed = it.scrape()
+    assert all(blame(one, other, LIKELY[-1]) in exposed for one in everybody for other in everybody if one != other)
+    assert blame("tenant-1", "tenant-0", POSSIBLE[-1]) in exposed
+    assert blame("tenant-29", "tenant-28", POSSIBLE[0]) not in exposed
 
 
 def test_blame_of_a_pair_that_was_seen_at_zero_is_shown_at_once() -> None:
     it = scored()
     it.scores.admit("newcomer", ["chat"])
     it.scrape()
-    it.scores.blame("chat", "newcomer", LIKELY[0].value, 3.0)
-    assert it.scrape()[blame("chat", "newcomer", LIKELY[0].value)] == 3
+    it.scores.blame("chat", "newcomer", LIKELY[0], 3.0)
+    assert it.scrape()[blame("chat", "newcomer", LIKELY[0])] == 3
 
 
 def test_a_first_offence_by_another_mechanism_is_shown_at_zero_first_and_nothing_of_it_is_lost() -> None:
     it = scored()
     it.scrape()
-    it.scores.blame("chat", "newcomer", "decode_drag", 3.0)
-    it.scores.blame("chat", "newcomer", "decode_drag", 2.0)
-    assert it.scrape()[blame("chat", "newcomer", "decode_drag")] == 0
-    it.scores.blame("chat", "newcomer", "decode_drag", 1.0)
-    assert it.scrape()[blame("chat", "newcomer", "decode_drag")] == 6
+    it.scores.blame("chat", "newcomer", "adapter_swap", 3.0)
+    it.scores.blame("chat", "newcomer", "adapter_swap", 2.0)
+    assert it.scrape()[blame("chat", "newcomer", "adapter_swap")] == 0
+    it.scores.blame("chat", "newcomer", "adapter_swap", 1.0)
+    assert it.scrape()[blame("chat", "newcomer", "adapter_swap")] == 6
 
 
 def test_every_counter_and_histogram_begins_at_zero() -> None:

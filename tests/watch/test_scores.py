@@ -12,6 +12,7 @@ from stallscope.watch.families import (
     BLAME,
     BUSY,
     COVERAGE,
+    FAMILIES,
     FOLDED,
     INCIDENTS,
     JUDGED,
@@ -25,6 +26,7 @@ from stallscope.watch.families import (
     THROTTLED,
     TOKENS,
     TTFT,
+    Kind,
 )
 from stallscope.watch.names import MOST_BYTES, label_value
 from stallscope.watch.samples import parse_exposition
@@ -94,7 +96,7 @@ def test_what_is_exposed_sums_to_all_that_came(steps: list[tuple[str, int, tuple
     for what, number, labels, amount in steps:
         if what == "scrape":
             it.scrape()
-        else:
+        elif what != "forget":  # then series may leave at once
             do(it, what, number, labels, amount)
     it.scrape()
     exposed = it.scrape()
@@ -124,6 +126,27 @@ def test_names_that_differ_stay_apart_and_short_enough() -> None:
     assert len(set(shown)) == len(shown)
     assert max(len(name.encode()) for name in shown) <= MOST_BYTES
     assert label_value("x" * 300) == "x" * 300
+
+
+@pytest.mark.parametrize("budget", [LEAST_SERIES, 3000])
+def test_a_crowd_of_every_kind_fills_the_budget_and_no_more(budget: int) -> None:
+    it = scored(budget)
+    for number in range(budget // 10):
+        tenant, replica = f"tenant-{number}", f"replica-{number}"
+        it.scores.admit(tenant, [f"tenant-{number // 2}", f"tenant-{number // 3}"])
+        for family in FAMILIES:
+            if family.kind is Kind.GAUGE and family.labels:
+                it.scores.set(family, (tenant if "tenant" in family.labels else replica,), 1)
+            elif family.labels == ("replica",):
+                it.scores.add(family, (replica,), 1)
+        for few in range(20):
+            it.scores.blame(f"tenant-{number + few}", tenant, f"mechanism-{few}", 1)
+            it.scores.add(JUDGED, (replica, f"verdict-{few}"), 1)
+            it.scores.add(INCIDENTS, (f"verdict-{number}",), 1)
+    for _ in range(2):
+        text = it.scores.exposition().decode()
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+        assert 0.9 * budget < len(lines) <= budget
 
 
 # --- who is (other) -------------------------------------------------------------------------------------------------
@@ -179,6 +202,17 @@ def test_a_series_that_left_goes_on_from_its_value() -> None:
     it.scores.add(STEP_TIME, ("back",), 2.0)
     assert it.scrape()[of(STEP_TIME, "back")] == 7
     assert it.scrape()[of(STEP_TIME, "back")] == 9
+
+
+def test_what_nobody_has_seen_of_a_series_that_left_is_others() -> None:
+    it = scored(LEAST_SERIES)
+    it.scores.add(STEP_TIME, ("unseen",), 7.0)
+    it.clock.passes(3 * HOUR_S)
+    crowd(it, 100)
+    it.scrape()
+    exposed = it.scrape()
+    assert of(STEP_TIME, "unseen") not in exposed
+    assert total(exposed, STEP_TIME) == 107
 
 
 def test_a_culprit_is_named_at_once_though_the_budget_is_full_of_pairs_at_zero() -> None:

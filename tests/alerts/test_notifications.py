@@ -1,0 +1,302 @@
+"""What people are told, by a real Alertmanager with the configuration and the templates that users copy."""
+
+from __future__ import annotations
+
+import html
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.alerts.servers import (
+    AMTOOL,
+    NEEDS_ALERTMANAGER,
+    Alertmanager,
+    Inbox,
+    Mailbox,
+    alertmanager,
+    mailbox,
+    receiving,
+    wait_for,
+)
+
+FOLDER = Path(__file__).parents[2] / "dashboards" / "alertmanager"
+BEGUN = datetime(2026, 3, 1, 14, 2, tzinfo=UTC)
+COMMAND = "stallscope analyze traces/ --since 2026-03-01T14:01:00Z"
+RUNBOOK = "https://example.com/runbooks/StallscopeTenantStallsOthers.md"
+HOSTILE = [
+    "\"double\" and 'single'",
+    "back\\slash \\n \\u0041",
+    "two\nlines",
+    "{{ .Labels.alertname }} {{ template }} }}",
+    "{braces}",
+    "🔥 naïve 租户",
+    "x" * 300,
+    "<script>alert(1)</script>",
+    "<!channel> & <https://example.com|here> &amp;",
+    "*bold* _it_ `code` ~no~",
+    "%s %d $1 ${x}",
+]
+
+pytestmark = NEEDS_ALERTMANAGER
+
+
+@dataclass(frozen=True)
+class Told:
+    """An Alertmanager, and what the people that it notifies have got."""
+
+    manager: Alertmanager
+    inbox: Inbox
+    mailbox: Mailbox
+
+    def slack(self, title: str = "") -> list[dict[str, Any]]:
+        """Messages as Slack shows them, of which the title holds a text."""
+        shown = [body["attachments"][0] for body in self.inbox.at("/slack")]
+        plain = [one | {name: html.unescape(one[name]) for name in ("title", "text", "fallback")} for one in shown]
+        return [one for one in plain if title in one["title"]]
+
+    def state(self, name: str) -> str:
+        """Of the alert of a name: active or suppressed; unprocessed for a moment before."""
+        (alert,) = [one for one in self.manager.alerts() if one["labels"]["alertname"] == name]
+        return str(alert["status"]["state"])
+
+
+def config() -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load((FOLDER / "alertmanager.yml").read_text(encoding="utf-8"))
+    return read
+
+
+def locally(inbox: Inbox, letters: Mailbox) -> dict[str, Any]:
+    """The configuration as it is shipped, in a hurry, and all its receivers on this machine."""
+    changed, at = config(), f"http://127.0.0.1:{inbox.port}"
+    changed["templates"] = [str(FOLDER / name) for name in changed["templates"]]
+    changed["global"] |= {"smtp_smarthost": f"127.0.0.1:{letters.port}", "smtp_require_tls": False}
+    for route in (changed["route"], *changed["route"]["routes"]):
+        route |= {"group_wait": "1s", "group_interval": "1s"}
+    pages, tickets = changed["receivers"]
+    pages["pagerduty_configs"][0]["url"] = f"{at}/pagerduty"
+    pages["slack_configs"][0]["api_url"] = f"{at}/slack"
+    tickets["webhook_configs"][0]["url"] = f"{at}/tickets"
+    return changed
+
+
+@pytest.fixture(name="told")
+def _told(tmp_path: Path) -> Iterator[Told]:
+    with _running(tmp_path) as told:
+        yield told
+
+
+@contextmanager
+def _running(folder: Path) -> Iterator[Told]:
+    with receiving() as inbox, mailbox() as letters, alertmanager(folder, locally(inbox, letters)) as manager:
+        yield Told(manager, inbox, letters)
+
+
+def alert(name: str, severity: str, over: bool = False, **labels: str) -> dict[str, object]:
+    """An alert as the exported rules make it, of a tenant or a replica."""
+    who = labels.get("tenant") or labels.get("replica", "")
+    return {
+        "labels": {"alertname": name, "severity": severity, "team": "inference", **labels},
+        "annotations": {
+            "summary": sentence(who),
+            "description": f"Requests of {who} took what others needed.",
+            "evidence": f"chat waited 4.2 s a second for {who}",
+            "threshold_reason": "3 x the highest of 2 h of calm: 0.4",
+            "runbook_url": RUNBOOK,
+            "command": COMMAND,
+        },
+        "startsAt": BEGUN.isoformat(),
+        "endsAt": (BEGUN + timedelta(minutes=7) if over else datetime.now(UTC) + timedelta(hours=1)).isoformat(),
+    }
+
+
+def sentence(who: str) -> str:
+    return f"{who} is stalling chat and search: its requests hold the KV cache (4.2 request-seconds a second)"
+
+
+def page(tenant: str, over: bool = False) -> dict[str, object]:
+    return alert("StallscopeTenantStallsOthers", "page", over, tenant=tenant)
+
+
+class _Visible(HTMLParser):
+    """The text of a page that a reader sees, and the elements in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.elements = "", set[str]()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.elements.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_configuration_that_is_shipped_is_sound() -> None:
+    assert AMTOOL is not None
+    run = subprocess.run(
+        [AMTOOL, "check-config", FOLDER / "alertmanager.yml"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_page_says_who_stalls_whom_since_when_and_what_to_do(told: Told) -> None:
+    told.manager.fire(page("reasoner"))
+    (message,) = wait_for(told.slack, "message")
+    assert message["title"] == message["fallback"] == f"[PAGE] {sentence('reasoner')}"
+    assert message["color"] == "danger"
+    assert message["text"].splitlines() == [
+        f"{sentence('reasoner')}. Since 14:02 UTC.",
+        "Evidence: chat waited 4.2 s a second for reasoner",
+        f"Open: {COMMAND}",
+        f"Runbook: {RUNBOOK}",
+    ]
+    (incident,) = wait_for(lambda: told.inbox.at("/pagerduty"), "incident")
+    assert incident["payload"]["summary"] == message["title"]
+    assert incident["payload"]["severity"] == "critical"
+    assert incident["payload"]["custom_details"]["text"].splitlines() == [
+        f"{sentence('reasoner')}. Since 14:02 UTC.",
+        "Requests of reasoner took what others needed.",
+        "Evidence: chat waited 4.2 s a second for reasoner",
+        "Threshold: 3 x the highest of 2 h of calm: 0.4",
+        f"Open: {COMMAND}",
+        f"Runbook: {RUNBOOK}",
+    ]
+
+
+def test_what_is_over_is_said_to_be_with_its_times(told: Told) -> None:
+    told.manager.fire(page("reasoner"))
+    wait_for(told.slack, "message")
+    told.manager.fire(page("reasoner", over=True))
+    (message,) = wait_for(lambda: told.slack("[OVER]"), "end of it")
+    assert message["title"] == f"[OVER] {sentence('reasoner')}"
+    assert message["color"] == "good"
+    assert message["text"] == f"Over:\n- {sentence('reasoner')}. From 14:02 UTC to 14:09 UTC."
+
+
+def test_hostile_names_arrive_as_they_are_and_each_in_its_own_message(told: Told) -> None:
+    told.manager.fire(*map(page, HOSTILE))
+    messages = wait_for(lambda: (found := told.slack()) and len(found) == len(HOSTILE) and found, "message for each")
+    assert sorted(one["title"] for one in messages) == sorted(f"[PAGE] {sentence(name)}" for name in HOSTILE)
+    for name in HOSTILE:
+        (message,) = [one for one in messages if sentence(name) in one["title"]]
+        assert message["text"].startswith(f"{sentence(name)}. Since 14:02 UTC.\n")
+    for body in told.inbox.at("/slack"):  # and no markup: neither a call of everybody nor bold
+        assert "<" not in body["attachments"][0]["text"] + body["attachments"][0]["title"]
+        assert body["attachments"][0]["mrkdwn_in"] == ["pretext"]
+    incidents = wait_for(lambda: (found := told.inbox.at("/pagerduty")) and len(found) == len(HOSTILE) and found, "all")
+    assert {one["payload"]["summary"] for one in incidents} == {f"[PAGE] {sentence(name)}" for name in HOSTILE}
+
+
+def test_hostile_names_in_e_mails_and_webhooks_arrive_as_they_are(told: Told) -> None:
+    told.manager.fire(*(alert("StallscopeKvPinned", "ticket", tenant=name) for name in HOSTILE))
+    letters = wait_for(lambda: len(found := told.mailbox.letters) == len(HOSTILE) and found, "letter for each")
+    for name in HOSTILE:
+        (letter,) = [one for one in letters if plain(one).startswith(f"{sentence(name)}. Since 14:02 UTC.\n")]
+        assert " ".join(str(letter["Subject"]).split()) == " ".join(f"[TICKET] {sentence(name)}".split())
+        page = _Visible()
+        page.feed(part(letter, "html"))
+        assert sentence(name) in page.text
+        assert "script" not in page.elements
+        assert COMMAND in page.text
+    tickets = wait_for(lambda: (found := told.inbox.at("/tickets")) and len(found) == len(HOSTILE) and found, "all")
+    assert {one["groupLabels"]["tenant"] for one in tickets} == set(HOSTILE)
+    assert {one["alerts"][0]["annotations"]["summary"] for one in tickets} == set(map(sentence, HOSTILE))
+
+
+def part(letter: Any, kind: str) -> str:
+    body = letter.get_body((kind,))
+    return str(body.get_content()).replace("\r\n", "\n")
+
+
+def plain(letter: Any) -> str:
+    return part(letter, "plain")
+
+
+def test_what_is_said_of_one_tenant_comes_in_one_message(told: Told) -> None:
+    told.manager.fire(
+        alert("StallscopeSloFastBurn", "page", tenant="chat", slo="ttft"),
+        alert("StallscopeSloFastBurn", "page", tenant="chat", slo="itl"),
+        alert("StallscopeSloFastBurn", "page", tenant="search", slo="ttft"),
+    )
+    messages = wait_for(lambda: (found := told.slack()) and len(found) == 2 and found, "two messages")
+    assert {one["title"] for one in messages} == {
+        f"[PAGE] {sentence('chat')} (one of 2 alerts)",
+        f"[PAGE] {sentence('search')}",
+    }
+    (both,) = [one["text"] for one in messages if "2 alerts" in one["title"]]
+    assert both.count("Open: ") == 2
+    assert "\n\n" in both
+
+
+def test_pages_and_tickets_go_different_ways(told: Told) -> None:
+    told.manager.fire(page("reasoner"), alert("StallscopeGpuThrottled", "ticket", replica="engine-0"))
+    wait_for(lambda: told.slack() and told.inbox.at("/tickets") and told.mailbox.letters, "both")
+    assert [one["title"] for one in told.slack()] == [f"[PAGE] {sentence('reasoner')}"]
+    assert [one["groupLabels"] for one in told.inbox.at("/tickets")] == [{"replica": "engine-0"}]
+
+
+@pytest.mark.parametrize(
+    ("firing", "also", "state"),
+    [
+        (page("reasoner"), alert("StallscopeKvPinned", "ticket", tenant="reasoner"), "suppressed"),
+        (page("reasoner"), alert("StallscopeTenantStalledOthers", "ticket", tenant="reasoner"), "suppressed"),
+        (page("reasoner"), alert("StallscopeKvPinned", "ticket", tenant="batch"), "active"),
+        (page("reasoner"), alert("StallscopeSloFastBurn", "page", tenant="chat", slo="ttft"), "active"),
+        (
+            alert("StallscopeEngineStall", "page", replica="engine-0"),
+            alert("StallscopeSloFastBurn", "page", tenant="chat", slo="ttft"),
+            "suppressed",
+        ),
+        (
+            alert("StallscopeEngineStall", "page", replica="engine-0"),
+            alert("StallscopeOverload", "ticket", replica="engine-0"),
+            "suppressed",
+        ),
+        (
+            alert("StallscopeEngineStall", "page", replica="engine-0"),
+            alert("StallscopeOverload", "ticket", replica="engine-1"),
+            "active",
+        ),
+        (
+            alert("StallscopeEngineStall", "page", replica="engine-0"),
+            alert("StallscopeGpuThrottled", "ticket", replica="engine-0"),
+            "active",
+        ),
+        (
+            alert("StallscopeSloFastBurn", "page", tenant="chat", slo="ttft"),
+            alert("StallscopeSloSlowBurn", "ticket", tenant="chat", slo="ttft"),
+            "suppressed",
+        ),
+        (
+            alert("StallscopeSloFastBurn", "page", tenant="chat", slo="ttft"),
+            alert("StallscopeSloSlowBurn", "ticket", tenant="chat", slo="itl"),
+            "active",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["labels"]["alertname"].removeprefix("Stallscope"),
+)
+def test_a_page_keeps_quiet_what_it_says_already_and_nothing_else(
+    manager: Alertmanager, firing: dict[str, Any], also: dict[str, Any], state: str
+) -> None:
+    told = Told(manager, Inbox(), Mailbox())
+    manager.fire(firing)
+    wait_for(lambda: told.state(firing["labels"]["alertname"]) == "active", "page")
+    manager.fire(also)
+    wait_for(lambda: told.state(also["labels"]["alertname"]) == state, state)
+    ended = {"endsAt": datetime.now(UTC).isoformat()}
+    manager.fire(firing | ended, also | ended)
+    wait_for(lambda: not manager.alerts(), "end")
+
+
+@pytest.fixture(name="manager", scope="module")
+def _manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alertmanager]:
+    with _running(tmp_path_factory.mktemp("inhibition")) as told:
+        yield told.manager
