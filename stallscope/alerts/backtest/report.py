@@ -83,6 +83,7 @@ def to_json(result: Backtest) -> str:
     made = {
         "schema_version": SCHEMA_VERSION,
         "headline": headline(result),
+        "evidence": _evidence(result),
         "found": result.found,
         "conclusive": result.conclusive,
         "within_s": result.within_s,
