@@ -52,8 +52,8 @@ class Judged:
 class Fate:
     """An incident: whether some page must catch it, and what became of it.
 
-    ``alert``: which caught it first, ``delay_s`` after its start; None where none did. ``reason``: why it is missed, not
-    provable, or not required.
+    ``alert``: which caught it first, ``delay_s`` after its start; None where none did. ``reason``: why it is missed,
+    not provable, or not required.
     """
 
     number: int
