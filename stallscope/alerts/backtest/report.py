@@ -254,6 +254,7 @@ def _rules(result: Backtest) -> Table:
         ("wrong name", "right"),
         ("", "left"),
     )
+    table.columns[0].no_wrap = True
     for alert in result.rules.alerts:
         if result.reason(alert):
             continue
