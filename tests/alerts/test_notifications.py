@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import subprocess
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from tests.alerts.servers import (
     AMTOOL,
@@ -67,6 +70,11 @@ class Told:
         (alert,) = [one for one in self.manager.alerts() if one["labels"]["alertname"] == name]
         return str(alert["status"]["state"])
 
+    def end(self, *alerts: dict[str, object]) -> None:
+        """Ends these, which are all there are."""
+        self.manager.fire(*(one | {"endsAt": datetime.now(UTC).isoformat()} for one in alerts))
+        wait_for(lambda: not self.manager.alerts(), "end")
+
 
 def config() -> dict[str, Any]:
     read: dict[str, Any] = yaml.safe_load((FOLDER / "alertmanager.yml").read_text(encoding="utf-8"))
@@ -90,6 +98,12 @@ def locally(inbox: Inbox, letters: Mailbox) -> dict[str, Any]:
 @pytest.fixture(name="told")
 def _told(tmp_path: Path) -> Iterator[Told]:
     with _running(tmp_path) as told:
+        yield told
+
+
+@pytest.fixture(name="running", scope="module")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+    with _running(tmp_path_factory.mktemp("shared")) as told:
         yield told
 
 
@@ -195,6 +209,22 @@ def test_hostile_names_arrive_as_they_are_and_each_in_its_own_message(told: Told
     assert {one["payload"]["summary"] for one in incidents} == {f"[PAGE] {sentence(name)}" for name in HOSTILE}
 
 
+@settings(max_examples=3, phases=[Phase.generate])  # a failure takes a deadline: shrinking it would take an hour
+@given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=150), min_size=20, max_size=40))
+def test_any_names_reach_slack_and_pagerduty_as_they_are(running: Told, names: set[str]) -> None:
+    running.inbox.bodies.clear()
+    group = uuid.uuid4().hex  # or a name that the last example had, too, would not be told again
+    alerts = [alert("StallscopeTenantStallsOthers", "page", tenant=name, replica=group) for name in names]
+    running.manager.fire(*alerts)
+    expected = {f"[PAGE] {sentence(name)}" for name in names}
+    wait_for(lambda: {one["title"] for one in running.slack("[PAGE]")} >= expected, "message for each")
+    texts = {one["title"]: one["text"] for one in running.slack("[PAGE]")}
+    for name in names:
+        assert texts[f"[PAGE] {sentence(name)}"].startswith(f"{sentence(name)}. Since 14:02 UTC.\n")
+    wait_for(lambda: {one["payload"]["summary"] for one in running.inbox.at("/pagerduty")} >= expected, "incidents")
+    running.end(*alerts)
+
+
 def test_hostile_names_in_e_mails_and_webhooks_arrive_as_they_are(told: Told) -> None:
     told.manager.fire(*(alert("StallscopeKvPinned", "ticket", tenant=name) for name in HOSTILE))
     letters = wait_for(lambda: len(found := told.mailbox.letters) == len(HOSTILE) and found, "letter for each")
@@ -284,19 +314,10 @@ def test_pages_and_tickets_go_different_ways(told: Told) -> None:
     ids=lambda value: value if isinstance(value, str) else value["labels"]["alertname"].removeprefix("Stallscope"),
 )
 def test_a_page_keeps_quiet_what_it_says_already_and_nothing_else(
-    manager: Alertmanager, firing: dict[str, Any], also: dict[str, Any], state: str
+    running: Told, firing: dict[str, Any], also: dict[str, Any], state: str
 ) -> None:
-    told = Told(manager, Inbox(), Mailbox())
-    manager.fire(firing)
-    wait_for(lambda: told.state(firing["labels"]["alertname"]) == "active", "page")
-    manager.fire(also)
-    wait_for(lambda: told.state(also["labels"]["alertname"]) == state, state)
-    ended = {"endsAt": datetime.now(UTC).isoformat()}
-    manager.fire(firing | ended, also | ended)
-    wait_for(lambda: not manager.alerts(), "end")
-
-
-@pytest.fixture(name="manager", scope="module")
-def _manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alertmanager]:
-    with _running(tmp_path_factory.mktemp("inhibition")) as told:
-        yield told.manager
+    running.manager.fire(firing)
+    wait_for(lambda: running.state(firing["labels"]["alertname"]) == "active", "page")
+    running.manager.fire(also)
+    wait_for(lambda: running.state(also["labels"]["alertname"]) == state, state)
+    running.end(firing, also)

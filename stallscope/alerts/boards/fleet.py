@@ -23,6 +23,7 @@ from stallscope.alerts.boards.grafana import (
     Text,
     Typed,
 )
+from stallscope.views.words import MECHANISM_WORDS
 from stallscope.watch import families as f
 
 UID = "stallscope-fleet"
@@ -52,6 +53,7 @@ _VICTIM = Link("This tenant alone", f"{_BOARD}&var-tenant=${{__field.labels.vict
 _TENANT = Link("This tenant alone", f"{_BOARD}&var-tenant=${{__field.labels.tenant:percentencode}}")
 _COLUMN = Link("The tenant of this column as the culprit", f"{_BOARD}&var-culprit=${{__field.name:percentencode}}")
 
+_MECHANISMS = "\n".join(f"- `{name}`: {words}." for name, words in MECHANISM_WORDS.items() if name != "own_work")
 _HELD_UP = ((0.1, YELLOW), (1.0, RED))
 _HELD_UP_WORDS = "Yellow from a tenth of a request held up all the time, red from one."
 
@@ -154,8 +156,7 @@ _WHO = Row(
         ),
         Areas(
             "By which mechanism?",
-            "The same blame by how it was done: kv_pinning is held KV cache, prefill_interference a prefill in the "
-            "steps of others' tokens, and so on; docs/method.md has them all.",
+            f"The same blame by how it was done.\n\n{_MECHANISMS}",
             (Query(promql.per_second(f.BLAME, "mechanism"), "{{mechanism}}"),),
             STALLED,
             12,
