@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Union, get_args, get_origin, get_type_hints
 
 from stallscope.diagnosis import model
+from stallscope.watch import families
+from stallscope.watch.scores import LEAST_SERIES, LIKELY, POSSIBLE
 from stallscope_telemetry.names import ATTRIBUTES, CLIENT_SPAN, GPU_SPAN, REQUEST_SPAN, SCOPE, STEP_SPAN
 
 FOLDER = Path(__file__).parent
@@ -125,7 +127,60 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES = {"telemetry.md": telemetry_page, "diagnosis.md": diagnosis_page}
+# --- the metrics --------------------------------------------------------------------------------------------------
+
+_BEGINS = {
+    families.BLAME: "Who stalls whom",
+    families.TTFT: "Tenants",
+    families.STEPS: "Replicas",
+    families.LAG: "The watch itself",
+}
+_METRICS = f"""
+`GET /metrics` at the collector's HTTP port has them for Prometheus: OpenMetrics 1.0, or the text format before it for
+who asks for that. `stallscope collect --metrics-to http://127.0.0.1:4318/v1/metrics` pushes the same as OTLP metrics
+every {families.SCRAPE_S} s, under the same names.
+
+- **Tenants** are as the telemetry names them. `{families.OTHER}` is all those without series of their own, `(unknown)`
+  those whom nothing names.
+- **Counters begin at zero and never fall** while the collector runs; a restart is a fall to zero. A series shows zero
+  until every scraper that comes regularly has seen it so, and only then what came for it meanwhile: so `rate()` sees a
+  first offence. Where nobody scrapes, that waits for 30 s.
+- **Pairs** of victim and culprit are at zero from the time on at which a tenant first comes to a replica, for
+  {", ".join(f"`{mechanism}`" for mechanism in LIKELY)}, and while pairs are few for
+  {", ".join(f"`{mechanism}`" for mechanism in POSSIBLE)}. For others, blame shows a scrape later.
+- **Budget**: at most 20,000 series (`--max-series`, at least {LEAST_SERIES}), each bucket, sum and count of a
+  histogram one. Tenants, replicas and pairs are each sure of a share. Who has no room is `{families.OTHER}`, the sum of
+  all such (of coverage and of the last span the least, of the oldest wait the most), and counted by
+  `{families.FOLDED.name}`. A culprit that is blamed gets a series at once, by taking the room of a pair that is still
+  at zero. A tenant that costs more, in step time and blame, takes the place of the cheapest one, but not within two
+  hours. A series that leaves keeps its value, and goes on from it when it returns.
+- **Names** of more than 1,024 bytes are cut and end in a digest; what is no Unicode text shows as an escape.
+- `_created` has the time of the start, on counters without labels only: Prometheus keeps each as one more series.
+"""
+
+
+def metrics_page() -> str:
+    """Every metric in a table, by what it is of, in Markdown."""
+    return "\n".join(_metrics_lines()) + "\n"
+
+
+def _metrics_lines() -> Iterator[str]:
+    yield "# Metrics"
+    yield ""
+    yield "Written by `make docs` from `stallscope/watch/families.py`; edit that."
+    yield _METRICS.rstrip("\n")
+    for family in families.FAMILIES:
+        if family in _BEGINS:
+            yield from ("", f"## {_BEGINS[family]}", "")
+            yield from ("| metric | kind | labels | unit | meaning |", "| --- | --- | --- | --- | --- |")
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        yield f"| `{family.name}` | {family.kind} | {labels} | {family.unit} | {_cell(family.help)} |"
+    yield from ("", "## Buckets", "", "Upper bounds in seconds; those of SLOs are added.", "")
+    for name, bounds in families.BUCKETS.items():
+        yield f"- `{name}`: {', '.join(f'{bound:g}' for bound in bounds)}"
+
+
+PAGES = {"telemetry.md": telemetry_page, "diagnosis.md": diagnosis_page, "metrics.md": metrics_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

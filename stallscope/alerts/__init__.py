@@ -1,1 +1,1 @@
-"""What a watch's metrics are for: rules that page, boards that show; each checked against the metrics that exist."""
+"""Alerts: rules on what a watch, or an engine itself, exposes; the proof that they work; boards of the same metrics."""

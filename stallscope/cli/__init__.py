@@ -1,7 +1,7 @@
 """The command line: parse, call, print. Everything heavy is imported by the command that needs it.
 
-A module a kind of command (``traffic``, ``analyze``, ``analysis``, ``conversion``, ``serving``, ``collecting``), what
-they have in common in ``shared``; here they become one program.
+A module a kind of command (``traffic``, ``analyze``, ``analysis``, ``conversion``, ``serving``, ``collecting``,
+``alerts``), what they have in common in ``shared``; here they become one program.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import typer
 
 from stallscope import __version__
 from stallscope.bench import command as bench
+from stallscope.cli import alerts
 from stallscope.cli.analysis import compare, doctor, explain
 from stallscope.cli.analyze import analyze
 from stallscope.cli.collecting import collect
@@ -65,6 +66,7 @@ for _command, _example in (
 ):
     app.command(epilog=f"Example: {_example}")(_command)
 app.add_typer(bench.app)
+app.add_typer(alerts.app)
 
 
 def main() -> None:

@@ -32,14 +32,31 @@ def collect(
         str, typer.Option(help="Bytes in memory that wait to be written; with more, senders are told to come again.")
     ] = "128MB",
     max_body: Annotated[str, typer.Option(help="Largest request, once decompressed.")] = "20MiB",
+    metrics_to: Annotated[
+        str | None, typer.Option(help="URL of an OTLP/HTTP endpoint that gets what /metrics shows, every 10 s.")
+    ] = None,
+    max_series: Annotated[int, typer.Option(help="Series on /metrics; the rest is counted as (other).")] = 20_000,
+    slo: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What counts as stalled, in place of the usual, and a bound of the histograms: ttft=500ms@p99, or "
+            "chat:itl=100ms@p99 for one tenant; may be given again."
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option(help="Diagnose stalls while they go on, for /metrics.")] = True,
 ) -> None:
     """Receive spans over OTLP (HTTP and gRPC) and keep them in a folder that is a trace.
 
-    Only what is safely on disk is acknowledged. SIGINT or SIGTERM ends it, with nothing lost.
+    Only what is safely on disk is acknowledged. SIGINT or SIGTERM ends it, with nothing lost. The HTTP port has
+    /metrics for Prometheus, too.
     """
     try:
+        from stallscope.diagnosis.slo import parse_slo
         from stallscope.live.collector import collect as run
         from stallscope.live.store import Limits
+        from stallscope.live.watching import Watching
+        from stallscope.watch.rehearsal import bounds_with
+        from stallscope.watch.scores import LEAST_SERIES, Scores
     except ModuleNotFoundError as error:
         raise UsageError(f"the collector needs {error.name}: pip install 'stallscope[collect]'") from error
     limits = Limits(
@@ -58,13 +75,36 @@ def collect(
     addresses = _address("--http", http), _address("--grpc", grpc)
     if addresses == (None, None):
         raise UsageError("--http off and --grpc off leave nothing to receive by; give one of them an address")
+    if max_series < LEAST_SERIES:
+        raise UsageError(f"--max-series {max_series} must be at least {LEAST_SERIES}")
+
+    slos = [parse_slo(text) for text in slo or ()]
+    scores = Scores(most_series=max_series, bounds=bounds_with(slos))
+    watching = Watching(scores, slos) if watch else None
 
     def ready(over_http: Address | None, over_grpc: Address | None) -> None:
         where = [f"http://{over_http}/v1/traces"] if over_http is not None else []
         where += [f"gRPC at {over_grpc}"] if over_grpc is not None else []
-        typer.echo(f"collecting into {out}: {', '.join(where)}; Ctrl-C ends it")
+        metrics = f"metrics at http://{over_http}/metrics; " if over_http is not None else ""
+        if watching is not None:
+            watching.start()
+        typer.echo(f"collecting into {out}: {', '.join(where)}; {metrics}Ctrl-C ends it")
 
-    done = run(out, limits, held, http=addresses[0], grpc=addresses[1], ready=ready)
+    try:
+        done = run(
+            out,
+            limits,
+            held,
+            http=addresses[0],
+            grpc=addresses[1],
+            ready=ready,
+            listeners=[watching] if watching is not None else [],
+            scores=scores,
+            metrics_to=None if metrics_to is None else _endpoint("--metrics-to", metrics_to),
+        )
+    finally:
+        if watching is not None:
+            watching.close()
     counts = done.counts
     parts = [f"received {counts.spans:,} spans in {counts.requests:,} requests ({counts.repeated:,} sent again)"]
     if counts.refused or counts.refused_spans:
@@ -90,6 +130,19 @@ def _seconds(option: str, text: str) -> float:
     if found is None or not float(found[1]):
         raise UsageError(f"{option} {text}: give a time such as 90s, 15m, 1h or 1d")
     return float(found[1]) * _SECONDS[found[2]]
+
+
+def _endpoint(option: str, text: str) -> str:
+    """A URL, with OTLP's own path where it has none."""
+    import httpx
+
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"{option} {text}: {error}") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UsageError(f"{option} {text}: give a URL such as http://127.0.0.1:4318/v1/metrics")
+    return str(url.copy_with(path="/v1/metrics") if url.path == "/" else url)
 
 
 def _address(option: str, text: str) -> Address | None:

@@ -205,14 +205,35 @@ def _bars(table: pd.DataFrame, bin_ns: int) -> Floats:
     seen = np.flatnonzero(delays >= 0)
     # Below a millisecond, differences mean nothing.
     worst = pd.Series(np.log(np.maximum(delays[seen], 1e6))).groupby(seen // size)
-    low, calm = worst.quantile(0.1), worst.quantile(0.3)
+    _, bars = _bars_between(worst.quantile(0.1).to_numpy(), worst.quantile(0.3).to_numpy())
+    found: Floats = np.full(int(kind.max(initial=-1)) + 1, np.nan)
+    found[np.unique(seen // size)] = bars
+    by_wait: Floats = found[kind]
+    return by_wait
+
+
+def bars_of(worst: Floats) -> tuple[Floats, Floats]:
+    """Usual delay and bar (ns) of each row, of the logarithms of its bins' worst delays (ns; NaN: no such bin)."""
+    ordered = np.sort(worst, axis=1)  # NaN comes last
+    last = np.maximum((~np.isnan(worst)).sum(axis=1) - 1, 0)
+    row = np.arange(len(worst))
+
+    def quantile(share: float) -> Floats:
+        at = share * last
+        low = at.astype(np.int64)
+        below, above = ordered[row, low], ordered[row, np.minimum(low + 1, last)]
+        between: Floats = below + (above - below) * (at - low)
+        return between
+
+    return _bars_between(quantile(0.1), quantile(0.3))
+
+
+def _bars_between(low: Floats, calm: Floats) -> tuple[Floats, Floats]:
+    """The same of the quantiles at 10% and 30%."""
     sigma = (calm - low) / 0.757  # distance of the normal distribution's 10% and 30% points, in sigmas
-    median = calm + 0.524 * sigma
     # Where next to nothing is the usual, the spread of its logarithm says little: hence the bounds.
-    usual, times = np.exp(median), np.exp(np.clip(_SIGMAS * sigma, *np.log(_TIMES_USUAL)))
-    bars = np.minimum(usual * times, np.maximum(usual * _TIMES_USUAL[0], usual + _MOST_BEYOND_NS))
-    found: Floats = bars.reindex(range(int(kind.max(initial=-1)) + 1)).to_numpy(np.float64)[kind]
-    return found
+    usual, times = np.exp(calm + 0.524 * sigma), np.exp(np.clip(_SIGMAS * sigma, *np.log(_TIMES_USUAL)))
+    return usual, np.minimum(usual * times, np.maximum(usual * _TIMES_USUAL[0], usual + _MOST_BEYOND_NS))
 
 
 def find_episodes(waits: Waits) -> list[Window]:

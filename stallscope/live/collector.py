@@ -10,15 +10,20 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from stallscope.errors import UsageError
 from stallscope.live.intake import Counts, Intake, Listener
+from stallscope.live.metrics import tell
 from stallscope.live.over_grpc import GrpcServer
 from stallscope.live.over_http import CLOSE_S, HttpServer
 from stallscope.live.store import Limits, Store
+from stallscope.watch.otlp import Push
+from stallscope.watch.scores import Scores
 
 _BACKLOG = 2048
 
@@ -53,14 +58,19 @@ def collect(
     grpc: Address | None,
     ready: Callable[[Address | None, Address | None], None],
     listeners: Sequence[Listener] = (),
+    scores: Scores | None = None,
+    metrics_to: str | None = None,
 ) -> Collected:
     """Receives until a signal ends it. ``ready`` hears where, once senders may come.
+
+    ``scores``: of who watches the spans, for /metrics; ``metrics_to``: an OTLP/HTTP endpoint that they are pushed to.
 
     Raises UsageError where the folder can't be used, or an address.
     """
     store = Store(folder, limits)
     try:
-        counts = asyncio.run(_serve(store, most_held_bytes, http, grpc, ready, listeners))
+        intake = Intake(store, most_held_bytes, listeners)
+        counts = asyncio.run(_serve(store, intake, http, grpc, ready, scores or Scores(), metrics_to))
         return Collected(counts, store.closed.removed, store.closed.removed_bytes, store.bytes)
     finally:
         store.close()
@@ -68,22 +78,23 @@ def collect(
 
 async def _serve(
     store: Store,
-    most_held_bytes: int,
+    intake: Intake,
     http: Address | None,
     grpc: Address | None,
     ready: Callable[[Address | None, Address | None], None],
-    listeners: Sequence[Listener],
+    scores: Scores,
+    metrics_to: str | None,
 ) -> Counts:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(sign, _stop_or_exit, stop, sign)
     most_body_bytes = store.limits.message_bytes
-    intake = Intake(store, most_held_bytes, listeners)
     listener = _listen(http) if http is not None else None
     over_grpc = _grpc_server(intake, grpc, most_body_bytes) if grpc is not None else None
-    over_http = HttpServer(intake, most_body_bytes)
-    async with asyncio.TaskGroup() as tasks:
+    over_http = HttpServer(intake, most_body_bytes, scores)
+    push = Push(scores, metrics_to, before=partial(tell, scores, intake.counts)) if metrics_to is not None else None
+    async with _pushing(push), asyncio.TaskGroup() as tasks:
         writing = tasks.create_task(intake.run())
         serving = tasks.create_task(over_http.serve([listener])) if listener is not None else None
         if over_grpc is not None:
@@ -101,6 +112,20 @@ async def _serve(
         intake.end()
         await writing
     return intake.counts
+
+
+@asynccontextmanager
+async def _pushing(push: Push | None) -> AsyncIterator[None]:
+    """Pushes metrics from a thread meanwhile; the last ones once all is written."""
+    if push is None:
+        yield
+        return
+    running = asyncio.create_task(asyncio.to_thread(push.run))
+    try:
+        yield
+    finally:
+        push.end()
+        await running
 
 
 def _stop_or_exit(stop: asyncio.Event, sign: int) -> None:

@@ -1,4 +1,4 @@
-"""OTLP over HTTP: POST /v1/traces, in protobuf and JSON, compressed or not.
+"""OTLP over HTTP: POST /v1/traces, in protobuf and JSON, compressed or not; and GET /metrics, for a scraper.
 
 https://opentelemetry.io/docs/specs/otlp/#otlphttp. Metrics and logs are 404, as at an OpenTelemetry Collector that has
 no pipeline for them: their sender then says so and drops them; to take and lose them would hide that.
@@ -22,22 +22,30 @@ from starlette.routing import Route
 
 from stallscope.live.bodies import ENCODINGS, JSON, PROTOBUF
 from stallscope.live.intake import DISK_RETRY_S, Intake, Room
+from stallscope.live.metrics import Metrics
 from stallscope.live.refusals import Refusal, TooLarge, TooSlow, Unavailable, WrongType, status_of
+from stallscope.watch.scores import Scores
 
 READ_S = 60.0  # to send a request's body
 CLOSE_S = 10  # for requests under way, at the end
 _IDLE_S = 120  # longer than senders keep a connection between batches
 _DISCARDED = 4  # times the limit of a body: as much is read and dropped before a sender hears that it is refused
-_ONLY_TRACES = "only traces are taken here, at /v1/traces: turn off other signals, or send them elsewhere"
+_ONLY_TRACES = (
+    "only traces are taken here, at /v1/traces: turn off other signals, or send them elsewhere; the collector's own "
+    "metrics are read at /metrics"
+)
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn for one event loop among others' tasks, whose signals are the collector's."""
+    """uvicorn for one event loop among others' tasks, whose signals are the collector's.
 
-    def __init__(self, intake: Intake, most_body_bytes: int) -> None:
+    ``scores``: what /metrics shows beside the receivers' counts.
+    """
+
+    def __init__(self, intake: Intake, most_body_bytes: int, scores: Scores | None = None) -> None:
         super().__init__(
             uvicorn.Config(
-                _application(intake, most_body_bytes),
+                _application(intake, most_body_bytes, scores or Scores()),
                 lifespan="off",
                 log_config=None,
                 access_log=False,
@@ -52,10 +60,15 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def _application(intake: Intake, most_body_bytes: int) -> Starlette:
+def _application(intake: Intake, most_body_bytes: int, scores: Scores) -> Starlette:
     traces = _Traces(intake, most_body_bytes)
+    metrics = Metrics(scores, intake.counts)
     app = Starlette(
-        routes=[Route("/v1/traces", traces.post, methods=["POST"])], exception_handlers={HTTPException: _http_error}
+        routes=[
+            Route("/v1/traces", traces.post, methods=["POST"]),
+            Route("/metrics", metrics.get, methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _http_error},
     )
     app.router.redirect_slashes = False  # a POST would lose its body on the way
     return app

@@ -161,6 +161,12 @@ class ReplicaSpans:
     requests: list[RequestSpan] = field(default_factory=list)
     samples: list[GpuSpan] = field(default_factory=list)
 
+    def taken(self) -> ReplicaSpans:
+        """What came since the last time; resources keep their numbers."""
+        new = ReplicaSpans(self.name, self.resources, self.rows, self.composition, self.requests, self.samples)
+        self.rows, self.composition, self.requests, self.samples = [], [], [], []
+        return new
+
     def steps(self, findings: Findings) -> Steps:
         """All sound steps as columns. Steps without sound times or index are left out, other values become 0."""
         columns: dict[str, Ints] = {}
@@ -211,9 +217,12 @@ class Collected:
         return sum(len(replica.requests) for replica in self.replicas.values())
 
 
-def collect(groups: Iterable[SpanGroup], findings: Findings) -> Collected:
-    """Sorts spans by replica and takes steps, requests and samples apart; damaged spans become findings."""
-    collected, of_sglang = Collected(), sglang.Requests()
+def collect(groups: Iterable[SpanGroup], findings: Findings, into: Collected | None = None) -> Collected:
+    """Sorts spans by replica and takes steps, requests and samples apart; damaged spans become findings.
+
+    ``into``: what they are added to, where spans come little by little.
+    """
+    collected, of_sglang = into or Collected(), sglang.Requests()
     for group in groups:
         replica = _replica_of(group.resource, collected)
         resource = replica.resources.setdefault(group.resource, len(replica.resources))

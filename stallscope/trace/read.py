@@ -85,13 +85,18 @@ def _read_sources(trace: str | Path, progress: Progress | None) -> Trace:
     findings, path = Findings(), shown(trace)
     reader = Reader(findings, progress)
     collected = collect(reader.read(find_sources(trace)), findings)
-    join_frontends(list(collected.replicas.values()))
     if not reader.saw_otlp:
         damaged = (one.text for one in findings.all() if one.kind in ("damaged_file", "unreadable_file"))
         damage = next((f" ({text.partition(';')[0]})" for text in damaged), "")
         raise UsageError(
             f"{path}: no OTLP in it{damage}; expected what OpenTelemetry exports, JSON or protobuf, plain, gzip or zstd"
         )
+    return trace_of(collected, path, findings)
+
+
+def trace_of(collected: Collected, path: str, findings: Findings) -> Trace:
+    """The trace that spans make; ``path`` says where they came from. Raises UsageError where nothing is sound."""
+    join_frontends(list(collected.replicas.values()))
     if collected.step_count == 0 and collected.request_count == 0 and collected.clients:
         raise UsageError(
             f"{path} holds only what clients saw ({len(collected.clients)} llm_client spans); "

@@ -142,7 +142,7 @@ def rebuild(
     until its first keyframe, and again from a step on that says so.
     Steps before the first one seen do not count as lost: telemetry may have been switched on late.
     """
-    machine = _Machine(replica, findings)
+    machine = Machine(replica, findings)
     changed = {position: attributes for position, attributes in enumerate(composition) if attributes is not None}
     visited = list(changed)
     unknown = {position for position, attributes in changed.items() if attributes.get(names.KEYFRAME) is False}
@@ -179,14 +179,18 @@ def _contiguous(steps: Sequence[int], breaks: Collection[int]) -> Iterator[tuple
         yield first, len(steps) - 1
 
 
-class _Machine:
-    """Who is alive and in which state, while the steps go by."""
+class Machine:
+    """Who is alive and in which state, while the steps go by.
+
+    Who watches steps as they come calls ``advance`` for each that tells something, ``end_stretch`` before a gap, and
+    ``cut`` and ``forget_left`` now and then, so that nothing grows.
+    """
 
     def __init__(self, replica: str, findings: Findings) -> None:
         self.rebuilt = Rebuilt()
         self.known = False
         self._replica = replica
-        self._findings = findings
+        self.findings = findings
         self._by_handle: dict[int, SeenRequest] = {}
         self._alive: dict[int, SeenRequest] = {}
         # Who took a chunk, several tokens or none in the last step visited: unless the next step says so again, it
@@ -233,6 +237,34 @@ class _Machine:
         """Closes all rows at the last step that is known, since the next one was lost (or there is none)."""
         self._settle(last_step)
         self._forget(last_step)
+
+    def cut(self, last_step: int) -> list[Row]:
+        """The rows since the last cut, open ones up to ``last_step``, from which they go on."""
+        self._settle(last_step)
+        special = set(map(id, self._special))
+        for request in self._alive.values():
+            phase = request.phase
+            self._close(request, last_step)
+            if phase is not None and id(request) not in special:
+                request.phase, request.first_step = phase, last_step + 1
+        rows, self.rebuilt.rows = self.rebuilt.rows, []
+        return rows
+
+    def forget_left(self) -> None:
+        """Numbers those who are alive anew, and forgets all others. Rows must have been ``cut`` before."""
+        alive = list(self._alive.values())
+        position = {request.index: number for number, request in enumerate(alive)}
+        for number, request in enumerate(alive):
+            request.index = number
+            request.taker, request.holder = position.get(request.taker, -1), position.get(request.holder, -1)
+            request.debts = [(upto, position.get(taker, -1)) for upto, taker in request.debts]
+        self._by_handle = dict(self._alive)
+        self.rebuilt = Rebuilt(alive)
+
+    @property
+    def alive(self) -> Collection[SeenRequest]:
+        """Who has joined and not left, as far as it is known."""
+        return self._alive.values()
 
     def _forget(self, last_step: int) -> None:
         for request in self._alive.values():
@@ -498,7 +530,7 @@ class _Machine:
         return reason
 
     def _note(self, kind: str, step: int, text: str) -> None:
-        self._findings.add(kind, self._replica, f" step {step}", text)
+        self.findings.add(kind, self._replica, f" step {step}", text)
 
 
 def _ends_before_step(reason: int) -> bool:

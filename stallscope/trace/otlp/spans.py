@@ -43,6 +43,9 @@ class Resources:
         self._by_bytes: dict[bytes, Resource] = {}
         self._by_content: dict[str, Resource] = {}
 
+    def __len__(self) -> int:
+        return len(self._by_content)
+
     def get(self, raw: bytes, read: Callable[[], Attributes]) -> Resource:
         """The resource that was encoded as ``raw``; ``read`` takes it apart the first time."""
         key = raw if len(raw) <= MOST_NAME else hashlib.blake2b(raw).digest()

@@ -1,0 +1,1 @@
+"""Groups of rules as files that something loads: a module a program."""

@@ -1,0 +1,50 @@
+"""What all formats share: the labels and annotations of a rule, and YAML that reads well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import yaml
+
+from stallscope.alerts.rules import Owner, Rule
+from stallscope.alerts.texts import Text
+
+Render = Callable[[Text], str]
+_WIDTH = 1_000_000  # PromQL and templates are not folded
+
+
+def labels_of(rule: Rule, owner: Owner, render: Render) -> dict[str, str]:
+    """``severity`` and ``team`` for routing, and what the alert is about."""
+    about = {name: render(text) for name, text in rule.about.items()}
+    return {"severity": rule.severity.value, "team": render((owner.team,)), **about}
+
+
+def annotations_of(rule: Rule, owner: Owner, render: Render) -> dict[str, str]:
+    """What a person reads, the answer first."""
+    return {
+        "summary": render(rule.summary),
+        "description": render(rule.description),
+        "evidence": render(rule.evidence),
+        "threshold_reason": render(rule.threshold_reason),
+        "command": render(rule.command),
+        "runbook_url": render((f"{owner.runbooks.rstrip('/')}/{rule.name}.md",)),
+        "catches": " ".join(rule.catches),
+        "names": rule.names,
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lines of an expression below each other."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def write_yaml(document: object, heading: str) -> str:
+    """A document under comments."""
+    comments = "".join(f"# {line}\n" for line in heading.splitlines())
+    return comments + yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)

@@ -1,0 +1,166 @@
+"""What an alert says, as parts: literal text, labels, values, and what is looked up when it fires.
+
+Rendered for Prometheus (whose templates can query) and for Grafana (whose can't). Names of tenants come in as data:
+through labels, or as string literals, never as template code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from stallscope.alerts.promql import quoted
+from stallscope.watch.families import OTHER
+
+
+@dataclass(frozen=True)
+class Label:
+    """The value of one of the alert's labels."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ShellWord:
+    """A label's value as one word of a shell's command; ``option`` stands before it, and both are left out for (other)
+    and (unknown), which no trace has."""
+
+    option: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Value:
+    """The value of the alert's expression, by a format of printf."""
+
+    form: str = "%.3g"
+
+
+@dataclass(frozen=True)
+class Percent:
+    """The value of the alert's expression, a share."""
+
+
+@dataclass(frozen=True)
+class ByLabel:
+    """A text for some values of a label, another for all others."""
+
+    name: str
+    texts: Mapping[str, str]
+    otherwise: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a query finds when the alert fires, highest first, joined by commas: a label of each, or words for it.
+
+    ``query`` has ``%[1]q`` where the value of the alert's label ``given`` belongs, quoted. ``form``: of the value after
+    each label, by printf; "" for none. ``otherwise`` where it finds nothing.
+    """
+
+    query: str
+    given: str
+    label: str
+    otherwise: str
+    words: Mapping[str, str] = field(default_factory=dict)
+    form: str = ""
+
+
+@dataclass(frozen=True)
+class Since:
+    """A time by ISO 8601 that a query finds (its value: s since the epoch); ``otherwise`` where it finds none."""
+
+    query: str
+    given: str
+    otherwise: str
+
+
+Part = str | Label | ShellWord | Value | Percent | ByLabel | Found | Since
+Text = tuple[Part, ...]
+_ISO = "2006-01-02T15:04:05Z"  # as Go names a format
+_NOBODY = (OTHER, "(unknown)", "")
+
+
+def for_prometheus(text: Text) -> str:
+    """The text as a template of an alerting rule of Prometheus."""
+    return "".join(map(_in_prometheus, text))
+
+
+def for_grafana(text: Text) -> str:
+    """The text as a template of Grafana's, in which files of provisioning expand what follows a dollar sign."""
+    return "".join(map(_in_grafana, text))
+
+
+def _in_prometheus(part: Part) -> str:
+    if isinstance(part, Found):
+        return (
+            f"{{{{ with {_asked(part.query, part.given)} }}}}{{{{ range $i, $e := . }}}}"
+            f"{{{{ if $i }}}}, {{{{ end }}}}{_worded(f'(label {quoted(part.label)} $e)', part.words)}"
+            f"{_valued(part.form)}{{{{ end }}}}"
+            f"{{{{ else }}}}{_literal(part.otherwise)}{{{{ end }}}}"
+        )
+    if isinstance(part, Since):
+        return (
+            f"{{{{ with {_asked(part.query, part.given)} }}}}"
+            f"{{{{ (. | first | value | toTime).Format {quoted(_ISO)} }}}}"
+            f"{{{{ else }}}}{_literal(part.otherwise)}{{{{ end }}}}"
+        )
+    return _plain(part, ".Value", _literal)
+
+
+def _in_grafana(part: Part) -> str:
+    if isinstance(part, Found | Since):
+        return _without_dollars(part.otherwise)
+    return _plain(part, ".Values.A.Value", _without_dollars)
+
+
+def _plain(part: str | Label | ShellWord | Value | Percent | ByLabel, value: str, literal: Callable[[str], str]) -> str:
+    """A part that both render alike, but for the expression of the value and for literal text."""
+    if isinstance(part, str):
+        return literal(part)
+    if isinstance(part, Label):
+        return f"{{{{ .Labels.{part.name} }}}}"
+    if isinstance(part, ShellWord):
+        nobody = " ".join(f"(eq .Labels.{part.name} {quoted(name)})" for name in _NOBODY)
+        word = f".Labels.{part.name} | reReplaceAll {quoted(chr(39))} {quoted(chr(39) + chr(92) + chr(39) * 2)}"
+        return f"{{{{ if not (or {nobody}) }}}} {literal(part.option)}='{{{{ {word} }}}}'{{{{ end }}}}"
+    if isinstance(part, Value):
+        return f"{{{{ printf {quoted(part.form)} {value} }}}}"
+    if isinstance(part, Percent):
+        return f"{{{{ {value} | humanizePercentage }}}}"
+    if not part.texts:
+        return literal(part.otherwise)
+    return _cases(f".Labels.{part.name}", part.texts, literal(part.otherwise), literal)
+
+
+def _cases(what: str, texts: Mapping[str, str], otherwise: str, literal: Callable[[str], str]) -> str:
+    tests = [f"if eq {what} {_string(value)} }}}}{literal(text)}" for value, text in texts.items()]
+    return f"{{{{ {'{{ else '.join(tests)}{{{{ else }}}}{otherwise}{{{{ end }}}}"
+
+
+def _worded(what: str, words: Mapping[str, str]) -> str:
+    bare = f"{{{{ {what} }}}}"
+    return _cases(what, words, bare, _literal) if words else bare
+
+
+def _valued(form: str) -> str:
+    return f" {{{{ value $e | printf {quoted(form)} }}}}" if form else ""
+
+
+def _asked(query: str, given: str) -> str:
+    return f"printf {quoted(query)} .Labels.{given} | query" if given else f"query {quoted(query)}"
+
+
+def _string(text: str) -> str:
+    """A string literal without a dollar sign."""
+    return quoted(text).replace("$", "\\x24")
+
+
+def _literal(text: str) -> str:
+    """Text of a template that is nothing but itself; each brace alone, or one before an action would open another."""
+    return text.replace("{", '{{ "{" }}')
+
+
+def _without_dollars(text: str) -> str:
+    return re.sub(r"[{$]", lambda found: f"{{{{ {_string(found[0])} }}}}", text)

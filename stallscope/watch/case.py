@@ -1,0 +1,105 @@
+"""A stall that is looked into while it goes on: what it cost whom, and whom the diagnoses so far lay it at.
+
+Seconds are counted as they pass; blame follows once a diagnosis names somebody, for what came before as well.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from stallscope.diagnosis.model import Diagnosis, Incident, Verdict
+
+LEADS_UP_NS = 10_000_000_000  # an incident that ended so much before the first stalled wait is another one
+_LOOK_NS = 10_000_000_000  # after the first diagnosis, until the next; then twice as long each time, up to
+_LOOK_SELDOM_NS = 60_000_000_000
+_FAR_WORSE = 2.0  # times what was lost in as long before the last one: then at once
+LONGEST_NS = 300_000_000_000  # from then on there is too little left of the calm before: what was found stays
+USUAL = "usual"  # in place of a verdict: a stall that no diagnosis finds worth an incident
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """Who did it: a tenant, by which mechanism, and which share of it."""
+
+    culprit: str
+    mechanism: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attribution:
+    """What a diagnosis says of a stall."""
+
+    verdict: Verdict
+    blamed: tuple[Blamed, ...]
+    incident: Incident
+
+
+@dataclass(eq=False, slots=True)
+class Case:
+    """One stall of one replica. Times are ns on the engine's clock, ``waiting`` seconds by victim, not judged yet."""
+
+    start_ns: int
+    waiting: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    attribution: Attribution | None = None
+    counted: bool = False  # as an incident
+    looks: int = 0
+    _looked_ns: int = 0
+    _rate: float = 0.0  # at the last look
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether a diagnosis has found nothing in it."""
+        return self.looks > 0 and self.attribution is None
+
+    def wants_look(self, now_ns: int, rate: float) -> bool:
+        """Whether another diagnosis may say more; ``rate``: what was lost of late."""
+        if now_ns > self.start_ns + LONGEST_NS:
+            return False
+        if not self.looks or (self.attribution is None and rate > _FAR_WORSE * self._rate):
+            return True
+        return now_ns >= self._looked_ns + min(_LOOK_NS << self.looks - 1, _LOOK_SELDOM_NS)
+
+    def suspects(self, diagnosis: Diagnosis) -> bool:
+        """Whether charges alone say that this is more than a busy moment."""
+        found = attribution_of(diagnosis, self.start_ns - LEADS_UP_NS)
+        return found is not None and found.verdict is not Verdict.OVERLOAD
+
+    def looked(self, diagnosis: Diagnosis | None, now_ns: int, rate: float) -> None:
+        """Takes what a diagnosis says of it; what an earlier one said stays where this one says nothing."""
+        self.looks, self._looked_ns, self._rate = self.looks + 1, now_ns, rate
+        found = None if diagnosis is None else attribution_of(diagnosis, self.start_ns - LEADS_UP_NS)
+        if found is not None:
+            self.attribution = found
+
+    def judged(self) -> Iterator[tuple[str, str, str, float]]:
+        """Victim, culprit, mechanism, seconds of what can be laid at somebody's door by now, once."""
+        if self.attribution is None:
+            return
+        for victim, seconds in self.waiting.items():
+            for one in self.attribution.blamed:
+                if one.culprit != victim:
+                    yield victim, one.culprit, one.mechanism, seconds * one.share
+        self.waiting.clear()
+
+
+def attribution_of(diagnosis: Diagnosis, since_ns: int) -> Attribution | None:
+    """What a diagnosis says of the time since ``since_ns``: the neighbors to blame, or else the costliest incident."""
+    there = [one for one in diagnosis.incidents if one.end_ns >= since_ns]
+    if not there:
+        return None
+    noisy = [one for one in there if one.verdict is Verdict.NOISY_NEIGHBOR and one.culprits]
+    worst = max(noisy or there, key=lambda one: one.lost_s)
+    if not noisy:
+        return Attribution(worst.verdict, (), worst)
+    caused: dict[tuple[str, str], float] = defaultdict(float)
+    for incident in noisy:
+        total = sum(culprit.caused_s for culprit in incident.culprits)
+        for culprit in incident.culprits:
+            share = culprit.caused_s / total if total else 1 / len(incident.culprits)
+            caused[culprit.tenant, culprit.mechanism] += share * incident.lost_s
+    total = sum(caused.values())
+    blamed = [Blamed(*who, lost / total if total else 1 / len(caused)) for who, lost in caused.items()]
+    return Attribution(Verdict.NOISY_NEIGHBOR, tuple(blamed), worst)

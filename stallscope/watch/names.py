@@ -1,0 +1,20 @@
+"""Names that come from outside, as values of labels: what can't be encoded or is endless is replaced, visibly."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import sha256
+
+MOST_BYTES = 1024
+
+
+@lru_cache(maxsize=1 << 13)
+def label_value(name: str) -> str:
+    """The name itself; half a surrogate pair as the text of its escape, and of a name of more than 1,024 bytes in UTF-8
+    its beginning and a digest, so that two that differ stay two."""
+    encoded = name.encode("utf-8", "backslashreplace")
+    if len(encoded) > MOST_BYTES:
+        digest = sha256(encoded).hexdigest()[:16]
+        encoded = encoded[: MOST_BYTES - 32]
+        return f"{encoded.decode('utf-8', 'ignore')}… {digest}"
+    return encoded.decode()

@@ -1,0 +1,111 @@
+"""A recorded trace watched in virtual time, as if its spans came now: what a scraper would have seen, and when.
+
+A span reaches a collector some time after its end (``DELAY_NS``: the exporter's batches); windows and scrapes are those
+of a live watch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from stallscope.diagnosis import diagnose
+from stallscope.diagnosis.model import Incident
+from stallscope.diagnosis.slo import Slo
+from stallscope.trace import Trace, read_trace
+from stallscope.trace.findings import Findings
+from stallscope.trace.otlp import Reader, Resource, Span, SpanGroup, find_sources
+from stallscope.trace.parquet import is_trace_folder
+from stallscope.watch.families import BUCKETS, SCRAPE_S, WINDOW_S
+from stallscope.watch.samples import Samples, Series, samples_of
+from stallscope.watch.scores import Scores
+from stallscope.watch.watch import Watch
+
+DELAY_NS = 1_000_000_000
+SECOND_NS = 1_000_000_000
+_REHEARSED, _DIAGNOSED = 0.5, 1.0  # shares of the work
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """``samples``: what a scraper saw from before the first span until the last one had been judged; ``incidents``:
+    those of the trace as a whole."""
+
+    samples: Samples
+    incidents: tuple[Incident, ...]
+
+
+def rehearse(path: str | Path, *, slos: Sequence[Slo] = (), progress: Progress | None = None) -> Rehearsal:
+    """Watches the trace at ``path``, and diagnoses it as a whole.
+
+    ``progress`` hears the share of the work that is done, in [0, 1]. Raises UsageError where there is nothing sound.
+    """
+    trace = read_trace(path)
+    told = progress or (lambda share: None)
+    samples = watch_spans(spans_of(trace, path), slos, lambda share: told(share * _REHEARSED))
+    rest = _DIAGNOSED - _REHEARSED
+    found = diagnose(trace, slos=slos, progress=lambda share: told(_REHEARSED + share * rest))
+    return Rehearsal(samples, found.incidents)
+
+
+def watch_spans(groups: Iterable[SpanGroup], slos: Sequence[Slo] = (), progress: Progress | None = None) -> Samples:
+    """What a scraper sees of a watch whose spans come ``DELAY_NS`` after their ends."""
+    by_window, first, last = _by_window(groups)
+    now = 0
+    scores = Scores(bounds=bounds_with(slos), clock=lambda: now)
+    watch = Watch(scores, slos)
+    scrapes: list[tuple[int, dict[Series, float]]] = []
+    every = SCRAPE_S // WINDOW_S
+    for number in range(first, last + 1):
+        now = (number + 1) * WINDOW_S * SECOND_NS
+        watch.take(by_window.get(number, ()))
+        watch.close_window(now)
+        if (number + 1) % every == 0:
+            scrapes.append((now, scores.exposed()))
+        if progress is not None:
+            progress((number + 1 - first) / (last + 1 - first))
+    return samples_of(scrapes)
+
+
+def bounds_with(slos: Iterable[Slo]) -> dict[str, tuple[float, ...]]:
+    """The buckets of histograms, with the limits of objectives among them."""
+    bounds = {name: set(some) for name, some in BUCKETS.items()}
+    for slo in slos:
+        name = f"stallscope_{slo.metric}_seconds"
+        if name in bounds:
+            bounds[name].add(slo.limit_ns / 1e9)
+    return {name: tuple(sorted(some)) for name, some in bounds.items()}
+
+
+def spans_of(trace: Trace, path: str | Path) -> Iterator[SpanGroup]:
+    """The spans that a trace was read from; of tables, those that they would be written as."""
+    if not is_trace_folder(Path(path)):
+        yield from Reader(Findings()).read(find_sources(path))
+        return
+    from stallscope.trace.to_otlp import write_otlp
+
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / "trace.otlp.jsonl"
+        write_otlp(trace, file)
+        yield from Reader(Findings()).read(find_sources(file))
+
+
+def _by_window(groups: Iterable[SpanGroup]) -> tuple[dict[int, list[SpanGroup]], int, int]:
+    """Spans by the number of the window in which they arrive; the first of those, and the last that is watched."""
+    sorted_in: dict[int, dict[Resource, list[Span]]] = defaultdict(lambda: defaultdict(list))
+    for group in groups:
+        for span in group.spans:
+            sorted_in[(span.end + DELAY_NS) // (WINDOW_S * SECOND_NS)][group.resource].append(span)
+    windows = {
+        number: [SpanGroup(resource, spans, "", "") for resource, spans in of_window.items()]
+        for number, of_window in sorted_in.items()
+    }
+    return windows, min(windows, default=0), max(windows, default=-1) + _AFTER_S // WINDOW_S
+
+
+_AFTER_S = 120  # until the last stall has been judged, and its alerts have resolved
