@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ import yaml
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from stallscope.alerts.choices import Format, Pack
+from stallscope.alerts.export import export
+from stallscope.alerts.thresholds import NoTeacher
+from stallscope.diagnosis.slo import parse_slo
 from tests.alerts.servers import (
     AMTOOL,
     NEEDS_ALERTMANAGER,
@@ -29,6 +34,7 @@ from tests.alerts.servers import (
     receiving,
     wait_for,
 )
+from tests.alerts.unit_tests import OWNER
 
 FOLDER = Path(__file__).parents[2] / "dashboards" / "alertmanager"
 BEGUN = datetime(2026, 3, 1, 14, 2, tzinfo=UTC)
@@ -48,6 +54,8 @@ HOSTILE = [
     "%s %d $1 ${x}",
 ]
 
+SIDES = ("source_matchers", "target_matchers")
+
 pytestmark = NEEDS_ALERTMANAGER
 
 
@@ -65,10 +73,10 @@ class Told:
         plain = [one | {name: html.unescape(one[name]) for name in ("title", "text", "fallback")} for one in shown]
         return [one for one in plain if title in one["title"]]
 
-    def state(self, name: str) -> str:
-        """Of the alert of a name: active or suppressed; unprocessed for a moment before."""
-        (alert,) = [one for one in self.manager.alerts() if one["labels"]["alertname"] == name]
-        return str(alert["status"]["state"])
+    def state(self, alert: dict[str, Any]) -> str:
+        """Active or suppressed; unprocessed for a moment before."""
+        (found,) = [one for one in self.manager.alerts() if one["labels"] == alert["labels"]]
+        return str(found["status"]["state"])
 
     def end(self, *alerts: dict[str, object]) -> None:
         """Ends these, which are all there are."""
@@ -159,6 +167,26 @@ def test_the_configuration_that_is_shipped_is_sound() -> None:
         [AMTOOL, "check-config", FOLDER / "alertmanager.yml"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_what_is_kept_quiet_are_alerts_that_are_exported_with_the_labels_that_must_be_equal() -> None:
+    slos = [parse_slo("ttft=500ms@p99")]
+    rules = yaml.safe_load(export(NoTeacher(), slos, OWNER, Pack.BLAME, Format.PROMETHEUS).text)
+    alerts = [rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
+    for one in config()["inhibit_rules"]:
+        quieting, quiet = ([rule for rule in alerts if matched(rule, one[side])] for side in SIDES)
+        named = {name for side in SIDES for matcher in one[side] for name in re.findall(r"Stallscope\w+", matcher)}
+        assert {rule["alert"] for rule in (*quieting, *quiet)} == named
+        for rule in (*quieting, *quiet):
+            for label in one.get("equal", ()):
+                assert label in rule["labels"] or f"by ({label}" in rule["expr"] or f"({label})" in rule["expr"]
+
+
+def matched(rule: dict[str, Any], matchers: list[str]) -> bool:
+    """Whether an alert is what all matchers (``name="value"`` or ``name=~"expression"``) say."""
+    labels = rule["labels"] | {"alertname": rule["alert"]}
+    found = [re.fullmatch(r'(\w+)=~?"(.*)"', matcher) for matcher in matchers]
+    return all(one is not None and re.fullmatch(one[2], labels[one[1]]) is not None for one in found)
 
 
 def test_a_page_says_who_stalls_whom_since_when_and_what_to_do(told: Told) -> None:
@@ -292,6 +320,16 @@ def test_pages_and_tickets_go_different_ways(told: Told) -> None:
         ),
         (
             alert("StallscopeEngineStall", "page", replica="engine-0"),
+            alert("StallscopeEngineStall", "ticket", replica="engine-0"),
+            "suppressed",
+        ),
+        (
+            alert("StallscopeEngineStall", "ticket", replica="engine-0"),
+            alert("StallscopeSloFastBurn", "page", tenant="chat", slo="ttft"),
+            "active",
+        ),
+        (
+            alert("StallscopeEngineStall", "page", replica="engine-0"),
             alert("StallscopeOverload", "ticket", replica="engine-1"),
             "active",
         ),
@@ -317,7 +355,7 @@ def test_a_page_keeps_quiet_what_it_says_already_and_nothing_else(
     running: Told, firing: dict[str, Any], also: dict[str, Any], state: str
 ) -> None:
     running.manager.fire(firing)
-    wait_for(lambda: running.state(firing["labels"]["alertname"]) == "active", "page")
+    wait_for(lambda: running.state(firing) == "active", "page")
     running.manager.fire(also)
-    wait_for(lambda: running.state(also["labels"]["alertname"]) == state, state)
+    wait_for(lambda: running.state(also) == state, state)
     running.end(firing, also)

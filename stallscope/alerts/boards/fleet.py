@@ -452,7 +452,7 @@ FLEET = Board(
         ),
         Choice("culprit", "Culprit", f"label_values({f.BLAME.name}, culprit)", "Who stalls others."),
         Listed("percentile", "Percentile", ("0.99", "0.9", "0.5"), "Of the latencies."),
-        Typed("folder", "Traces", "traces/", "The folder that the collector writes, for the command."),
+        Typed("folder", "Traces", "spans", "The folder that the collector writes, for the command."),
         Choice(
             "only",
             "One replica",
