@@ -58,6 +58,9 @@ _HELD_UP = ((0.1, YELLOW), (1.0, RED))
 _HELD_UP_WORDS = "Yellow from a tenth of a request held up all the time, red from one."
 
 
+_ENGINE_STALLS = promql.per_second(f.JUDGED, window=promql.NOW, verdict="engine_stall")
+
+
 def _oldest() -> str:
     return promql.series(f.OLDEST_WAIT)
 
@@ -69,7 +72,7 @@ _NOW = Row(
             "Is one tenant stalling others?",
             "Seconds of waiting beyond usual, each second, that are laid at a culprit's door; all replicas, over the "
             f"last minute. {_HELD_UP_WORDS}",
-            (Query(promql.per_second(f.BLAME, window=promql.NOW), "blamed on a tenant"),),
+            (Query(promql.or_nothing(promql.per_second(f.BLAME, window=promql.NOW)), "blamed on a tenant"),),
             STALLED,
             6,
             4,
@@ -80,7 +83,7 @@ _NOW = Row(
             "Does an engine stall by itself?",
             "Stalled seconds, each second, for which no tenant is to blame: the engine stood still, over the last "
             f"minute. {_HELD_UP_WORDS}",
-            (Query(promql.per_second(f.JUDGED, window=promql.NOW, verdict="engine_stall"), "engine stalls"),),
+            (Query(promql.or_nothing(_ENGINE_STALLS), "engine stalls"),),
             STALLED,
             6,
             4,
