@@ -8,9 +8,9 @@ Two recordings in virtual time, a healthy one and one in which a newcomer's prom
 turns. What a collector would hand over (protobuf, a message a second from each) is made outside of what is measured.
 
 Printed is CPU time as a share of the time that the spans cover: below 1, one core keeps up. "decode" is from bytes to
-spans, "windows" all that is counted, "diagnoses" looking into stalls, "score" what the collector's own process does with
-it, "scrape" one exposition every ten seconds. "bare" is protobuf's parser alone. "named after" is how long after the
-injection blame was first exposed, in the time of the spans.
+spans, "windows" all that is counted, "diagnoses" looking into stalls, "score" what the collector's own process does
+with it, "scrape" one exposition every ten seconds. "bare" is protobuf's parser alone. "named after" is how long after
+the injection blame was first exposed, in the time of the spans.
 """
 
 from __future__ import annotations

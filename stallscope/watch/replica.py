@@ -89,7 +89,7 @@ class WatchedReplica:
             self.heard_ns = end_ns
             self._take(window, spans)
         elif not self._stream.alive or end_ns > self.heard_ns + _SILENT_NS:
-            self._losses.add(0.0, calm=False)  # whoever is there may wait for a step that takes long
+            self._losses.add(0.0)  # whoever is there may wait for a step that takes long
         self._stream.done()
 
     def _take(self, window: Window, spans: ReplicaSpans) -> None:
@@ -123,9 +123,11 @@ class WatchedReplica:
                     del self._counted[handle, kind]
             victim = self.tenants.names[int(waited.tenant[row])]
             self.stalled_s[victim] = self.stalled_s.get(victim, 0.0) + amount / 1e9
-        self._losses.add(sum(self.stalled_s.values()), calm=self._is_calm)
+        self._losses.add(sum(self.stalled_s.values()))
         if self.case is None and self._losses.is_unusual:
             self.case = Case(int(window.begin[0]))
+        if self._is_calm:
+            self._losses.learn()
         if self.case is not None:
             for victim, seconds in self.stalled_s.items():
                 self.case.waiting[victim] += seconds

@@ -88,11 +88,13 @@ class Losses:
         self._before = 0.0
         self._calm: deque[float] = deque(maxlen=_WINDOWS)
 
-    def add(self, seconds: float, *, calm: bool) -> None:
-        """The next window's. ``calm``: it may count as usual."""
+    def add(self, seconds: float) -> None:
+        """The next window's."""
         self.of_late, self._before = self._before + seconds, seconds
-        if calm:
-            self._calm.append(self.of_late)
+
+    def learn(self) -> None:
+        """What was lost of late is part of the usual."""
+        self._calm.append(self.of_late)
 
     @property
     def bar(self) -> float:
