@@ -18,7 +18,11 @@ from tests.alerts.unit_tests import OWNER
 from tests.live.collecting import collecting
 
 ALERT = "StallscopeTenantStallsOthers"
-SHOWN_S, OVER_S = 300.0, 600.0  # a minute of calm and a stall on a slow machine; five minutes that it keeps firing
+SHOWN_S, OVER_S = (
+    300.0,
+    600.0,
+)  # a minute of calm and a stall on a slow machine; until the windows of the rule are empty
+LINGERS = "keep_firing_for: 5m"  # nothing of the budget: the test need not wait for it
 
 
 @NEEDS_PROMETHEUS
@@ -26,15 +30,10 @@ SHOWN_S, OVER_S = 300.0, 600.0  # a minute of calm and a stall on a slow machine
 def test_a_stall_by_a_tenant_never_seen_before_pages_with_its_name_and_resolves(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is absent: in virtual time a stall is over before it is scraped")
     rules = export(NoTeacher(), [], OWNER, Pack.BLAME, Format.PROMETHEUS).text
-    record = [
-        sys.executable,
-        "-m",
-        "stallscope.cli",
-        "record",
-        "reasoning_prompt",
-        "-o",
-        str(tmp_path / "r.otlp.jsonl"),
-    ]
+    assert LINGERS in rules
+    rules = rules.replace(LINGERS, "keep_firing_for: 10s")
+    recorded = tmp_path / "recorded.otlp.jsonl"
+    record = [sys.executable, "-m", "stallscope.cli", "record", "reasoning_prompt", "-o", str(recorded)]
     with collecting(tmp_path / "spans") as collector:
         address = collector.url.removeprefix("http://").removesuffix("/v1/traces")
         with example(tmp_path, address, rules) as running:
