@@ -6,7 +6,7 @@ Seconds are counted as they pass; blame follows once a diagnosis names somebody,
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from stallscope.diagnosis.model import Diagnosis, Incident, Verdict
@@ -16,6 +16,8 @@ _LOOK_NS = 10_000_000_000  # after the first diagnosis, until the next; then twi
 _LOOK_SELDOM_NS = 60_000_000_000
 _FAR_WORSE = 2.0  # times what was lost in as long before the last one: then at once
 LONGEST_NS = 300_000_000_000  # from then on there is too little left of the calm before: what was found stays
+LASTING_NS = 3_600_000_000_000  # what goes on longer is no stall any more, but what is usual
+_NO_TENANTS = (Verdict.ENGINE_STALL, Verdict.OUTSIDE_ENGINE)
 USUAL = "usual"  # in place of a verdict: a stall that no diagnosis finds worth an incident
 
 
@@ -74,19 +76,26 @@ class Case:
         if found is not None:
             self.attribution = found
 
-    def judged(self) -> Iterator[tuple[str, str, str, float]]:
-        """Victim, culprit, mechanism, seconds of what can be laid at somebody's door by now, once."""
+    def judged(self, now_ns: int, is_here: Callable[[str], bool]) -> Iterator[tuple[str, str, str, float]]:
+        """Victim, culprit, mechanism, seconds of what can be laid at somebody's door by now, once.
+
+        When no diagnosis is made any more, who has gone (``is_here``) is not blamed for what still goes on.
+        """
         if self.attribution is None:
             return
+        is_old = now_ns > self.start_ns + LONGEST_NS
         for victim, seconds in self.waiting.items():
             for one in self.attribution.blamed:
-                if one.culprit != victim:
+                if one.culprit != victim and not (is_old and not is_here(one.culprit)):
                     yield victim, one.culprit, one.mechanism, seconds * one.share
         self.waiting.clear()
 
 
 def attribution_of(diagnosis: Diagnosis, since_ns: int) -> Attribution | None:
-    """What a diagnosis says of the time since ``since_ns``: the neighbors to blame, or else the costliest incident."""
+    """What a diagnosis says of the time since ``since_ns``: the neighbors to blame, or else the costliest incident.
+
+    What an engine that stalled meanwhile cost is no neighbor's.
+    """
     there = [one for one in diagnosis.incidents if one.end_ns >= since_ns]
     if not there:
         return None
@@ -101,5 +110,6 @@ def attribution_of(diagnosis: Diagnosis, since_ns: int) -> Attribution | None:
             share = culprit.caused_s / total if total else 1 / len(incident.culprits)
             caused[culprit.tenant, culprit.mechanism] += share * incident.lost_s
     total = sum(caused.values())
+    total += sum(one.lost_s for one in there if one.verdict in _NO_TENANTS)
     blamed = [Blamed(*who, lost / total if total else 1 / len(caused)) for who, lost in caused.items()]
     return Attribution(Verdict.NOISY_NEIGHBOR, tuple(blamed), worst)

@@ -31,6 +31,8 @@ class Costs:
         """Takes a window's steps as examples."""
         features = features_at(window.rows, np.arange(len(window.ready)))
         taught = features[:, 1:].any(axis=1) & window.known
+        if not taught.any():
+            return
         self._features.append(features[taught])
         self._durations.append(duration_ns(window)[taught])
         self._seen += int(taught.sum())

@@ -134,6 +134,9 @@ FOLDED = _counter(
 )
 RECEIVED = _counter("stallscope_received_spans_total", "", "", "Spans that the collector has taken, and has on disk.")
 REFUSED = _counter("stallscope_refused_spans_total", "", "", "Spans that it refused as unsound.")
+UNWATCHED = _counter(
+    "stallscope_unwatched_batches_total", "", "", "Batches that are kept on disk, but that the diagnosis has missed."
+)
 
 FAMILIES: tuple[Family, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 

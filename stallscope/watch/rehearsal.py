@@ -7,8 +7,9 @@ of a live watch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +23,7 @@ from stallscope.trace.parquet import is_trace_folder
 from stallscope.watch.families import BUCKETS, SCRAPE_S, WINDOW_S
 from stallscope.watch.samples import Samples, Series, samples_of
 from stallscope.watch.scores import Scores
-from stallscope.watch.watch import Watch
+from stallscope.watch.watch import FORGOTTEN_NS, Watch
 
 DELAY_NS = 1_000_000_000
 SECOND_NS = 1_000_000_000
@@ -55,20 +56,21 @@ def rehearse(path: str | Path, *, slos: Sequence[Slo] = (), progress: Progress |
 
 def watch_spans(groups: Iterable[SpanGroup], slos: Sequence[Slo] = (), progress: Progress | None = None) -> Samples:
     """What a scraper sees of a watch whose spans come ``DELAY_NS`` after their ends."""
-    by_window, first, last = _by_window(groups)
+    by_window = _by_window(groups)
+    numbers = _watched_windows(by_window)
     now = 0
     scores = Scores(bounds=bounds_with(slos), clock=lambda: now)
     watch = Watch(scores, slos)
     scrapes: list[tuple[int, dict[Series, float]]] = []
     every = SCRAPE_S // WINDOW_S
-    for number in range(first, last + 1):
+    for done, number in enumerate(numbers, 1):
         now = (number + 1) * WINDOW_S * SECOND_NS
         watch.take(by_window.get(number, ()))
         watch.close_window(now)
         if (number + 1) % every == 0:
             scrapes.append((now, scores.exposed()))
         if progress is not None:
-            progress((number + 1 - first) / (last + 1 - first))
+            progress(done / len(numbers))
     return samples_of(scrapes)
 
 
@@ -95,17 +97,28 @@ def spans_of(trace: Trace, path: str | Path) -> Iterator[SpanGroup]:
         yield from Reader(Findings()).read(find_sources(file))
 
 
-def _by_window(groups: Iterable[SpanGroup]) -> tuple[dict[int, list[SpanGroup]], int, int]:
-    """Spans by the number of the window in which they arrive; the first of those, and the last that is watched."""
+def _by_window(groups: Iterable[SpanGroup]) -> dict[int, list[SpanGroup]]:
+    """Spans by the number of the window in which they arrive."""
     sorted_in: dict[int, dict[Resource, list[Span]]] = defaultdict(lambda: defaultdict(list))
     for group in groups:
         for span in group.spans:
             sorted_in[(span.end + DELAY_NS) // (WINDOW_S * SECOND_NS)][group.resource].append(span)
-    windows = {
+    return {
         number: [SpanGroup(resource, spans, "", "") for resource, spans in of_window.items()]
         for number, of_window in sorted_in.items()
     }
-    return windows, min(windows, default=0), max(windows, default=-1) + _AFTER_S // WINDOW_S
+
+
+def _watched_windows(arrive: Collection[int]) -> list[int]:
+    """From the first in which spans ``arrive`` until the last stall has been judged. Of a long silence among them, or
+    of the years to a damaged time, only what a watch needs to forget who is silent."""
+    numbers = sorted(arrive)
+    watched: list[int] = []
+    for number, following in zip_longest(numbers, numbers[1:]):
+        last = number + _AFTER_S // WINDOW_S + 1
+        watched.extend(range(number, last if following is None else min(following, number + _SILENCE_S // WINDOW_S)))
+    return watched
 
 
 _AFTER_S = 120  # until the last stall has been judged, and its alerts have resolved
+_SILENCE_S = FORGOTTEN_NS // SECOND_NS + 2 * WINDOW_S

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from stallscope.diagnosis import diagnose
 from stallscope.diagnosis.incidents import NOTICEABLE_NS
@@ -15,8 +18,10 @@ from stallscope.diagnosis.timeline import Floats, Mask
 from stallscope.errors import UsageError
 from stallscope.trace.decode import MOST, ReplicaSpans
 from stallscope.trace.findings import Findings
-from stallscope.watch.case import LONGEST_NS, Case
+from stallscope.trace.model import Trace
+from stallscope.watch.case import LASTING_NS, LONGEST_NS, Case
 from stallscope.watch.costs import Costs
+from stallscope.watch.families import WINDOW_S
 from stallscope.watch.memory import Memory
 from stallscope.watch.stream import Stream, Window
 from stallscope.watch.tally import Spent, Tenants, Waited, Waits, spent
@@ -25,6 +30,8 @@ from stallscope_telemetry import names
 
 REMEMBERED_NS = 120_000_000_000  # of calm before a stall: what a diagnosis learns the usual from
 _SILENT_NS = 60_000_000_000  # without a step, it is no stall any more but an engine, or telemetry, that has stopped
+_GONE_NS = 60_000_000_000  # who has computed and held nothing for so long is not there any more
+_COVERED_S = 60
 _BLOCK_TOKENS = 16  # where the engine does not say
 
 
@@ -41,7 +48,6 @@ class WatchedReplica:
         self.heard_ns = 0  # when steps came last, by the clock of whoever watches
         self.stalled_s: dict[str, float] = {}  # of the latest window, by victim
         self.costs = Costs()
-        self.preempted: dict[int, int] = {}  # by handle: how often, as far as counted
         self._slos = slos
         self._stream = Stream(name)
         self._waits = Waits()
@@ -49,6 +55,8 @@ class WatchedReplica:
         self._memory = Memory(name)
         self._counted: dict[tuple[int, int], float] = {}  # of waits that go on: by handle and kind, ns counted so far
         self._losses = Losses()
+        self._active_ns: dict[str, int] = {}  # by tenant: when it held something last
+        self._covered: deque[tuple[int, int]] = deque(maxlen=_COVERED_S // WINDOW_S)  # steps known and all, by window
         self._kv_total = 0
         self._calm_until = 0
 
@@ -66,13 +74,32 @@ class WatchedReplica:
     def memory_bytes(self) -> int:
         return self._memory.bytes
 
-    def oldest_waits_s(self) -> Mapping[str, float]:
-        """Of each tenant who waits for a first token: for how long the oldest does."""
+    @property
+    def tells_batches(self) -> bool:
+        """Whether its steps have ever said who was in them."""
+        return bool(self.tenants.names)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the last minute's steps of which the batch is known."""
+        known, steps = (sum(column) for column in zip(*self._covered, strict=True))
+        return float(known / steps)
+
+    def is_here(self, tenant: str) -> bool:
+        """Whether a tenant has done anything of late."""
+        return self.now_ns <= self._active_ns.get(tenant, 0) + _GONE_NS
+
+    def oldest_waits_s(self, now_ns: int) -> Mapping[str, float]:
+        """Of each tenant who waits for a first token: for how long the oldest does.
+
+        ``now_ns`` by the clock of whoever watches: an engine that hangs has no steps whose times would go on.
+        """
+        silent_s = max(now_ns - self.heard_ns, 0) / 1e9
         oldest: dict[str, float] = {}
         for one in self._stream.alive:
             if one.first_token_step is None and not one.output_tokens:
                 name = self.tenants.names[self.tenants.code(one)]
-                age = max(self.now_ns - one.info.arrival_ns, 0) / 1e9
+                age = max(self.now_ns - one.info.arrival_ns, 0) / 1e9 + silent_s
                 oldest[name] = max(oldest.get(name, 0.0), age)
         return oldest
 
@@ -84,13 +111,14 @@ class WatchedReplica:
         self._memory.forget(end_ns - REMEMBERED_NS - min(end_ns - self._calm_until, LONGEST_NS))
         self.window = self.spent = self.waited = None
         self.stalled_s = {}
-        window = self._stream.advance(spans.steps(Findings()))
+        has_steps = bool(spans.rows) or self._stream.has_later
+        window = self._stream.advance(spans.steps(Findings())) if has_steps else None
         if window is not None:
             self.heard_ns = end_ns
             self._take(window, spans)
+            self._stream.done()
         elif not self._stream.alive or end_ns > self.heard_ns + _SILENT_NS:
             self._losses.add(0.0)  # whoever is there may wait for a step that takes long
-        self._stream.done()
 
     def _take(self, window: Window, spans: ReplicaSpans) -> None:
         attributes = list(spans.resources)[int(window.columns["resource"][-1])].attributes
@@ -100,8 +128,11 @@ class WatchedReplica:
         tenant = self.tenants.codes(window.requests)
         self.costs.learn(window)
         self.window = window
+        self._covered.append((int(window.known.sum()), len(window.ready) + window.lost))
         self.spent = spent(window, tenant, len(self.tenants.names), size, self.costs.model)
         self.waited = self._waits.of(window, tenant, self.costs.model)
+        for code in np.flatnonzero(self.spent.kv_block_ns).tolist():
+            self._active_ns[self.tenants.names[code]] = self.now_ns
         self._usual.settle()
         self._count_stalled(window, self.waited)
         if self._is_calm:
@@ -112,6 +143,7 @@ class WatchedReplica:
     def _count_stalled(self, window: Window, waited: Waited) -> None:
         delay = waited.delay
         stalled, beyond = self._beyond(waited, delay)
+        going_on = set(zip(waited.handle[waited.open].tolist(), waited.kind[waited.open].tolist(), strict=True))
         rows = np.flatnonzero(stalled)
         for row in rows.tolist():
             handle, kind = int(waited.handle[row]), int(waited.kind[row])
@@ -119,10 +151,9 @@ class WatchedReplica:
             if handle >= 0:
                 before = self._counted.get((handle, kind), 0.0)
                 amount, self._counted[handle, kind] = max(amount - before, 0.0), max(amount, before)
-                if not waited.open[row]:
-                    del self._counted[handle, kind]
             victim = self.tenants.names[int(waited.tenant[row])]
             self.stalled_s[victim] = self.stalled_s.get(victim, 0.0) + amount / 1e9
+        self._counted = {key: amount for key, amount in self._counted.items() if key in going_on}
         self._losses.add(sum(self.stalled_s.values()))
         if self.case is None and self._losses.is_unusual:
             self.case = Case(int(window.begin[0]))
@@ -162,7 +193,8 @@ class WatchedReplica:
         """Diagnoses what is remembered."""
         assert self.case is not None
         try:
-            trace, slos = self._memory.trace(), self._known(self._slos)
+            trace = self._memory.trace()
+            slos = _of_tenants_in(trace, self._slos)
             by_charges = diagnose(trace, slos=slos, replay=False)
             # A replay costs ten times as much: it is for who may be accused, and not for what befalls busy engines.
             suspects = self.case.suspects(by_charges)
@@ -176,14 +208,20 @@ class WatchedReplica:
         if self.case is not None:
             self.case.looked(None, self.now_ns, self._losses.of_late)
 
-    def _known(self, slos: tuple[Slo, ...]) -> list[Slo]:
-        return [slo for slo in slos if slo.tenant is None or slo.tenant in self.tenants.names]
-
     def closed(self) -> Case | None:
-        """The case, if it is over; the next window has none."""
+        """The case, if it is over and was looked into; the next window has none."""
         case = self.case
-        if case is None or not self._losses.is_over:
+        if case is None or not case.looks:
+            return None
+        if self.now_ns > case.start_ns + LASTING_NS:
+            self._losses = Losses()  # what goes on for so long is what is usual from here on
+        elif not self._losses.is_over:
             return None
         self.case = None
-        self._counted.clear()
         return case
+
+
+def _of_tenants_in(trace: Trace, slos: tuple[Slo, ...]) -> list[Slo]:
+    """Those for all, and for who was there in the minutes that are remembered."""
+    there = set(pc.unique(trace.requests["tenant"].cast(pa.string())).to_pylist())
+    return [slo for slo in slos if slo.tenant is None or slo.tenant in there]

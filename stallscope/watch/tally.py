@@ -12,8 +12,8 @@ from stallscope.diagnosis.cost_model import CostModel
 from stallscope.diagnosis.ledger import cost_lines
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
 from stallscope.diagnosis.replica import OTHER, UNKNOWN
-from stallscope.diagnosis.timeline import Floats, Ints, running_total
-from stallscope.trace.rebuild import Phase, SeenRequest
+from stallscope.diagnosis.timeline import Floats, Ints, Mask, running_total
+from stallscope.trace.rebuild import SeenRequest
 from stallscope.watch.stream import Window
 
 MOST_TENANTS = 200  # of a replica, in the order in which they came; the others are one
@@ -59,7 +59,8 @@ class Waited:
     """Waits that ended in a window, or that were still going on at its end (``open``), as columns; times in ns.
 
     ``weight``: so many gaps of a tenant in one step are one row. ``own``: the part that is the request's own work.
-    ``handle``: of the request, where it may wait on in the next window; -1 for gaps in steps that follow one another.
+    ``handle``: of the request, where its wait may have begun in a window before; -1 for gaps in steps that follow one
+    another. Who left without a first token counts as open: it never had one.
     """
 
     kind: Ints
@@ -84,7 +85,6 @@ def spent(window: Window, tenant: Ints, tenants: int, block_tokens: int, model: 
     of = tenant[rows.request] if len(rows) else np.zeros(0, dtype=np.int64)
     steps = rows.last - rows.first + 1
     tokens = (rows.tokens * steps).astype(np.float64)
-    recomputed = rows.prefill & _has_output(window)
     passed = np.where(window.gap_ns >= 0, window.gap_ns, window.ready - window.begin).astype(np.float64)
     time, weighted = running_total(passed), running_total(passed * np.arange(n))
     held_ns = time[rows.last + 1] - time[rows.first]
@@ -102,93 +102,112 @@ def spent(window: Window, tenant: Ints, tenants: int, block_tokens: int, model: 
     return Spent(
         total(tokens * rows.prefill),
         total(tokens * rows.decode),
-        total(tokens * recomputed),
+        total(window.recomputed.astype(np.float64)),
         total(cost),
         total(token_ns / max(block_tokens, 1) + rows.resident * held_ns / 2),  # half of a block is not full
     )
-
-
-def _has_output(window: Window) -> npt.NDArray[np.bool_]:
-    """Rows of requests that had tokens before: their prefill is done again."""
-    had = np.array([one.preemptions > 0 for one in window.requests], dtype=np.bool_)
-    return had[window.rows.request] if len(window.rows) else np.zeros(0, dtype=np.bool_)
 
 
 class Waits:
     """The waits of one replica's requests that go on from one window to the next."""
 
     def __init__(self) -> None:
-        self._paused_since: dict[int, int] = {}  # by handle: when its last token was
+        self._token_ns: dict[int, int] = {}  # by handle: when its last token was, where nothing was lost since
 
     def of(self, window: Window, tenant: Ints, model: CostModel | None) -> Waited:
         """All waits of a window; ``tenant``: the code of each of its requests."""
-        gaps = _gaps(window, tenant, model)
-        found = [*_first_tokens(window, tenant, model), *self._pauses(window, tenant)]
-        single = np.array(found, dtype=np.float64).reshape(len(found), 7)
-        joined = [np.concatenate([one, two]) for one, two in zip(gaps, single.T, strict=True)]
-        metric, of, when, length, handle = (joined[column].astype(np.int64) for column in (0, 1, 2, 3, 5))
-        own, is_open = joined[4], joined[6]
-        weight = np.where(handle < 0, -handle, 1)
-        return Waited(
-            of * len(METRICS) + metric, of, when, length, own, weight, np.maximum(handle, -1), is_open.astype(np.bool_)
-        )
+        row, first, before, is_next = self._token_rows(window)
+        gaps = _gaps(window, tenant, row, first - is_next, model)
+        alone = np.flatnonzero(~is_next & (before >= 0))
+        length = window.ready[first[alone]] - before[alone]
+        handle = _handles(window)
+        request = window.rows.request[row[alone]]
+        ended = _columns(ITL, tenant[request], window.ready[first[alone]], length, handle=handle[request])
+        waiting = [*_first_tokens(window, tenant, model), *self._without_token(window, tenant)]
+        single = np.array(waiting, dtype=np.float64).reshape(len(waiting), len(_COLUMNS)).T
+        joined = [np.concatenate(columns) for columns in zip(gaps, ended, single, strict=True)]
+        metric, of, when, length, weight, handle = (column.astype(np.int64) for column in (*joined[:4], *joined[5:7]))
+        return Waited(of * len(METRICS) + metric, of, when, length, joined[4], weight, handle, joined[7] > 0)
 
-    def _pauses(self, window: Window, tenant: Ints) -> list[_Wait]:
-        """Of each request that had tokens and got none in some steps: preempted, paused, or computed again."""
-        since, rows = self._paused_since, window.rows
-        found: list[_Wait] = []
+    def _token_rows(self, window: Window) -> tuple[Ints, Ints, Ints, Mask]:
+        """Rows with tokens, by request and time; of each the position of the step of its first token, when the token
+        before that was (ns; -1: not known) and whether in the step before. Notes the last one of each request."""
+        rows, ready = window.rows, window.ready
+        decodes = rows.decode & (rows.tokens > 0)
+        row = np.flatnonzero(decodes | window.samples)
+        row = row[np.argsort(rows.request[row], kind="stable")]
+        request, last = rows.request[row], rows.last[row]
+        first = np.where(decodes[row], rows.first[row], last)
+        stretch: Ints = np.cumsum((window.gap_ns < 0) | ~window.known, dtype=np.int64)
+        begins = np.diff(request, prepend=-1) != 0
+        follows = ~begins & (stretch[first] == np.roll(stretch[last], 1))
+        before = np.where(follows, np.roll(ready[last], 1), -1)
+        is_next = follows & (np.roll(last, 1) == first - 1)
+        for at in np.flatnonzero(begins & (stretch[first] == 0)).tolist():
+            told = self._token_ns.get(window.requests[request[at]].info.handle, -1)
+            before[at], is_next[at] = told, first[at] == 0 and told == window.since_ns
+        self._note_tokens(window, request, last, stretch)
+        return row, first, before, is_next
+
+    def _note_tokens(self, window: Window, request: Ints, last: Ints, stretch: Ints) -> None:
+        there = {one.info.handle for one in window.requests if one.left_step is None and not one.lost}
+        if stretch[-1]:
+            self._token_ns.clear()
+        ends = np.flatnonzero((np.diff(request, append=-1) != 0) & (stretch[last] == stretch[-1]))
+        for number, when in zip(request[ends].tolist(), window.ready[last[ends]].tolist(), strict=True):
+            self._token_ns[window.requests[number].info.handle] = when
+        self._token_ns = {handle: when for handle, when in self._token_ns.items() if handle in there}
+
+    def _without_token(self, window: Window, tenant: Ints) -> list[_Wait]:
+        """Of each request that had tokens and none in the last step: it is preempted, paused, or computed again."""
         now = int(window.ready[-1])
-        special = np.flatnonzero((window.phase == Phase.PREEMPTED) | rows.paused | (rows.prefill & _has_output(window)))
-        for row in special.tolist():
-            one = window.requests[int(rows.request[row])]
-            first = int(rows.first[row])
-            if one.output_tokens and one.info.handle not in since:
-                since[one.info.handle] = int(window.ready[first - 1]) if first else int(window.begin[0])
-        if not since:
-            return []
-        there = {one.info.handle: number for number, one in enumerate(window.requests)}
-        for handle, began in list(since.items()):
-            number = there.get(handle)
-            if number is None or window.requests[number].left_step is not None:
-                del since[handle]
-                continue
-            decodes = np.flatnonzero((rows.request == number) & rows.decode)
-            ends = window.ready[rows.first[decodes]]
-            ends = ends[ends > began]
-            if len(ends):
-                del since[handle]
-            when = int(ends[0]) if len(ends) else now
-            found.append((ITL, int(tenant[number]), when, when - began, 0.0, handle, not len(ends)))
-        return found
+        return [
+            (ITL, code, now, now - self._token_ns[one.info.handle], 0.0, 1, one.info.handle, True)
+            for one, code in zip(window.requests, tenant.tolist(), strict=True)
+            if self._token_ns.get(one.info.handle, now) < now
+        ]
 
 
-_Wait = tuple[
-    float, float, float, float, float, float, float
-]  # metric, tenant, time, length, own, handle, whether open
+_Wait = tuple[float, float, float, float, float, float, float, float]
+_COLUMNS = ("metric", "tenant", "time", "length", "own", "weight", "handle", "open")
 
 
-def _gaps(window: Window, tenant: Ints, model: CostModel | None) -> list[Floats]:
-    """Between tokens in steps that follow one another, as columns: a row a tenant and step, where the handle is the
-    number of such gaps, negative."""
-    rows = window.rows
-    decode = np.flatnonzero(rows.decode & (rows.tokens > 0))
-    n, count = len(window.ready), int(tenant.max(initial=-1)) + 1
-    change = np.zeros((count, n + 1))
-    np.add.at(change, (tenant[rows.request[decode]], rows.first[decode]), 1)
-    np.add.at(change, (tenant[rows.request[decode]], rows.last[decode] + 1), -1)
-    running = np.cumsum(change, axis=1)[:, :n]
-    running[:, window.gap_ns < 0] = 0
-    of, step = np.nonzero(running)
-    own = 0.0 if model is None else model.coefficients[0] + model.coefficients[3]
+def _columns(
+    metric: int, tenant: Ints, time: Ints, length: Ints, *, own: float = 0.0, weight: Ints | None = None,
+    handle: Ints | None = None,
+) -> list[Floats]:  # fmt: skip
+    """Waits that have ended, as ``_COLUMNS``."""
+    n = len(tenant)
+    weights = np.ones(n) if weight is None else weight.astype(np.float64)
+    handles = np.full(n, -1.0) if handle is None else handle.astype(np.float64)
     return [
-        np.full(len(of), float(ITL)),
-        of.astype(np.float64),
-        window.ready[step].astype(np.float64),
-        window.gap_ns[step].astype(np.float64),
-        np.full(len(of), own),
-        -running[of, step],
-        np.zeros(len(of)),
-    ]
+        np.full(n, float(metric)), tenant.astype(np.float64), time.astype(np.float64), length.astype(np.float64),
+        np.full(n, own), weights, handles, np.zeros(n),
+    ]  # fmt: skip
+
+
+def _handles(window: Window) -> Ints:
+    return np.array([one.info.handle for one in window.requests], dtype=np.int64)
+
+
+def _gaps(window: Window, tenant: Ints, row: Ints, first: Ints, model: CostModel | None) -> list[Floats]:
+    """Between tokens in steps that follow one another, a row a tenant and step, as columns; ``first``: for each row
+    with tokens the position of the step after which its gaps are such. Tokens that are ready at once have gaps of 0."""
+    rows = window.rows
+    last, of = rows.last[row], tenant[rows.request[row]]
+    n, count = len(window.ready), int(tenant.max(initial=-1)) + 1
+    change = np.zeros((count, n + 1), dtype=np.int64)
+    np.add.at(change, (of, first + 1), 1)
+    np.add.at(change, (of, last + 1), -1)
+    running = np.cumsum(change, axis=1)[:, :n]
+    code, step = np.nonzero(running)
+    own = 0.0 if model is None else model.coefficients[0] + model.coefficients[3]
+    more = np.where(rows.decode[row], (rows.tokens[row] - 1) * (last - rows.first[row] + 1), 0)
+    together = np.bincount(of, more, count).astype(np.int64)
+    some = np.flatnonzero(together)
+    at_once = _columns(ITL, some, np.full(len(some), window.ready[-1]), np.zeros_like(some), weight=together[some])
+    between = _columns(ITL, code, window.ready[step], window.gap_ns[step], own=own, weight=running[code, step])
+    return [np.concatenate(both) for both in zip(between, at_once, strict=True)]
 
 
 def _first_tokens(window: Window, tenant: Ints, model: CostModel | None) -> list[_Wait]:
@@ -198,12 +217,12 @@ def _first_tokens(window: Window, tenant: Ints, model: CostModel | None) -> list
     b0, b1, b2 = (0.0, 0.0, 0.0) if model is None else model.coefficients[:3]
     for one, code in zip(window.requests, tenant.tolist(), strict=True):
         came = window.has(one.first_token_step)
-        if not came and (one.output_tokens or one.first_token_step is not None):
+        if not came and (one.lost or one.output_tokens or one.first_token_step is not None):
             continue
-        when = window.ready_of(one.first_token_step or 0) if came else now
+        last = one.first_token_step if came else one.left_step
+        when = now if last is None else window.ready_of(last)
         prompt = one.info.prompt_tokens
         new = prompt - one.cached_tokens if came or one.computed_tokens else 0
         own = b0 + b1 * new + b2 * new * (prompt - new / 2) if new > 0 else 0.0
-        waits = not came and one.left_step is None
-        found.append((TTFT, code, when, max(when - one.info.arrival_ns, 0), own, one.info.handle, waits))
+        found.append((TTFT, code, when, max(when - one.info.arrival_ns, 0), own, 1, one.info.handle, not came))
     return found
