@@ -66,8 +66,8 @@ def backtest(
     """
     from stallscope.alerts.backtest import backtest as run
     from stallscope.alerts.backtest import read_rules
-    from stallscope.alerts.backtest.promtool import check_rules
     from stallscope.alerts.backtest.provable import reads
+    from stallscope.alerts.promtool import check_rules
     from stallscope.diagnosis.slo import parse_slo
     from stallscope.views.words import counted
 

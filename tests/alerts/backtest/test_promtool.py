@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stallscope.alerts.backtest import promtool
-from stallscope.alerts.backtest.promtool import Surprise, check_rules, read_surprises, unquoted
+from stallscope.alerts.backtest.promtool import Surprise, read_surprises, unquoted
+from stallscope.alerts.promtool import check_rules
 from stallscope.errors import UsageError
 from tests.alerts.backtest.stories import PAGE, needs_promtool
 
