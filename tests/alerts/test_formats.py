@@ -147,7 +147,7 @@ def test_grafana_s_rules_stand_alone() -> None:
 
 @needs_promtool
 def test_what_promtool_refuses_is_told_on_one_line() -> None:
-    with pytest.raises(UsageError, match="the rules: .*could not parse expression") as raised:
+    with pytest.raises(UsageError, match=r"the rules: .*could not parse expression") as raised:
         check_rules("groups: [{name: a, rules: [{record: b, expr: 'sum('}]}]", "the rules")
     assert "\n" not in str(raised.value)
 
