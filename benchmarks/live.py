@@ -3,14 +3,15 @@
     python benchmarks/live.py                        # 200 replicas, 30 steps a second, batches of 64
     python benchmarks/live.py --replicas 50 --stalled 1
 
-Two recordings in virtual time, a healthy one and one in which a newcomer's prompts stall the others, are sent by
-``--replicas`` replicas, each some seconds later than the one before; ``--stalled`` of them send the stalled one, in
-turns. What a collector would hand over (protobuf, a message a second from each) is made outside of what is measured.
+Recordings in virtual time, healthy ones and one in which a newcomer's prompts stall the others, are sent by
+``--replicas`` replicas, each some seconds later than the one before; ``--stalled`` of them send the stalled one. What a
+collector would hand over (protobuf, a message a second from each) is made outside of what is measured.
 
 Printed is CPU time as a share of the time that the spans cover: below 1, one core keeps up. "decode" is from bytes to
 spans, "windows" all that is counted, "diagnoses" looking into stalls, "score" what the collector's own process does
-with it, "scrape" one exposition every ten seconds. "bare" is protobuf's parser alone. "named after" is how long after
-the injection blame was first exposed, in the time of the spans.
+with it, "scrape" one exposition every ten seconds. "bare" is protobuf's parser alone. Diagnoses get what is left of a
+core; those that were due then and had to wait are "put off", once a window. "named after" is how long after the
+injection blame was first exposed, in the time of the spans.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, TracesData
@@ -30,6 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from stallscope.trace import read_trace
 from stallscope.trace.otlp.protobuf import ProtobufDecoder
 from stallscope.trace.otlp.spans import Resources, SpanGroup
 from stallscope.watch.changes import Changes
@@ -67,6 +70,7 @@ FLOOD = (
     "  - {{tenant: reports, from_s: {at}, to_s: {until}, poisson_per_s: 0.5, prompt_tokens: 12000, output_tokens: 40}}"
 )
 SLOWDOWN = 2.6  # so that a step with such a batch takes 33 ms
+SEEDS = 4  # recordings of healthy traffic, in turns
 
 
 @dataclass
@@ -76,6 +80,7 @@ class Recording:
     by_second: list[bytes]
     resource: TracesData
     steps: int
+    batch: float  # requests in a step, on average
 
 
 @dataclass
@@ -89,19 +94,20 @@ class Spent:
     score: float = 0.0
     scrapes: list[float] = field(default_factory=list)
     looks: int = 0
+    put_off: int = 0
     spans: int = 0
     named_after: dict[str, float] = field(default_factory=dict)
 
 
-def make(folder: Path, injected: str) -> Recording:
+def make(folder: Path, seed: int, injected: str = "") -> Recording:
     story, out = folder / "story.yaml", folder / "live.otlp.jsonl"
     text = STORY.format(seconds=CALM_S + STALL_S, slowdown=SLOWDOWN, injected=injected)
     story.write_text(text, encoding="utf-8")
-    record(load_scenario(str(story)), out, seed=1, executor="virtual", force=True)
-    return by_second(out)
+    record(load_scenario(str(story)), out, seed=seed, executor="virtual", force=True)
+    return by_second(out, float(read_trace(out).steps["batch_size"].to_numpy().mean()))
 
 
-def by_second(path: Path) -> Recording:
+def by_second(path: Path, batch: float) -> Recording:
     """The spans of a file, as protobuf, by the second in which each ended."""
     import orjson
     from google.protobuf.json_format import ParseDict
@@ -130,7 +136,7 @@ def by_second(path: Path) -> Recording:
                     steps += one.name == names.STEP_SPAN
     empty = ResourceSpans()
     return Recording(
-        [seconds.get(number, empty).SerializeToString() for number in range(CALM_S + STALL_S)], head, steps
+        [seconds.get(number, empty).SerializeToString() for number in range(CALM_S + STALL_S)], head, steps, batch
     )
 
 
@@ -156,7 +162,7 @@ def messages(recording: Recording, replica: str, second: int) -> bytes:
     return data.SerializeToString()
 
 
-def run(healthy: Recording, stalled: Recording, replicas: int, bad: int, seconds: int) -> Spent:
+def run(healthy: list[Recording], stalled: Recording, replicas: int, bad: int, seconds: int) -> Spent:
     spent = Spent()
     now = VIRTUAL_START_NS
     changes, scores = Changes(), Scores(clock=lambda: now)
@@ -183,10 +189,12 @@ def run(healthy: Recording, stalled: Recording, replicas: int, bad: int, seconds
         spent.decode += time.process_time() - begun
         spent.spans += sum(len(group.spans) for group in groups)
         now = VIRTUAL_START_NS + (window + 1) * WINDOW_S * 1_000_000_000
-        before = spent.diagnoses
+        before, left = spent.diagnoses, WINDOW_S - (time.process_time() - begun)
         begun = time.process_time()
+        until = begun + left
         watch.take(groups)
-        watch.close_window(now)
+        watch.close_window(now, partial(_is_before, until))
+        spent.put_off += sum(one.wants_look for one in watch.replicas.values())
         spent.windows += time.process_time() - begun - (spent.diagnoses - before)
         begun = time.process_time()
         changes.taken().apply(scores)
@@ -205,9 +213,14 @@ def run(healthy: Recording, stalled: Recording, replicas: int, bad: int, seconds
     return spent
 
 
-def sent(healthy: Recording, stalled: Recording, replicas: int, bad: int, window: int) -> Iterator[bytes]:
+def _is_before(until: float) -> bool:
+    """A core has as much time for a window as the window is long."""
+    return time.process_time() < until
+
+
+def sent(healthy: list[Recording], stalled: Recording, replicas: int, bad: int, window: int) -> Iterator[bytes]:
     for number in range(replicas):
-        recording = stalled if number < bad else healthy
+        recording = stalled if number < bad else healthy[number % len(healthy)]
         for second in range(window * WINDOW_S, (window + 1) * WINDOW_S):
             if message := messages(recording, f"replica-{number}", second - number % 10):
                 yield message
@@ -221,13 +234,16 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as scratch:
-        healthy = make(Path(scratch), "")
-        stalled = make(Path(scratch), FLOOD.format(at=CALM_S, until=CALM_S + STALL_S))
-    rate = healthy.steps / (CALM_S + STALL_S)
-    table = Table(title=f"{arguments.replicas} replicas, {rate:.0f} steps a second each: CPU time over time covered")
+        healthy = [make(Path(scratch), seed) for seed in range(SEEDS)]
+        stalled = make(Path(scratch), SEEDS, FLOOD.format(at=CALM_S, until=CALM_S + STALL_S))
+    rate = sum(one.steps for one in healthy) / SEEDS / (CALM_S + STALL_S)
+    batch = sum(one.batch for one in healthy) / SEEDS
+    table = Table(
+        title=f"{arguments.replicas} replicas, {rate:.0f} steps a second of {batch:.0f} requests: CPU time over time"
+    )
     for name in ("stalled", "spans/s", "bare", "decode", "windows", "diagnoses", "watch in all", "score", "scrape ms"):
         table.add_column(name, justify="right")
-    table.add_column("diagnoses made", justify="right")
+    table.add_column("diagnoses made, put off", justify="right")
     table.add_column("named after", justify="right")
     for bad in arguments.stalled:
         spent = run(healthy, stalled, arguments.replicas, bad, arguments.seconds)
@@ -239,10 +255,10 @@ def main() -> None:
             f"{sum(shares[1:]):.3f}",
             f"{spent.score / arguments.seconds:.3f}",
             f"{statistics.median(spent.scrapes) * 1000:.0f}",
-            str(spent.looks),
+            f"{spent.looks}, {spent.put_off}",
             ", ".join(f"{name}: {after:.0f} s" for name, after in spent.named_after.items()) or "-",
         )
-    Console().print(table)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

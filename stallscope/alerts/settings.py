@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stallscope.watch.families import EVALUATION_S
+from stallscope.watch.families import EVALUATION_S, SCRAPE_S
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ SLO_FAST_INTERVAL_S, SLO_SLOW_INTERVAL_S = 30, 120
 
 # --- a tenant stalls others, the engine stalls ----------------------------------------------------------------------
 PAGE_WINDOW_S = 60  # as long as the latency budget: a shorter one flickers with the arrivals of victims
-# A stall lasts if blame rose in the last 20 s and in the 20 s before: 20 s hold two scrapes. The worst case of a tenant
-# never seen before: 5 s until the window ends, 10 s until its series is scraped at zero, 30 s until the two stretches
-# have both seen it rise, 10 s until the next evaluation: 55 s of the 60.
-RISING_S = 20
+# A stall lasts if its counter rose at two of the scrapes of the last 30 s, which hold three at least: a stall that is
+# over is charged at one. The worst case of a tenant never seen before: 5 s until the window ends, 10 s until its series
+# is scraped at zero, 20 s until it has risen twice, 10 s until the next evaluation: 45 s of the 60. The rest is for the
+# diagnosis, which may need some windows more to name somebody.
+RISES = 2
+RISES_WITHIN_S = (RISES + 1) * SCRAPE_S
 KEEP_FIRING_S = 300  # a stall that comes and goes is one page; nobody is told that it's over while it pauses
 TICKET_WINDOW_S = 600  # a stall that is over stays visible for as long
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from prometheus_client.utils import floatToGoString
 
 from stallscope.alerts import settings as s
-from stallscope.alerts.commands import command
+from stallscope.alerts.commands import command, doctor
 from stallscope.alerts.promql import equal, number, selector, span, unequal
 from stallscope.alerts.rules import Group, Owner, RecordingRule, Rule, Severity
 from stallscope.alerts.settings import Burn
@@ -322,7 +322,7 @@ def _bucket_lost(objective: Objective, owner: Owner) -> Rule:
         ),
         evidence=(f"{name}_count has the tenant, {name}_bucket has no such bound.",),
         threshold_reason=("a bucket is there or is not.",),
-        command=command(owner),
+        command=doctor(owner),
         catches=(Verdict.INSUFFICIENT_DATA,),
         names="victim",
         about={"cause": ("slo_bucket",), **{name: (value,) for name, value in objective.labels.items()}},

@@ -79,6 +79,7 @@ class Since:
 Part = str | Label | ShellWord | Value | Percent | ByLabel | Found | Since
 Text = tuple[Part, ...]
 _ISO = "2006-01-02T15:04:05Z"  # as Go names a format
+_QUOTE, _QUOTE_WITHIN = "'", "'\\''"  # of a shell
 _NOBODY = (OTHER, "(unknown)", "")
 
 
@@ -94,18 +95,16 @@ def for_grafana(text: Text) -> str:
 
 def _in_prometheus(part: Part) -> str:
     if isinstance(part, Found):
+        each = _worded(f"(label {quoted(part.label)} $e)", part.words) + _valued(part.form)
         return (
-            f"{{{{ with {_asked(part.query, part.given)} }}}}{{{{ range $i, $e := . }}}}"
-            f"{{{{ if $i }}}}, {{{{ end }}}}{_worded(f'(label {quoted(part.label)} $e)', part.words)}"
-            f"{_valued(part.form)}{{{{ end }}}}"
-            f"{{{{ else }}}}{_literal(part.otherwise)}{{{{ end }}}}"
+            f"{_do('with ' + _asked(part.query, part.given))}"
+            f"{_do('range $i, $e := .')}{_do('if $i')}, {_do('end')}{each}{_do('end')}"
+            f"{_do('else')}{_literal(part.otherwise)}{_do('end')}"
         )
     if isinstance(part, Since):
-        return (
-            f"{{{{ with {_asked(part.query, part.given)} }}}}"
-            f"{{{{ (. | first | value | toTime).Format {quoted(_ISO)} }}}}"
-            f"{{{{ else }}}}{_literal(part.otherwise)}{{{{ end }}}}"
-        )
+        time = f"(. | first | value | toTime).Format {quoted(_ISO)}"
+        asked = _asked(part.query, part.given)
+        return f"{_do('with ' + asked)}{_do(time)}{_do('else')}{_literal(part.otherwise)}{_do('end')}"
     return _plain(part, ".Value", _literal)
 
 
@@ -120,32 +119,39 @@ def _plain(part: str | Label | ShellWord | Value | Percent | ByLabel, value: str
     if isinstance(part, str):
         return literal(part)
     if isinstance(part, Label):
-        return f"{{{{ .Labels.{part.name} }}}}"
+        return _do(f".Labels.{part.name}")
     if isinstance(part, ShellWord):
-        nobody = " ".join(f"(eq .Labels.{part.name} {quoted(name)})" for name in _NOBODY)
-        word = f".Labels.{part.name} | reReplaceAll {quoted(chr(39))} {quoted(chr(39) + chr(92) + chr(39) * 2)}"
-        return f"{{{{ if not (or {nobody}) }}}} {literal(part.option)}='{{{{ {word} }}}}'{{{{ end }}}}"
+        label = f".Labels.{part.name}"
+        nobody = " ".join(f"(eq {label} {quoted(name)})" for name in _NOBODY)
+        word = _do(f"{label} | reReplaceAll {quoted(_QUOTE)} {quoted(_QUOTE_WITHIN)}")
+        return f"{_do(f'if not (or {nobody})')} {literal(part.option)}='{word}'{_do('end')}"
     if isinstance(part, Value):
-        return f"{{{{ printf {quoted(part.form)} {value} }}}}"
+        return _do(f"printf {quoted(part.form)} {value}")
     if isinstance(part, Percent):
-        return f"{{{{ {value} | humanizePercentage }}}}"
-    if not part.texts:
-        return literal(part.otherwise)
+        return _do(f"{value} | humanizePercentage")
     return _cases(f".Labels.{part.name}", part.texts, literal(part.otherwise), literal)
 
 
+def _do(action: str) -> str:
+    """An action of Go's templates."""
+    return "{{ " + action + " }}"
+
+
 def _cases(what: str, texts: Mapping[str, str], otherwise: str, literal: Callable[[str], str]) -> str:
-    tests = [f"if eq {what} {_string(value)} }}}}{literal(text)}" for value, text in texts.items()]
-    return f"{{{{ {'{{ else '.join(tests)}{{{{ else }}}}{otherwise}{{{{ end }}}}"
+    if not texts:
+        return otherwise
+    tests = [f"if eq {what} {_string(value)}" for value in texts]
+    tests[1:] = [f"else {test}" for test in tests[1:]]
+    found = "".join(_do(test) + literal(text) for test, text in zip(tests, texts.values(), strict=True))
+    return f"{found}{_do('else')}{otherwise}{_do('end')}"
 
 
 def _worded(what: str, words: Mapping[str, str]) -> str:
-    bare = f"{{{{ {what} }}}}"
-    return _cases(what, words, bare, _literal) if words else bare
+    return _cases(what, words, _do(what), _literal)
 
 
 def _valued(form: str) -> str:
-    return f" {{{{ value $e | printf {quoted(form)} }}}}" if form else ""
+    return f" {_do(f'value $e | printf {quoted(form)}')}" if form else ""
 
 
 def _asked(query: str, given: str) -> str:
@@ -159,8 +165,8 @@ def _string(text: str) -> str:
 
 def _literal(text: str) -> str:
     """Text of a template that is nothing but itself; each brace alone, or one before an action would open another."""
-    return text.replace("{", '{{ "{" }}')
+    return text.replace("{", _do('"{"'))
 
 
 def _without_dollars(text: str) -> str:
-    return re.sub(r"[{$]", lambda found: f"{{{{ {_string(found[0])} }}}}", text)
+    return re.sub(r"[{$]", lambda found: _do(_string(found[0])), text)

@@ -92,6 +92,10 @@ class FromSamples:
         if calm_s < LEAST_CALM_S:
             return Threshold(floor(limit, too_short(calm_s, quantity.window_s)))
         highest = {key: _highest(values[calm]) for key, values in quantity.of(self.samples).items()}
+        if not highest:
+            return Threshold(
+                Level(limit.floor, f"{_floor(limit)}; {length(calm_s)} of calm had none of it", learned=True)
+            )
         return learned(quantity, limit, highest, f"the highest in {length(calm_s)} of calm")
 
     def calm(self, window_s: int) -> npt.NDArray[np.bool_]:
@@ -108,8 +112,6 @@ class FromSamples:
 def learned(quantity: Quantity, limit: Limit, highest: Mapping[tuple[str, ...], float], what: str) -> Threshold:
     """The threshold by the highest calm value of each series: of one for each tenant that lies above the floor; else of
     one for all, as a replica is like the next."""
-    if not highest:
-        return Threshold(floor(limit, f"{what} had none of it"))
     if not (quantity.by and quantity.by[0] in PERSONAL):
         return Threshold(_level(limit, max(highest.values()), what))
     of_each: dict[str, float] = {}
@@ -149,7 +151,9 @@ def too_short(calm_s: float, window_s: int) -> str:
 
 
 def length(seconds: float) -> str:
-    """A length of time in hours and minutes: 2 h 10 min."""
+    """A length of time in hours and minutes: 2 h 10 min; in days from two on."""
+    if seconds >= 2 * 86_400:
+        return f"{seconds / 86_400:.3g} days"
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
         return f"{rest} s"

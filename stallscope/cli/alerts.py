@@ -10,7 +10,7 @@ import typer
 from stallscope.alerts.choices import Format, Pack
 from stallscope.cli.backtesting import backtest
 from stallscope.cli.shared import check_new, progress
-from stallscope.errors import UsageError
+from stallscope.errors import StallscopeError, UsageError
 
 if TYPE_CHECKING:
     from stallscope.alerts.thresholds import Teacher
@@ -64,8 +64,8 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT if it exists.")] = False,
 ) -> None:
     """Write alert rules for Prometheus or Grafana, with thresholds from calm traffic and their reasons."""
-    from stallscope.alerts.check import HOW_TO_GET, check_rules, promtool
     from stallscope.alerts.export import export as made
+    from stallscope.alerts.promtool import check_rules, is_installed
     from stallscope.alerts.rules import Owner
     from stallscope.alerts.slo import objectives
     from stallscope.diagnosis.slo import parse_slo
@@ -78,11 +78,18 @@ def export(
     slos = [parse_slo(text) for text in slo or ()]
     objectives(slos)  # before any work
     written = made(_teacher(calm, from_prometheus, slos), slos, owner, pack, output)
-    tool = promtool()
-    if tool is None:
-        typer.echo(f"warning: promtool is not installed ({HOW_TO_GET}): the rules were not checked by it", err=True)
+    if is_installed():
+        try:
+            check_rules(written.checkable, "the rules")
+        except UsageError as error:  # they were made here
+            raise StallscopeError(
+                f"promtool refuses what was made, a fault of ours, please report it: {error}"
+            ) from error
     else:
-        check_rules(written.checkable, tool)
+        typer.echo(
+            "warning: promtool is not installed (Debian's package prometheus has it) and has not checked the rules",
+            err=True,
+        )
     for note in written.notes:
         typer.echo(f"note: {note}", err=True)
     _write(written.text, out)

@@ -66,7 +66,8 @@ def backtest(
     """
     from stallscope.alerts.backtest import backtest as run
     from stallscope.alerts.backtest import read_rules
-    from stallscope.alerts.backtest.promtool import find_promtool
+    from stallscope.alerts.backtest.provable import reads
+    from stallscope.alerts.promtool import check_rules
     from stallscope.diagnosis.slo import parse_slo
     from stallscope.views.words import counted
 
@@ -77,8 +78,9 @@ def backtest(
     _check_files(rules, out, tune, tests, force)
     within_s = _seconds(within)
     slos = tuple(parse_slo(text) for text in slo or ())
-    find_promtool()
     read = read_rules(rules)
+    check_rules(read.text() if read.is_resource else read.source, str(rules))
+    reads(read)  # what it does not understand it says before the traces are rehearsed
     for_tests = _readable(read, rules if tune is None else tune, tests, force)
     timelines = [_rehearsed(trace, slos) for trace in traces or ()]
     quiet = [_rehearsed(trace, slos) for trace in quiet_on or ()]

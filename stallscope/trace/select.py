@@ -53,9 +53,17 @@ def select(
 
 
 def time_range(source: str, start_ns: int, end_ns: int, since: str | None, until: str | None) -> tuple[int, int]:
-    """From when to when (ns) a part of a trace goes that goes from ``start_ns`` to ``end_ns``. Raises UsageError."""
-    first = start_ns if since is None else read_time(since, start_ns, end_ns)
-    last = end_ns if until is None else read_time(until, start_ns, end_ns)
+    """From when to when (ns) a part of a trace goes that goes from ``start_ns`` to ``end_ns``. Raises UsageError.
+
+    A date may lie before the trace as ``since``, after it as ``until``: an alert and a board name a range without
+    knowing when the recording began and ended.
+    """
+    early = None if since is None else _iso(since)
+    late = None if until is None else _iso(until)
+    from_start = since is None or (early is not None and early < start_ns)
+    to_end = until is None or (late is not None and late > end_ns)
+    first = start_ns if since is None or from_start else read_time(since, start_ns, end_ns)
+    last = end_ns if until is None or to_end else read_time(until, start_ns, end_ns)
     if first >= last:
         raise UsageError(f"{source}: --since {since} is not before --until {until or 'the end'}")
     return first, last

@@ -6,15 +6,21 @@ from functools import lru_cache
 from hashlib import sha256
 
 MOST_BYTES = 1024
+_DIGEST_BYTES = 20  # with what sets it off
 
 
-@lru_cache(maxsize=1 << 13)
 def label_value(name: str) -> str:
     """The name itself; half a surrogate pair as the text of its escape, and of a name of more than 1,024 bytes in UTF-8
     its beginning and a digest, so that two that differ stay two."""
+    return _known(name) if len(name) <= MOST_BYTES else _value(name)
+
+
+def _value(name: str) -> str:
     encoded = name.encode("utf-8", "backslashreplace")
-    if len(encoded) > MOST_BYTES:
-        digest = sha256(encoded).hexdigest()[:16]
-        encoded = encoded[: MOST_BYTES - 32]
-        return f"{encoded.decode('utf-8', 'ignore')}… {digest}"
-    return encoded.decode()
+    if len(encoded) <= MOST_BYTES:
+        return encoded.decode()
+    start = encoded[: MOST_BYTES - _DIGEST_BYTES].decode("utf-8", "ignore")
+    return f"{start}… {sha256(encoded).hexdigest()[:16]}"
+
+
+_known = lru_cache(maxsize=1 << 13)(_value)

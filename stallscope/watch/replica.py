@@ -170,7 +170,7 @@ class WatchedReplica:
 
     def _beyond(self, waited: Waited, delay: Floats) -> tuple[Mask, Floats]:
         """Which waits are stalled, and how much longer than usual, or than promised, each is (ns)."""
-        bar, usual = self._usual.bars(waited.kind), self._usual.medians(waited.kind)
+        bar, usual = self._usual.bars(waited.kind, waited.own), self._usual.medians(waited.kind)
         stalled, beyond = delay > np.maximum(bar, NOTICEABLE_NS), delay - usual
         for (tenant, metric), slo in limits_of(self._slos, self.tenants.names).items():
             mine = waited.kind == tenant * len(METRICS) + metric
@@ -197,7 +197,8 @@ class WatchedReplica:
             slos = _of_tenants_in(trace, self._slos)
             by_charges = diagnose(trace, slos=slos, replay=False)
             # A replay costs ten times as much: it is for who may be accused, and not for what befalls busy engines.
-            suspects = self.case.suspects(by_charges)
+            # While nobody knows what is usual, charges accuse nobody.
+            suspects = self.case.suspects(by_charges) or self._losses.is_young
             diagnosis: Diagnosis | None = diagnose(trace, slos=slos) if suspects else by_charges
         except UsageError:  # nothing sound is remembered: there is nothing to say
             diagnosis = None

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stallscope.diagnosis.partition import Mechanism
+from stallscope.errors import UsageError
 from stallscope.watch.exposition import classic, openmetrics
 from stallscope.watch.families import (
     BLAME,
@@ -24,6 +25,7 @@ from stallscope.watch.families import (
     FOLDED,
     OTHER,
     SERIES,
+    STALLED,
     STEP_TIME,
     TOKENS,
     Family,
@@ -31,7 +33,7 @@ from stallscope.watch.families import (
 )
 from stallscope.watch.names import label_value
 from stallscope.watch.samples import Series as SeriesName
-from stallscope.watch.scrapers import Scrapers
+from stallscope.watch.scrapers import UNSEEN_NS, Scrapers
 from stallscope.watch.seats import Seats, Whose
 from stallscope.watch.series import OPEN, Counter, Counts, Gauge, Histogram, Series, folded
 from stallscope.watch.snapshot import Point, Snapshot, identity
@@ -55,13 +57,15 @@ POSSIBLE = tuple(
         Mechanism.CACHE_EVICTION,
     )
 )
-_PHASES = ("prefill", "decode")
 _CREATED_LINES = 2  # of the families without labels
-_RETRY_NS = 60 * 10**9  # who is (other) stays it so long, unless blamed
-_MOST_REMEMBERED = 50_000  # folded values, and series that have left
+_RETRY_NS = 60 * 10**9  # who is (other) stays it so long, but for blame
+_MOST_REMEMBERED = 20_000  # folded values, and series that have left
 _MOST_OF_REPLICA = 64  # by device, reason and verdict, beside those that every replica has
 _MOST_ADMITTED = 4096
-_OF_TENANTS = ("tenant", "victim")
+_OF_ONE_TENANT = [
+    family for family in FAMILIES if family.labels[:1] in (("tenant",), STALLED.labels) and family is not BLAME
+]
+_RESTS = {TOKENS: [("prefill",), ("decode",)]}  # values of further labels that every tenant has
 
 
 @dataclass(slots=True)
@@ -82,7 +86,7 @@ class Scores:
     ``Scrapers``). A series leaves when its room is needed and it has been quiet for hours; if it returns, it goes on
     from its value. Until then new amounts of it are in ``(other)``.
 
-    Raises ValueError for fewer than 500 series, and for an amount that is negative or no number.
+    Raises UsageError where there are too few series, and ValueError for an amount that is negative or no number.
     """
 
     def __init__(
@@ -92,9 +96,10 @@ class Scores:
         bounds: Mapping[str, Sequence[float]] = BUCKETS,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        if most_series < LEAST_SERIES:
-            raise ValueError(f"{most_series} series are too few, give at least {LEAST_SERIES}")
         self.bounds = {name: tuple(sorted(set(edges))) for name, edges in bounds.items()}
+        last = sum(self._lines(family) for family in FAMILIES) + _CREATED_LINES
+        if most_series < (least := max(LEAST_SERIES, 5 * last)):
+            raise UsageError(f"{most_series} series are too few: give at least {least}")
         self._clock = clock
         self._start_ns = clock()
         self._lock = threading.RLock()
@@ -105,13 +110,8 @@ class Scores:
         self._left: dict[tuple[str, tuple[str, ...]], Series] = {}
         self._folded: dict[tuple[str, str], None] = {}
         self._beside: dict[str, set[str]] = {}  # tenants whose pairs with these are there
-        last = sum(self._lines(family) for family in FAMILIES) + _CREATED_LINES
         self._seats = Seats(most_series - last)
-        self._tenant_lines = sum(
-            self._lines(family) * (len(_PHASES) if family is TOKENS else 1)
-            for family in FAMILIES
-            if family.labels and family.labels[0] in _OF_TENANTS and family is not BLAME
-        )
+        self._tenant_lines = sum(self._lines(family) * len(_RESTS.get(family, [()])) for family in _OF_ONE_TENANT)
         self._replica_lines = sum(self._lines(family) for family in FAMILIES if family.labels == ("replica",))
 
     # --- what the diagnosis says --------------------------------------------------------------------------------------
@@ -127,11 +127,10 @@ class Scores:
             now = self._clock()
             if tenant == OTHER:
                 return
-            for family in FAMILIES:
-                if family.labels and family.labels[0] in _OF_TENANTS and family not in (BLAME,):
-                    for rest in _PHASES if family is TOKENS else ("",):
-                        if family.kind is not Kind.GAUGE:
-                            self._series(family, (tenant, rest) if rest else (tenant,), now)
+            for family in _OF_ONE_TENANT:
+                for rest in _RESTS.get(family, [()]):
+                    if family.kind is not Kind.GAUGE:
+                        self._series(family, (tenant, *rest), now)
             known = self._beside.setdefault(tenant, set())
             new = [other for other in others if other not in known]
             pairs = [pair for other in new for pair in ((tenant, other), (other, tenant))]
@@ -222,8 +221,9 @@ class Scores:
         with self._lock:
             now = self._clock()
             sequence = self._scrapers.next()
+            seen, is_scraped = self._scrapers.seen_by_all(now)
             for series in list(self._held):
-                if self._scrapers.have_seen(series.sequence, series.born_ns, now):
+                if series.sequence <= seen or (not is_scraped and now - series.born_ns >= UNSEEN_NS):
                     series.release()
                     del self._held[series]
             points = [series.point() for family in FAMILIES for series in self._live[family.name].values()]
@@ -263,7 +263,7 @@ class Scores:
         if len(labels) != len(family.labels):
             raise ValueError(f"{family.name} has the labels {family.labels}, not {labels}")
         detour = self._detours.get((family.name, labels))
-        if detour is not None and family is not BLAME and not detour.series.is_out and now < detour.until_ns:
+        if detour is not None and not detour.series.is_out and now < detour.until_ns:
             return detour.series
         found = next(
             series
@@ -278,9 +278,10 @@ class Scores:
         if labels == under:
             self._detours.pop((family.name, labels), None)
             return
-        if len(self._detours) > _MOST_REMEMBERED:
-            self._detours.clear()
-        self._detours[family.name, labels] = _Detour(self._live[family.name][under], now + _RETRY_NS)
+        if family is not BLAME:  # who is blamed asks again each time
+            if len(self._detours) > _MOST_REMEMBERED:
+                self._detours.clear()
+            self._detours[family.name, labels] = _Detour(self._live[family.name][under], now + _RETRY_NS)
         for name, value, kept in zip(family.labels, labels, under, strict=True):
             if value != kept and (name, value) not in self._folded:
                 self._folded[name, value] = None
@@ -357,13 +358,12 @@ class Scores:
         """Whose series these are, and how many lines that one takes at least."""
         if all(label == OTHER for label in labels):
             return Whose.LAST, (), 0
-        first = family.labels[0]
         named = tuple(value for name, value in zip(family.labels, labels, strict=True) if name in OPEN)
         if not named or all(name == OTHER for name in named):
             return Whose.REST, (), 0
         if family is BLAME:
             return (Whose.CULPRIT if named[0] == OTHER else Whose.PAIR), named, 0
-        if first in _OF_TENANTS:
+        if family in _OF_ONE_TENANT:
             return Whose.TENANT, named, self._tenant_lines
         return Whose.REPLICA, named[:1], self._replica_lines
 

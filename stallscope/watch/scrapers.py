@@ -48,10 +48,7 @@ class Scrapers:
         if len(self._scrapers) > _MOST_SCRAPERS:
             del self._scrapers[next(iter(self._scrapers))]
 
-    def have_seen(self, sequence: int, born_ns: int, now_ns: int) -> bool:
-        """Whether all that are expected have seen what a scrape was the first to show; where none is: whether anybody
-        has, or nobody came for 30 s."""
-        expected = [scraper for scraper in self._scrapers.values() if scraper.is_expected(now_ns)]
-        if any(scraper.sequence < sequence for scraper in expected):
-            return False
-        return self._last_seen >= sequence or now_ns - born_ns >= UNSEEN_NS
+    def seen_by_all(self, now_ns: int) -> tuple[int, bool]:
+        """The last scrape that all have seen who are expected, or anybody where none is; and whether any is."""
+        expected = [scraper.sequence for scraper in self._scrapers.values() if scraper.is_expected(now_ns)]
+        return min(expected, default=self._last_seen), bool(expected)

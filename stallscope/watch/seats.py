@@ -33,7 +33,7 @@ class Whose(Enum):
     LAST = auto()
 
 
-_SURE = {Whose.TENANT: 0.30, Whose.REPLICA: 0.15, Whose.PAIR: 0.25, Whose.CULPRIT: 0.05, Whose.REST: 0.05}
+_SURE = {Whose.TENANT: 0.30, Whose.REPLICA: 0.15, Whose.PAIR: 0.22, Whose.CULPRIT: 0.04, Whose.REST: 0.03}
 _STAYS = (Whose.REST, Whose.LAST)
 Key = tuple[str, ...]
 

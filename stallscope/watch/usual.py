@@ -23,6 +23,11 @@ _FEWEST_WINDOWS = 8
 _LOSES_NOW_AND_THEN = 0.95  # of calm windows lose less
 _FAR_MORE = 2.0
 _WORTH_A_LOOK_S = 0.5  # in two windows
+_WORTH_A_LOOK_YOUNG_S = 1.5  # while nobody knows what is usual: a stall may be older than the watch
+_CROWDED_NS, _CROWDED_TIMES = (
+    1e9,
+    10.0,
+)  # a wait that is too long whatever is usual: so much, and so many times the work
 
 
 class Usual:
@@ -59,11 +64,12 @@ class Usual:
         self.median, self.bar = bars_of(self._worst)
         self.bar[self._next < FEWEST_BINS] = NEVER
 
-    def bars(self, kind: Ints) -> Floats:
-        """The delay above which a wait of each kind is stalled, ns."""
+    def bars(self, kind: Ints, own_ns: Floats) -> Floats:
+        """The delay above which a wait of each kind is stalled, ns; ``own_ns``: the request's own work in each."""
         known = kind < len(self.bar)
         bar: Floats = np.where(known, np.append(self.bar, NEVER)[np.where(known, kind, -1)], NEVER)
-        return np.maximum(bar, NOTICEABLE_NS)
+        crowded = np.maximum(_CROWDED_NS, _CROWDED_TIMES * own_ns)
+        return np.maximum(np.where(bar < NEVER, bar, crowded), NOTICEABLE_NS)
 
     def medians(self, kind: Ints) -> Floats:
         """The usual delay of each kind, ns; 0 where it is not known."""
@@ -97,10 +103,15 @@ class Losses:
         self._calm.append(self.of_late)
 
     @property
+    def is_young(self) -> bool:
+        """Whether too little was seen to know what is usual."""
+        return len(self._calm) < _FEWEST_WINDOWS
+
+    @property
     def bar(self) -> float:
         """Seconds in two windows above which a stall is suspected."""
-        if len(self._calm) < _FEWEST_WINDOWS:
-            return NEVER
+        if self.is_young:
+            return _WORTH_A_LOOK_YOUNG_S
         return max(_WORTH_A_LOOK_S, _FAR_MORE * float(np.quantile(self._calm, _LOSES_NOW_AND_THEN)))
 
     @property

@@ -15,6 +15,7 @@ from stallscope.watch import families as f
 from tests.alerts.unit_tests import OWNER, STEP_S, UnitTest, annotated, needs_promtool
 
 RULES = export(NoTeacher(), [], OWNER, Pack.BLAME, Format.PROMETHEUS).text
+ALONE = export(NoTeacher(), [], OWNER, Pack.BLAME, Format.GRAFANA).checkable  # without recording rules
 PAGE = {"severity": "page", "team": "inference"}
 TICKET = {"severity": "ticket", "team": "inference"}
 STALLS, STALLED = "StallscopeTenantStallsOthers", "StallscopeTenantStalledOthers"
@@ -34,20 +35,22 @@ def blame(
     test.scraped(f.BLAME.name, {"victim": victim, "culprit": culprit, "mechanism": by}, values)
 
 
+@pytest.mark.parametrize("rules", [RULES, ALONE], ids=["recorded", "alone"])
 @needs_promtool
 def test_a_lasting_stall_by_a_tenant_never_seen_pages_within_a_minute_and_no_sooner_than_it_lasts(
     tmp_path: Path,
+    rules: str,
 ) -> None:
     """Worst case: the stall began 15 s before its series was scraped at zero (5 s of window, 10 s of scrape), and the
     evaluation comes 10 s after the first that could tell."""
     test = UnitTest()
     seen_s = ZERO_AT * STEP_S
     blame(test, [float("nan")] * ZERO_AT + rising(2.0, 0, 200)[: SCRAPES - ZERO_AT])
-    test.firing(seen_s + s.RISING_S - STEP_S, STALLS, [])
-    test.firing(seen_s + 2 * s.RISING_S - STEP_S, STALLS, [HOG | PAGE])
-    latest_s = f.WINDOW_S + f.SCRAPE_S + 2 * s.RISING_S - STEP_S + f.EVALUATION_S
+    test.firing(seen_s + (s.RISES - 1) * STEP_S, STALLS, [])
+    test.firing(seen_s + s.RISES * STEP_S, STALLS, [HOG | PAGE])
+    latest_s = f.WINDOW_S + f.SCRAPE_S + s.RISES * f.SCRAPE_S + f.EVALUATION_S
     assert latest_s <= 60
-    test.passes(RULES, tmp_path)
+    test.passes(rules, tmp_path)
 
 
 @needs_promtool
@@ -60,6 +63,19 @@ def test_a_stall_that_is_over_soon_is_a_ticket_and_no_page(tmp_path: Path) -> No
     test.passes(RULES, tmp_path)
 
 
+@pytest.mark.parametrize("rules", [RULES, ALONE], ids=["recorded", "alone"])
+@needs_promtool
+def test_a_stall_that_moves_from_victim_to_victim_lasts_but_one_that_hits_two_at_once_does_not(
+    tmp_path: Path, rules: str
+) -> None:
+    test = UnitTest()
+    for number, victim in enumerate(("chat", "search", "agents")):
+        blame(test, rising(2.0, 10 + number, 11 + number), culprit="moving", victim=victim)
+        blame(test, rising(2.0, 10, 11), culprit="at once", victim=victim)
+    test.firing(130, STALLS, [{"culprit": "moving", "tenant": "moving"} | PAGE])
+    test.passes(rules, tmp_path)
+
+
 @needs_promtool
 def test_a_page_outlasts_a_pause_and_resolves_five_minutes_after_the_stall(tmp_path: Path) -> None:
     test = UnitTest()
@@ -67,7 +83,7 @@ def test_a_page_outlasts_a_pause_and_resolves_five_minutes_after_the_stall(tmp_p
     ended_s = 30 * STEP_S
     test.firing(ended_s, STALLS, [HOG | PAGE])
     test.firing(ended_s + s.KEEP_FIRING_S, STALLS, [HOG | PAGE])
-    test.firing(ended_s + s.KEEP_FIRING_S + 2 * s.RISING_S + STEP_S, STALLS, [])
+    test.firing(ended_s + s.KEEP_FIRING_S + s.RISES_WITHIN_S + STEP_S, STALLS, [])
     test.passes(RULES, tmp_path)
 
 
@@ -186,6 +202,21 @@ def test_the_command_begins_five_minutes_before_the_stall_and_names_the_culprit(
     labels = HOG | PAGE
     command = "stallscope analyze spans --since 1970-01-01T00:05:10Z --tenant='hog'"
     test.saying(700, STALLS, [(labels, {"command": command})])
+    test.passes(annotated(RULES, "command"), tmp_path)
+
+
+@needs_promtool
+@pytest.mark.parametrize(("alert", "severity"), [(STALLS, PAGE), (STALLED, TICKET)], ids=["page", "ticket"])
+def test_the_command_of_a_collector_that_has_just_begun_begins_with_its_first_step(
+    tmp_path: Path, alert: str, severity: dict[str, str]
+) -> None:
+    """Who asks for a time before the first span is told that it lies outside the trace."""
+    test = UnitTest()
+    test.scraped(f.STEPS.name, {"replica": "r0"}, [float("nan")] * 60 + rising(30, 0, 60))
+    test.scraped(f.STEPS.name, {"replica": "r1"}, [float("nan")] * 70 + rising(30, 0, 50))
+    blame(test, rising(2.0, 75, 100))
+    command = "stallscope analyze spans --since 1970-01-01T00:10:00Z --tenant='hog'"
+    test.saying(900, alert, [(HOG | severity, {"command": command})])
     test.passes(annotated(RULES, "command"), tmp_path)
 
 

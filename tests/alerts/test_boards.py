@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,12 @@ from stallscope.alerts.boards import BOARDS
 from stallscope.alerts.boards.engines import PLAIN, SCRAPED
 from stallscope.alerts.boards.fleet import COMMAND_PANEL
 from stallscope.alerts.boards.grafana import ANY, WIDTH, to_json
+from stallscope.alerts.plain_pack import ENGINES
+from stallscope.alerts.promql import quoted
 from stallscope.watch.families import BLAME, FAMILIES, Family, Kind
+from tests.alerts.unit_tests import needs_promtool
 
 FOLDER = Path(__file__).parents[2] / "dashboards" / "grafana"
-PROMTOOL = shutil.which("promtool")
-NEEDS_PROMTOOL = pytest.mark.skipif(PROMTOOL is None, reason="promtool is absent (Debian: apt install prometheus)")
 JSONS: dict[str, Any] = {name: to_json(board) for name, board in BOARDS.items()}
 # What Prometheus itself says of alerts, with the labels that the exported rules give them.
 ALERTS = Family("ALERTS", Kind.GAUGE, ("alertname", "alertstate", "severity", "team", "tenant", "replica"), "", "")
@@ -146,6 +146,11 @@ def test_every_panel_asks_a_question_and_says_what_it_shows_and_in_which_unit(na
         assert steps[1:] == sorted(steps[1:])
 
 
+def test_what_the_rules_on_plain_metrics_look_at_is_on_the_board_of_plain_metrics() -> None:
+    shown = {metric for expr in asked("engines.json") for metric in NAME.findall(expr)}
+    assert {metric for engine in ENGINES for metric in engine.metrics} <= shown
+
+
 def test_links_lead_to_the_panel_with_the_command() -> None:
     shown = {panel["id"]: panel for panel in panels("fleet.json")}
     command = shown[COMMAND_PANEL]["options"]["content"]
@@ -165,17 +170,11 @@ def test_the_board_of_plain_metrics_says_that_it_names_no_tenant() -> None:
 
 
 def promtool(*arguments: str | Path) -> None:
-    assert PROMTOOL is not None
-    run = subprocess.run([PROMTOOL, *arguments], capture_output=True, text=True, check=False)
+    run = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def quoted(text: str) -> str:
-    """A string in PromQL."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-@NEEDS_PROMTOOL
+@needs_promtool
 def test_every_expression_is_promql(tmp_path: Path) -> None:
     exprs = [substituted(expr) for name in BOARDS for expr in asked(name)]
     rules = [{"record": f"board:{at}", "expr": expr} for at, expr in enumerate(exprs)]
@@ -184,7 +183,7 @@ def test_every_expression_is_promql(tmp_path: Path) -> None:
     promtool("check", "rules", file)
 
 
-@NEEDS_PROMTOOL
+@needs_promtool
 def test_who_stalled_whom_shows_hostile_names_whole_and_apart(tmp_path: Path) -> None:
     """All of them where nobody is chosen: a name with a newline too. And only that one where one is."""
     (matrix,) = [panel for panel in panels("fleet.json") if panel["title"] == "Who stalled whom?"]
@@ -218,7 +217,7 @@ def test_who_stalled_whom_shows_hostile_names_whole_and_apart(tmp_path: Path) ->
     promtool("test", "rules", file)
 
 
-@NEEDS_PROMTOOL
+@needs_promtool
 @pytest.mark.parametrize(
     ("replicas", "flag"),
     [

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from stallscope.alerts.check import check_rules
 from stallscope.alerts.choices import Format, Pack
 from stallscope.alerts.commands import command
 from stallscope.alerts.export import export
+from stallscope.alerts.promtool import check_rules
 from stallscope.alerts.quantities import Counted, Quantity
 from stallscope.alerts.rules import Owner
 from stallscope.alerts.settings import Limit

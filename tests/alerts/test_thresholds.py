@@ -95,6 +95,16 @@ def test_a_share_can_t_be_asked_to_exceed_what_it_can_be() -> None:
     assert "would be more than can be" in threshold.otherwise.reason
 
 
+def test_calm_without_any_of_it_is_learned_from_too() -> None:
+    level = (
+        FromSamples(sampled({pair("quiet"): [0.0] * 100}), ())
+        .threshold(Counted(f.PREEMPTIONS, (), 300), LIMIT)
+        .otherwise
+    )
+    assert (level.value, level.learned) == (0.1, True)
+    assert level.reason.endswith("11 min of calm had none of it")
+
+
 def test_too_little_calm_teaches_nothing_and_is_said() -> None:
     samples = sampled({pair("noisy"): [0.5] * 50})
     level = FromSamples(samples, ()).threshold(PAGE, LIMIT).otherwise
@@ -119,7 +129,13 @@ def test_nothing_is_learned_from_within_an_incident(first: int, scrapes: int, ra
 
 
 def test_a_length_of_time_reads_as_one() -> None:
-    assert [length(seconds) for seconds in (45, 60, 7800, 86_400)] == ["45 s", "1 min", "2 h 10 min", "24 h"]
+    assert [length(seconds) for seconds in (45, 60, 7800, 86_400, 5 * 86_400)] == [
+        "45 s",
+        "1 min",
+        "2 h 10 min",
+        "24 h",
+        "5 days",
+    ]
 
 
 @needs_promtool

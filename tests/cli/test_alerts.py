@@ -42,6 +42,15 @@ def test_what_the_collector_must_be_told_is_a_note(run: Run) -> None:
     assert "stallscope collect --slo 'my chat:ttft=300ms@p99'" in err
 
 
+@needs_promtool
+def test_a_trace_with_too_little_calm_leaves_the_floors_and_says_so(run: Run, trace: Path) -> None:
+    code, out, err = run("alerts", "export", "--from", trace)
+    assert code == 0
+    assert err.startswith("note: 0 of 11 thresholds were learned, the others are floors")
+    (page, *_) = [rule for rule in yaml.safe_load(out)["groups"][0]["rules"] if "alert" in rule]
+    assert "too short to learn from (10 min are needed)" in page["annotations"]["threshold_reason"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -72,7 +81,7 @@ def test_without_promtool_the_rules_are_written_and_the_warning_comes_once(
 
 @needs_promtool
 def test_rules_that_promtool_refuses_are_not_written(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("stallscope.alerts.blame_pack.PAIRS", "no name of a metric")
+    monkeypatch.setattr("stallscope.alerts.tenant_rules.PAIRS", "no name of a metric")
     code, out, err = run("alerts", "export", "-o", tmp_path / "rules.yml")
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert "promtool refuses the rules" in err

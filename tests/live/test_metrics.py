@@ -72,7 +72,7 @@ def test_a_collector_without_a_watch_shows_what_it_has_received(tmp_path: Path) 
     sound = request(random.Random(1), 5)
     spoilt = request(random.Random(2), 3)
     spoilt.resource_spans[0].scope_spans[0].spans[0].span_id = b"short"
-    with collecting(tmp_path) as running:
+    with collecting(tmp_path, "--no-watch") as running:
         for message in (sound, sound, spoilt):  # one was sent again
             assert running.post(message.SerializeToString()).status_code == 200
         answer = running.client.get(metrics_of(running), headers={"Accept": OPENMETRICS})
@@ -112,24 +112,43 @@ def test_a_look_at_the_headers_alone_is_no_scrape(tmp_path: Path) -> None:
     assert [parse_exposition(text)[blame("chat", "newcomer")] for text in texts] == [0, 3]
 
 
+class Slow(Scores):
+    """A scrape of it waits until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def snapshot(self) -> Snapshot:
+        self.begun.set()
+        assert self.may_go_on.wait(60)
+        return super().snapshot()
+
+
 def test_a_scrape_that_takes_long_holds_up_no_spans(tmp_path: Path) -> None:
-    begun, may_go_on = threading.Event(), threading.Event()
-
-    class Slow(Scores):
-        def snapshot(self) -> Snapshot:
-            begun.set()
-            assert may_go_on.wait(60)
-            return super().snapshot()
-
-    with serving(tmp_path, Slow()) as address, httpx.Client(timeout=60) as client:
+    with serving(tmp_path, scores := Slow()) as address, httpx.Client(timeout=60) as client:
         scrape = threading.Thread(target=lambda: httpx.get(f"http://{address}/metrics", timeout=60))
         scrape.start()
-        assert begun.wait(60)
+        assert scores.begun.wait(60)
         body = request(random.Random(1), 5).SerializeToString()
         answer = client.post(f"http://{address}/v1/traces", content=body, headers={"Content-Type": PROTOBUF})
         assert answer.status_code == 200
-        may_go_on.set()
+        scores.may_go_on.set()
         scrape.join()
+
+
+def test_a_scraper_that_has_hung_up_has_seen_nothing(tmp_path: Path) -> None:
+    with serving(tmp_path, scores := Slow()) as address, httpx.Client(timeout=60) as client:
+        scores.blame("chat", "newcomer", "kv_pinning", 3.0)
+        host, _, port = address.partition(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert scores.begun.wait(60)
+        for _ in range(3):  # so that the server has heard of that
+            client.get(f"http://{address}/")
+        scores.may_go_on.set()
+        texts = [client.get(f"http://{address}/metrics", headers={"Accept": OPENMETRICS}).text for _ in range(2)]
+    assert [parse_exposition(text)[blame("chat", "newcomer")] for text in texts] == [0, 3]
 
 
 @pytest.mark.skipif(PROMETHEUS is None, reason="Debian's prometheus is not installed")

@@ -19,7 +19,7 @@ from stallscope.errors import UsageError
 from stallscope.trace import Trace, read_trace, write_parquet
 from stallscope.trace.cut import cut
 from stallscope.trace.references import REFERENCES
-from stallscope.trace.select import between, read_time, select, span
+from stallscope.trace.select import between, read_time, select, span, time_range
 from stallscope_engine.config import EngineConfig
 from tests.diagnosis.runs import MS, random_run
 from tests.trace.recording import START_NS, Arrival, Workload, as_batches, read, run
@@ -184,6 +184,18 @@ def test_a_mistake_is_one_line_that_teaches(wanted: dict[str, str], says: str) -
 )
 def test_times_are_read_as_people_write_them(text: str, means: str) -> None:
     assert read_time(text, at("2026-03-01T22:00:00"), at("2026-03-02T02:00:00")) == at(means)
+
+
+@pytest.mark.usefixtures("utc")
+def test_a_range_of_dates_need_not_know_when_the_recording_began_and_ended() -> None:
+    start, end = at("2026-03-01T22:00:00"), at("2026-03-02T02:00:00")
+    early, late = "2026-03-01T21:00:00Z", "2026-03-02T03:00:00Z"
+    assert time_range("x", start, end, early, late) == (start, end)
+    assert time_range("x", start, end, early, "+30s") == (start, start + 30 * 10**9)
+    assert time_range("x", start, end, "-30s", late) == (end - 30 * 10**9, end)
+    for since, until in ((late, None), (None, early), (late, late), (early, early)):
+        with pytest.raises(UsageError, match="outside the trace"):
+            time_range("x", start, end, since, until)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stallscope.watch.families import BLAME, INCIDENTS, STALLED, TTFT
 from stallscope.watch.scores import LIKELY, POSSIBLE
-from tests.watch.scoring import blame, buckets, of, scored
+from tests.watch.scoring import blame, buckets, of, scored, total
 
 
 def test_pairs_are_at_zero_from_the_admission_on() -> None:
@@ -85,6 +87,34 @@ def test_of_two_servers_that_scrape_each_sees_the_zero_first(interval_s: float) 
     it.scores.blame("chat", "newcomer", "kv_pinning", 3.0)
     seen = [it.scrape(interval_s / 2, f"10.0.0.{1 + number % 2}")[blame("chat", "newcomer")] for number in range(4)]
     assert seen == [0, 0, 3, 3]
+
+
+@given(
+    intervals_s=st.lists(st.integers(5, 120), min_size=1, max_size=4),
+    blamed_s=st.lists(st.integers(0, 300), min_size=1, max_size=3),
+)
+def test_whoever_scrapes_regularly_sees_each_series_at_zero_first_and_all_of_it_soon(
+    intervals_s: list[int], blamed_s: list[int]
+) -> None:
+    it = scored()
+    quiet_s = 3 * max(intervals_s)  # all have come
+    last_s = quiet_s + max(blamed_s) + 3 * max(intervals_s)
+    first: dict[tuple[int, int], float] = {}
+    for second in range(last_s + 1):
+        for number, at_s in enumerate(blamed_s):
+            if second == quiet_s + at_s:
+                it.scores.blame("chat", f"newcomer-{number}", "adapter_swap", 3.0)
+        for scraper, interval_s in enumerate(intervals_s):
+            if second % interval_s == scraper % interval_s:
+                exposed = it.scrape(0, f"10.0.0.{scraper}")
+                for number in range(len(blamed_s)):
+                    if blame("chat", f"newcomer-{number}", "adapter_swap") in exposed:
+                        first.setdefault(
+                            (scraper, number), exposed[blame("chat", f"newcomer-{number}", "adapter_swap")]
+                        )
+        it.clock.passes(1)
+    assert first == {(scraper, number): 0 for scraper in range(len(intervals_s)) for number in range(len(blamed_s))}
+    assert total(it.scrape(), BLAME) == 3 * len(blamed_s)
 
 
 def test_a_look_by_hand_or_a_server_that_is_gone_delays_nothing() -> None:

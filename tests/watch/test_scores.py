@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stallscope.errors import UsageError
 from stallscope.watch.families import (
     BLAME,
+    BUCKETS,
     BUSY,
     COVERAGE,
     FAMILIES,
@@ -126,6 +128,21 @@ def test_names_that_differ_stay_apart_and_short_enough() -> None:
     assert len(set(shown)) == len(shown)
     assert max(len(name.encode()) for name in shown) <= MOST_BYTES
     assert label_value("x" * 300) == "x" * 300
+
+
+def test_by_default_200_tenants_and_200_replicas_are_all_named_and_so_is_who_stalls_them() -> None:
+    it = scored()
+    tenants = [f"tenant-{number}" for number in range(200)]
+    for number, tenant in enumerate(tenants):
+        it.scores.admit(tenant, tenants[:number])
+        for family in FAMILIES:
+            if family.labels == ("replica",):
+                (it.scores.add if family.kind is Kind.COUNTER else it.scores.set)(family, (f"r{number}",), 1)
+        it.scores.blame(tenants[number - 1], tenant, "kv_pinning", 1)
+    it.scrape()
+    exposed = it.scrape()
+    assert [series for series in exposed if OTHER in dict(series[1]).values()] == []
+    assert all(exposed[blame(tenants[number - 1], tenants[number])] == 1 for number in range(200))
 
 
 @pytest.mark.parametrize("budget", [LEAST_SERIES, 3000])
@@ -297,6 +314,12 @@ def test_amounts_that_would_make_a_counter_fall_or_mean_nothing_are_refused() ->
         it.scores.set(REQUESTS, ("chat",), 1.0)
     with pytest.raises(ValueError, match="labels"):
         it.scores.add(BLAME, ("chat",), 1.0)
-    with pytest.raises(ValueError, match="500"):
-        Scores(most_series=499)
     assert it.scrape() == {of(SERIES): 1}
+
+
+def test_fewer_series_than_can_say_anything_are_refused() -> None:
+    with pytest.raises(UsageError, match="499 series are too few: give at least 500"):
+        Scores(most_series=499)
+    bounds = {name: [0.01 * number for number in range(1, 100)] for name in BUCKETS}
+    with pytest.raises(UsageError, match="too few"):
+        Scores(most_series=LEAST_SERIES, bounds=bounds)

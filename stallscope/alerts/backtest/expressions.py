@@ -7,6 +7,8 @@ of the language. Not covered: a metric that is named like an operator (``by``, `
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +52,8 @@ class Token:
 class Needs:
     """What an expression reads: ``names`` of metrics, ``patterns`` that are to match whole names, how far back, s.
 
-    ``any_metric``: it selects by labels alone; ``clock``: what of it asks for the date ("" where nothing does).
+    ``any_metric``: it selects by labels alone; ``clock``: what of it asks for the date ("" where nothing does);
+    ``shortest_s``: its shortest window, subqueries apart.
     """
 
     names: frozenset[str] = frozenset()
@@ -58,6 +61,7 @@ class Needs:
     look_back_s: float = 0.0
     any_metric: bool = False
     clock: str = ""
+    shortest_s: float = math.inf
 
     def and_(self, other: Needs) -> Needs:
         """What both together read."""
@@ -67,6 +71,7 @@ class Needs:
             max(self.look_back_s, other.look_back_s),
             self.any_metric or other.any_metric,
             self.clock or other.clock,
+            min(self.shortest_s, other.shortest_s),
         )
 
 
@@ -106,10 +111,11 @@ def needs(expression: str, recorded: Mapping[str, Needs] | None = None) -> Needs
     """What an expression reads; a name in ``recorded`` stands for what its recording rules read. Raises ValueError."""
     walk = _Walk(tokens(expression), recorded or {})
     look_back = walk.operands()
-    own = Needs(frozenset(walk.names), frozenset(walk.patterns), look_back, walk.any_metric, walk.clock)
+    patterns = frozenset(walk.patterns)
+    own = Needs(frozenset(walk.names), patterns, look_back, walk.any_metric, walk.clock, walk.shortest_s)
     followed = [needed for name, needed in (recorded or {}).items() if name in walk.names]
     read = reduce(Needs.and_, followed, own)
-    return Needs(read.names - set(recorded or {}), read.patterns, look_back, read.any_metric, read.clock)
+    return dataclasses.replace(read, names=read.names - set(recorded or {}), look_back_s=look_back)
 
 
 def needs_of_recordings(recordings: Mapping[str, list[str]]) -> dict[str, Needs]:
@@ -186,6 +192,7 @@ class _Walk:
     patterns: set[str] = field(default_factory=set)
     any_metric: bool = False
     clock: str = ""
+    shortest_s: float = math.inf
 
     @staticmethod
     def of(expression: str) -> _Walk:
@@ -265,6 +272,8 @@ class _Walk:
         found = _RANGE.fullmatch(inside)
         if found is None:
             raise ValueError(f"{token.text!r} is no range, such as [5m] or [1h:30s]")
+        if ":" not in inside:
+            self.shortest_s = min(self.shortest_s, seconds(found[1]))
         return seconds(found[1])
 
     def _at_time(self) -> None:

@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from stallscope.alerts.backtest.promtool import RULES, Surprise, run_tests
+from stallscope.alerts.backtest.promtool import Surprise, run_tests
 from stallscope.alerts.backtest.provable import Reads
 from stallscope.alerts.backtest.rulefile import TAG, RuleFile
 from stallscope.alerts.backtest.timeline import Grid, Timeline, grid_of
 from stallscope.alerts.backtest.unittests import Expectation, document, quoted, unit_test
+from stallscope.alerts.promtool import RULES
 from stallscope.errors import StallscopeError
 from stallscope.watch.families import EVALUATION_S
 from stallscope.watch.samples import Labels

@@ -52,8 +52,8 @@ class Judged:
 class Fate:
     """An incident: whether some page must catch it, and what became of it.
 
-    ``alert``: which caught it first, ``delay_s`` after its start; None where none did. ``reason``: why it is not
-    provable, or not required.
+    ``alert``: which caught it first, ``delay_s`` after its start; None where none did. ``reason``: why it is missed,
+    not provable, or not required.
     """
 
     number: int
@@ -149,7 +149,9 @@ def _fate(
         return fate(Answer.NOT_PROVABLE, "no page that is for it is provable here")
     if run.grid.end_ns < incident.start_ns + within_s * 1e9:
         return fate(Answer.NOT_PROVABLE, "the trace ends before the latency budget does")
-    return fate(Answer.LATE if by_pages else Answer.MISSED)
+    if by_pages:
+        return fate(Answer.LATE)
+    return fate(Answer.MISSED, "only a ticket caught it" if caught else "")
 
 
 def _calm_s(run: Run) -> float:

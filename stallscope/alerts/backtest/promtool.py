@@ -1,23 +1,19 @@
-"""Runs Debian's promtool, and reads what it got where that is not what a unit test expected."""
+"""Runs unit tests by promtool, and reads what it got where that is not what they expected."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from stallscope.alerts.backtest.expressions import seconds
+from stallscope.alerts.promtool import RULES, complaint, promtool
 from stallscope.errors import UsageError
-from stallscope.views.words import printable, shortened
 from stallscope.watch.samples import Labels
 
-RULES, TESTS = "rules.yaml", "tests.yaml"
-_LONGEST_ERROR = 300
-_SAME_SERIES = "duplicate sample for timestamp"
+TESTS = "tests.yaml"
 _ASKED = re.compile(r'    expr: "((?:[^"\\]|\\.)*)", time: (\w+),')
 _GOT = "        got: "
 _LABEL = re.compile(r'(?P<name>[a-zA-Z_][a-zA-Z0-9_]*)="(?P<value>(?:[^"\\]|\\.)*)"(?:, )?')
@@ -34,23 +30,6 @@ class Surprise:
     got: tuple[tuple[Labels, float], ...]
 
 
-def find_promtool() -> str:
-    """Raises UsageError where it is not installed."""
-    found = shutil.which("promtool")
-    if found is None:
-        raise UsageError("promtool is not installed, and Prometheus itself is to evaluate: apt install prometheus")
-    return found
-
-
-def check_rules(rules: str, name: str) -> None:
-    """Raises UsageError, with what promtool says, where rules are not as Prometheus has them."""
-    with tempfile.TemporaryDirectory(prefix="stallscope-") as folder:
-        (Path(folder) / RULES).write_text(rules, encoding="utf-8")
-        ended = _promtool(["check", "rules", "--lint=none", RULES], Path(folder))
-    if ended.returncode:
-        raise UsageError(f"{name}: {_complaint(ended)}")
-
-
 def run_tests(rules: str, tests: Iterable[str], name: str) -> list[Surprise]:
     """Runs unit tests (lines of a file that names ``RULES``), and gives all that was other than expected.
 
@@ -60,16 +39,16 @@ def run_tests(rules: str, tests: Iterable[str], name: str) -> list[Surprise]:
         (Path(folder) / RULES).write_text(rules, encoding="utf-8")
         with (Path(folder) / TESTS).open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in tests)
-        ended = _promtool(["test", "rules", TESTS], Path(folder))
+        ended = promtool(["test", "rules", TESTS], Path(folder))
     surprises = read_surprises(ended.stderr)
     if ended.returncode and not surprises:
-        raise UsageError(f"{name}: {_complaint(ended)}")
+        raise UsageError(f"{name}: {complaint(ended)}")
     return surprises
 
 
 def passes(tests: Path) -> bool:
     """Whether the unit tests of a file pass."""
-    return _promtool(["test", "rules", tests.name], tests.parent).returncode == 0
+    return promtool(["test", "rules", tests.name], tests.parent).returncode == 0
 
 
 def read_surprises(text: str) -> list[Surprise]:
@@ -117,18 +96,3 @@ def _samples(text: str) -> list[tuple[Labels, float]]:
         found.append((tuple(sorted(labels)), float(value[2:])))
         at = len(text) if end < 0 else end + 2
     return found
-
-
-def _promtool(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [find_promtool(), *arguments], cwd=folder, capture_output=True, check=False, encoding="utf-8", errors="replace"
-    )
-
-
-def _complaint(ended: subprocess.CompletedProcess[str]) -> str:
-    """What promtool says of the first thing that is wrong, on one line."""
-    lines = [line.strip() for line in ended.stderr.split("\n")]
-    said = " ".join(line for line in lines if line and line != "FAILED:").replace(f"{RULES}: ", "", 1)
-    if _SAME_SERIES in said:
-        said += ": two alerts of this name have the same labels, and so one series; give them a label that differs"
-    return shortened(printable(said or f"promtool ended with {ended.returncode}"), _LONGEST_ERROR)

@@ -84,8 +84,12 @@ def spoken(length_s: float) -> str:
     """``4 min``, ``6 h``, ``3 d``: the largest unit of which there are at least two, or one and nothing else."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if length_s >= 2 * size or length_s == size:
-            return f"{length_s / size:.3g} {unit}"
-    return f"{length_s:.3g} s"
+            return f"{_short(length_s / size)} {unit}"
+    return f"{_short(length_s)} s"
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.1f}".removesuffix(".0")
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -21,6 +21,7 @@ from stallscope.views import words
 SCHEMA_VERSION = 1
 MOST_FIRINGS = 50  # on a terminal
 _LONGEST_NAME = 32
+_LEAST_SCRAPES = 3  # in a window, so that with one of them gone there still is a rate
 _STYLE = {
     Answer.CAUGHT: "green",
     Answer.LATE: "red",
@@ -82,6 +83,7 @@ def to_json(result: Backtest) -> str:
     made = {
         "schema_version": SCHEMA_VERSION,
         "headline": headline(result),
+        "evidence": _evidence(result),
         "found": result.found,
         "conclusive": result.conclusive,
         "within_s": result.within_s,
@@ -200,8 +202,7 @@ def _evidence(result: Backtest) -> list[str]:
     evaluations = f"every {runs[0].grid.evaluation_ms / 1e3:g} s"
     traces = f"{words.counted(len(runs), 'trace')}, {length}"
     made = [f"evaluated by Prometheus' own promtool, {evaluations}, over {traces}; the same run again gave the same"]
-    spread = words.duration(runs[0].grid.phase_ms / 1e3)
-    made[0] += f"; delays ± {spread}, as scrapes and evaluations happen to fall"
+    made[0] += f"; delays ± {runs[0].grid.phase_ms / 1e3:g} s, as scrapes and evaluations happen to fall"
     share = result.share_in_time
     if share is not None:
         percent, interval = f"{share.hits / share.of:.0%}", f"{share.low:.0%} to {share.high:.0%}"
@@ -209,6 +210,15 @@ def _evidence(result: Backtest) -> list[str]:
     for calm, where in ((result.calm, "calm"), (result.quiet_calm, "the quiet traces")):
         if calm.most_per_week is not None and (calm is not result.quiet_calm or result.quiet):
             made.append(f"false pages by what was seen of {where}: at most {_rate(calm.most_per_week)} a week (95%)")
+    brittle = [
+        alert
+        for alert, read in zip(result.rules.alerts, result.reads.alerts, strict=True)
+        if read.shortest_s < _LEAST_SCRAPES * runs[0].grid.scrape_ms / 1e3 and not result.reason(alert)
+    ]
+    if brittle:
+        names = words.listed(list(dict.fromkeys(words.printable(alert.name) for alert in brittle)))
+        least = f"{_LEAST_SCRAPES * runs[0].grid.scrape_ms / 1e3:g} s"
+        made.append(f"windows below {least}, which one late or failed scrape empties, and no backtest shows: {names}")
     longer = [
         alert
         for alert in result.rules.alerts
@@ -244,6 +254,7 @@ def _rules(result: Backtest) -> Table:
         ("wrong name", "right"),
         ("", "left"),
     )
+    table.columns[0].no_wrap = True
     for alert in result.rules.alerts:
         if result.reason(alert):
             continue

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from stallscope.alerts.backtest.figures import Calm, Share, calm, share
 from stallscope.alerts.backtest.firing import Run, evaluate
 from stallscope.alerts.backtest.judge import Answer, Fate, Outcome, Verdict, judge
-from stallscope.alerts.backtest.promtool import check_rules
 from stallscope.alerts.backtest.provable import Reads, reads
 from stallscope.alerts.backtest.rulefile import Alert, RuleFile
 from stallscope.alerts.backtest.timeline import Timeline
@@ -106,12 +105,11 @@ def backtest(
 ) -> Backtest:
     """Runs rules over timelines; ``quiet``: those on which no page may fire, ``tuned``: raise thresholds until then.
 
-    ``progress`` is told the share done. Raises UsageError where rules are not as Prometheus has them or promtool is
-    missing, InconclusiveError where a timeline is too short or too long.
+    ``progress`` is told the share done. Raises UsageError where a rule can't be evaluated or promtool is missing,
+    InconclusiveError where a timeline is too short or too long.
     """
     if tuned and not quiet:
         raise UsageError("tuning needs traces on which the rules are to be quiet; give --quiet-on TRACE")
-    check_rules(rules.text() if rules.is_resource else rules.source, str(rules.path))
     read = reads(rules)
     steps = len(timelines) + len(quiet) * (2 if tuned else 1)
     done = 0

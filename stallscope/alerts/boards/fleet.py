@@ -23,6 +23,7 @@ from stallscope.alerts.boards.grafana import (
     Text,
     Typed,
 )
+from stallscope.views.words import MECHANISM_WORDS
 from stallscope.watch import families as f
 
 UID = "stallscope-fleet"
@@ -52,8 +53,12 @@ _VICTIM = Link("This tenant alone", f"{_BOARD}&var-tenant=${{__field.labels.vict
 _TENANT = Link("This tenant alone", f"{_BOARD}&var-tenant=${{__field.labels.tenant:percentencode}}")
 _COLUMN = Link("The tenant of this column as the culprit", f"{_BOARD}&var-culprit=${{__field.name:percentencode}}")
 
+_MECHANISMS = "\n".join(f"- `{name}`: {words}." for name, words in MECHANISM_WORDS.items() if name != "own_work")
 _HELD_UP = ((0.1, YELLOW), (1.0, RED))
 _HELD_UP_WORDS = "Yellow from a tenth of a request held up all the time, red from one."
+
+
+_ENGINE_STALLS = promql.per_second(f.JUDGED, window=promql.NOW, verdict="engine_stall")
 
 
 def _oldest() -> str:
@@ -67,7 +72,7 @@ _NOW = Row(
             "Is one tenant stalling others?",
             "Seconds of waiting beyond usual, each second, that are laid at a culprit's door; all replicas, over the "
             f"last minute. {_HELD_UP_WORDS}",
-            (Query(promql.per_second(f.BLAME, window=promql.NOW), "blamed on a tenant"),),
+            (Query(promql.or_nothing(promql.per_second(f.BLAME, window=promql.NOW)), "blamed on a tenant"),),
             STALLED,
             6,
             4,
@@ -78,7 +83,7 @@ _NOW = Row(
             "Does an engine stall by itself?",
             "Stalled seconds, each second, for which no tenant is to blame: the engine stood still, over the last "
             f"minute. {_HELD_UP_WORDS}",
-            (Query(promql.per_second(f.JUDGED, window=promql.NOW, verdict="engine_stall"), "engine stalls"),),
+            (Query(promql.or_nothing(_ENGINE_STALLS), "engine stalls"),),
             STALLED,
             6,
             4,
@@ -154,8 +159,7 @@ _WHO = Row(
         ),
         Areas(
             "By which mechanism?",
-            "The same blame by how it was done: kv_pinning is held KV cache, prefill_interference a prefill in the "
-            "steps of others' tokens, and so on; docs/method.md has them all.",
+            f"The same blame by how it was done.\n\n{_MECHANISMS}",
             (Query(promql.per_second(f.BLAME, "mechanism"), "{{mechanism}}"),),
             STALLED,
             12,
@@ -451,7 +455,7 @@ FLEET = Board(
         ),
         Choice("culprit", "Culprit", f"label_values({f.BLAME.name}, culprit)", "Who stalls others."),
         Listed("percentile", "Percentile", ("0.99", "0.9", "0.5"), "Of the latencies."),
-        Typed("folder", "Traces", "traces/", "The folder that the collector writes, for the command."),
+        Typed("folder", "Traces", "spans", "The folder that the collector writes, for the command."),
         Choice(
             "only",
             "One replica",

@@ -276,6 +276,8 @@ def _panel(panel: Panel | Text) -> Json:
             defaults["color"] = {"mode": "thresholds"}
         else:
             defaults["custom"] = custom | {"thresholdsStyle": {"mode": "dashed"}}
+    elif instant:  # or Grafana would call it red from 80 on
+        defaults["color"] = {"mode": "fixed", "fixedColor": "blue"}
     if panel.links:
         defaults["links"] = [{"title": link.title, "url": link.url} for link in panel.links]
     if isinstance(panel, Number | Bars):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stallscope.watch.families import Family, Kind
+from stallscope.watch.families import LAG, Family, Kind
 
 NOW = "1m"  # six scrapes: short enough to be now, long enough that a scrape may fail
 WINDOW = "$__rate_interval"
@@ -36,6 +36,11 @@ def quantile(family: Family, by: str) -> str:
         raise ValueError(f"{family.name} is no histogram")
     rate = f"rate({series(family, '_bucket')}[{WINDOW}])"
     return f"histogram_quantile($percentile, sum by ({', '.join(['le', *by.split()])}) ({rate}))"
+
+
+def or_nothing(expr: str) -> str:
+    """Zero where no such series is there yet, but a watch is; without a watch no value, which is another thing."""
+    return f"{expr} or 0 * max({series(LAG)})"
 
 
 def most(number: int, expr: str) -> str:

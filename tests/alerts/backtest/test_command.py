@@ -131,6 +131,13 @@ def test_a_rule_that_proves_nothing_says_what_it_needs(run: Run) -> None:
     assert "Burn is not provable on this data: looks back 6 h, the trace has 15 min" in out
 
 
+def test_a_window_that_one_late_scrape_empties_is_named(run: Run) -> None:
+    says = "windows below 30 s, which one late or failed scrape empties, and no backtest shows: Stalls"
+    assert says not in run("rules.yaml", "stall")[1]
+    Path("rules.yaml").write_text(PAGE.replace("[1m]", "[20s]"))
+    assert says in run("rules.yaml", "stall")[1]
+
+
 def test_json_has_all_of_it(run: Run) -> None:
     code, out, _ = run("rules.yaml", "stall", "late", "--quiet-on", "busy", "--format", "json")
     made = json.loads(out)
@@ -209,6 +216,17 @@ def test_a_report_goes_to_a_file_and_overwrites_none(run: Run) -> None:
 def test_wrong_use_is_one_line_and_exit_code_2(run: Run, arguments: list[str], says: str) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [("0.2)", "could not parse expression"), ("0.2\n    fro: 5m", "fro not found")]
+)
+def test_rules_that_prometheus_refuses_are_refused_before_any_trace_is_read(run: Run, change: str, says: str) -> None:
+    Path("rules.yaml").write_text(PAGE.replace("0.2", change))
+    code, _, err = run("rules.yaml", "no such trace")
+    assert code == 2
     assert says in err
     assert len(err.splitlines()) == 1
 

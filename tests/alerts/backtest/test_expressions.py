@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 from hypothesis import given
@@ -156,6 +157,12 @@ def test_recording_rules_are_followed_to_what_they_read_and_add_their_windows() 
     assert needs("r:two > 1", recorded).look_back_s == 3900
     assert needs("r:both offset 1m", recorded).names == {"m_a", "m_b"}
     assert needs("r:both offset 1m", recorded).look_back_s == 7260
+
+
+def test_the_shortest_window_is_found_through_recording_rules_and_is_no_subquery() -> None:
+    recorded = needs_of_recordings({"r:one": ["rate(m_a[20s])"]})
+    assert needs("rate(m_b[5m]) > 0 and r:one > 0", recorded).shortest_s == 20
+    assert needs("max_over_time(m_a[5s:1s])").shortest_s == math.inf
 
 
 def test_recording_rules_that_read_each_other_end() -> None:

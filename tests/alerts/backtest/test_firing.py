@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from stallscope.alerts.backtest.firing import Run, evaluate, proof
-from stallscope.alerts.backtest.promtool import RULES, run_tests
+from stallscope.alerts.backtest.promtool import run_tests
 from stallscope.alerts.backtest.provable import reads
 from stallscope.alerts.backtest.rulefile import TAG
+from stallscope.alerts.promtool import RULES
 from stallscope.errors import StallscopeError, UsageError
 from tests.alerts.backtest.stories import PAGE, Stall, blamed, needs_promtool, rules, timeline
 

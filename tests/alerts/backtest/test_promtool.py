@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stallscope.alerts.backtest import promtool
-from stallscope.alerts.backtest.promtool import Surprise, check_rules, read_surprises, unquoted
+from stallscope.alerts.backtest.promtool import Surprise, read_surprises, unquoted
+from stallscope.alerts.promtool import check_rules, find_promtool
 from stallscope.errors import UsageError
 from tests.alerts.backtest.stories import PAGE, needs_promtool
 
@@ -87,4 +87,4 @@ def test_rules_that_are_not_sound_are_refused_in_promtools_words(text: str, says
 def test_without_promtool_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(UsageError, match="apt install prometheus"):
-        promtool.find_promtool()
+        find_promtool()

@@ -73,7 +73,18 @@ def test_what_is_not_understood_is_an_error_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length_s", "text"), [(5, "5 s"), (90, "90 s"), (120, "2 min"), (3600, "1 h"), (21600, "6 h"), (259200, "3 d")]
+    ("length_s", "text"),
+    [
+        (5, "5 s"),
+        (90, "90 s"),
+        (410, "6.8 min"),
+        (3588, "60 min"),
+        (2.5, "2.5 s"),
+        (120, "2 min"),
+        (3600, "1 h"),
+        (21600, "6 h"),
+        (259200, "3 d"),
+    ],
 )
 def test_lengths_in_words(length_s: float, text: str) -> None:
     assert spoken(length_s) == text

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stallscope.alerts.backtest.promtool import check_rules
 from stallscope.alerts.backtest.rulefile import TAG, read_rules
+from stallscope.alerts.promtool import check_rules
 from stallscope.errors import UsageError
 from tests.alerts.backtest.stories import PAGE, needs_promtool, rules
 

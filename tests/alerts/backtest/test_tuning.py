@@ -34,7 +34,7 @@ def test_one_quiet_trace_is_tuned_on_its_first_half_and_judged_on_its_second(tmp
     assert (raised.before, raised.after) == (0.2, pytest.approx(0.43, abs=0.011))
     assert (tuning.before.tuned.pages, tuning.after.tuned.pages) == (1, 0)
     assert (tuning.before.held_out.pages, tuning.after.held_out.pages) == (0, 0)
-    assert "the second half of quiet-0, 15.1 min, is held out" in tuning.how
+    assert "the second half of quiet-0, 15 min, is held out" in tuning.how
     assert not result.found
     assert [fate.delay_s for fate in result.required] == [35.0]  # ten seconds later than before
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stallscope.alerts.backtest.promtool import RULES, Surprise, run_tests
+from stallscope.alerts.backtest.promtool import Surprise, run_tests
 from stallscope.alerts.backtest.timeline import Timeline, grid_of
 from stallscope.alerts.backtest.unittests import Expectation, document, number, unit_test
+from stallscope.alerts.promtool import RULES
 from stallscope.errors import InconclusiveError
 from stallscope.watch.samples import Samples, Series
 from tests.alerts.backtest.stories import needs_promtool, ns, timeline
