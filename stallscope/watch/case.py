@@ -16,7 +16,7 @@ _LOOK_NS = 10_000_000_000  # after the first diagnosis, until the next; then twi
 _LOOK_SELDOM_NS = 60_000_000_000
 _FAR_WORSE = 2.0  # times what was lost in as long before the last one: then at once
 LONGEST_NS = 300_000_000_000  # from then on there is too little left of the calm before: what was found stays
-LASTING_NS = 3_600_000_000_000  # what goes on longer is no stall any more, but what is usual
+LASTING_NS = 3_600_000_000_000  # what goes on longer is another case: of the calm before nothing is left
 _NO_TENANTS = (Verdict.ENGINE_STALL, Verdict.OUTSIDE_ENGINE)
 USUAL = "usual"  # in place of a verdict: a stall that no diagnosis finds worth an incident
 

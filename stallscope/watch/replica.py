@@ -215,7 +215,7 @@ class WatchedReplica:
         if case is None or not case.looks:
             return None
         if self.now_ns > case.start_ns + LASTING_NS:
-            self._losses = Losses()  # what goes on for so long is what is usual from here on
+            self._losses = Losses()  # what goes on for so long is looked into anew, and usual if nothing is found
         elif not self._losses.is_over:
             return None
         self.case = None

@@ -22,15 +22,17 @@ def learned(delays_ms: list[float], kind: int = 0) -> Usual:
     return usual
 
 
-def bar_of(usual: Usual, kind: int = 0) -> float:
-    return float(usual.bars(np.array([kind]))[0])
+def bar_of(usual: Usual, kind: int = 0, own_ms: float = 0.0) -> float:
+    return float(usual.bars(np.array([kind]), np.array([own_ms * MS]))[0])
 
 
-@given(st.lists(st.floats(1, 1e5), max_size=FEWEST_BINS - 1), st.integers(0, 9))
-def test_nothing_is_unusual_before_enough_is_known(delays: list[float], kind: int) -> None:
+@given(st.lists(st.floats(1, 1e5), max_size=FEWEST_BINS - 1), st.integers(0, 9), st.floats(0, 1e4))
+def test_before_enough_is_known_only_what_is_too_long_in_any_case_is_unusual(
+    delays: list[float], kind: int, own_ms: float
+) -> None:
     usual = learned(delays, kind)
-    assert bar_of(usual, kind) == NEVER
-    assert bar_of(usual, kind + 1) == NEVER, "nor of a kind that never came"
+    for one in (kind, kind + 1):  # the other never came
+        assert bar_of(usual, one, own_ms) == pytest.approx(max(1_000, 10 * own_ms) * MS)
 
 
 @given(st.lists(st.floats(1, 50), min_size=FEWEST_BINS + 1, max_size=2 * BINS))
