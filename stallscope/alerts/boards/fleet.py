@@ -408,12 +408,13 @@ _TRUST = Row(
         ),
         Lines(
             "Does the collector keep up?",
-            "Spans that it took and has on disk, and those that it refused as unsound.",
+            "Spans that it took and has on disk, those that it refused as unsound, and batches that the diagnosis missed.",
             (
-                Query(promql.per_second(f.RECEIVED), "taken"),
-                Query(promql.per_second(f.REFUSED), "refused"),
+                Query(promql.per_second(f.RECEIVED), "spans taken"),
+                Query(promql.per_second(f.REFUSED), "spans refused"),
+                Query(promql.per_second(f.UNWATCHED), "batches not watched"),
             ),
-            "suffix: spans/s",
+            "suffix: /s",
             8,
         ),
         Lines(
