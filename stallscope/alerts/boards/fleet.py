@@ -408,7 +408,7 @@ _TRUST = Row(
         ),
         Lines(
             "Does the collector keep up?",
-            "Spans that it took and has on disk, those that it refused as unsound, and batches that the diagnosis missed.",
+            "Spans taken, and on disk; spans refused as unsound; batches that the diagnosis missed, though they are on disk.",
             (
                 Query(promql.per_second(f.RECEIVED), "spans taken"),
                 Query(promql.per_second(f.REFUSED), "spans refused"),
