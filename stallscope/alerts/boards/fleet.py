@@ -408,7 +408,7 @@ _TRUST = Row(
         ),
         Lines(
             "Does the collector keep up?",
-            "Spans that are on disk, spans refused as unsound, and batches that are on disk but missed by the diagnosis.",
+            "Spans on disk, spans refused as unsound, and batches that are on disk but missed by the diagnosis.",
             (
                 Query(promql.per_second(f.RECEIVED), "spans taken"),
                 Query(promql.per_second(f.REFUSED), "spans refused"),
