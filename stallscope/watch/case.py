@@ -60,7 +60,8 @@ class Case:
         """Whether another diagnosis may say more; ``rate``: what was lost of late."""
         if now_ns > self.start_ns + LONGEST_NS:
             return False
-        if not self.looks or (self.attribution is None and rate > _FAR_WORSE * self._rate):
+        names_nobody = self.attribution is None or not self.attribution.blamed
+        if not self.looks or (names_nobody and rate > _FAR_WORSE * self._rate):
             return True
         return now_ns >= self._looked_ns + min(_LOOK_NS << self.looks - 1, _LOOK_SELDOM_NS)
 

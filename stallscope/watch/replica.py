@@ -165,7 +165,7 @@ class WatchedReplica:
 
     @property
     def _is_calm(self) -> bool:
-        """Whether what happens may count as usual: so does a stall in which a diagnosis finds nothing, until it grows."""
+        """Whether what happens may count as usual: so does a stall in which a diagnosis finds nothing."""
         return self.case is None or (self.case.is_usual and not self.wants_look)
 
     def _beyond(self, waited: Waited, delay: Floats) -> tuple[Mask, Floats]:
