@@ -48,10 +48,10 @@ CALM_S, STALL_S = 90, 60
 STORY = """
 name: live
 duration_s: {seconds}
-engine: {{model: 8b, max_num_seqs: 96, kv_blocks: 8192, max_num_batched_tokens: 2048}}
+engine: {{model: 8b, max_num_seqs: 128, kv_blocks: 8192, max_num_batched_tokens: 2048}}
 tenants:
   chat:
-    arrivals: {{poisson_per_s: 6}}
+    arrivals: {{poisson_per_s: 5.5}}
     prompt_tokens: {{lognormal: {{median: 200, sigma: 0.6}}}}
     output_tokens: {{lognormal: {{median: 180, sigma: 0.4}}}}
   search:
@@ -59,7 +59,7 @@ tenants:
     prompt_tokens: {{lognormal: {{median: 500, sigma: 0.6}}}}
     output_tokens: {{lognormal: {{median: 80, sigma: 0.4}}}}
   agents:
-    arrivals: {{poisson_per_s: 1.2}}
+    arrivals: {{poisson_per_s: 0.8}}
     prompt_tokens: {{lognormal: {{median: 900, sigma: 0.4}}}}
     output_tokens: {{lognormal: {{median: 250, sigma: 0.4}}}}
 inject:
@@ -69,7 +69,7 @@ inject:
 FLOOD = (
     "  - {{tenant: reports, from_s: {at}, to_s: {until}, poisson_per_s: 0.5, prompt_tokens: 12000, output_tokens: 40}}"
 )
-SLOWDOWN = 2.6  # so that a step with such a batch takes 33 ms
+SLOWDOWN = 1.9  # so that a step with such a batch takes 33 ms
 SEEDS = 4  # recordings of healthy traffic, in turns
 
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from stallscope.diagnosis.model import Diagnosis, Incident, Verdict
+from stallscope.diagnosis.model import Confidence, Diagnosis, Incident, Verdict
 
 LEADS_UP_NS = 10_000_000_000  # an incident that ended so much before the first stalled wait is another one
 _LOOK_NS = 10_000_000_000  # after the first diagnosis, until the next; then twice as long each time, up to
@@ -60,7 +60,8 @@ class Case:
         """Whether another diagnosis may say more; ``rate``: what was lost of late."""
         if now_ns > self.start_ns + LONGEST_NS:
             return False
-        if not self.looks or (self.attribution is None and rate > _FAR_WORSE * self._rate):
+        names_nobody = self.attribution is None or not self.attribution.blamed
+        if not self.looks or (names_nobody and rate > _FAR_WORSE * self._rate):
             return True
         return now_ns >= self._looked_ns + min(_LOOK_NS << self.looks - 1, _LOOK_SELDOM_NS)
 
@@ -94,9 +95,14 @@ class Case:
 def attribution_of(diagnosis: Diagnosis, since_ns: int) -> Attribution | None:
     """What a diagnosis says of the time since ``since_ns``: the neighbors to blame, or else the costliest incident.
 
-    What an engine that stalled meanwhile cost is no neighbor's.
+    What an engine that stalled meanwhile cost is no neighbor's. An incident without a culprit that may be none says
+    nothing.
     """
-    there = [one for one in diagnosis.incidents if one.end_ns >= since_ns]
+    there = [
+        one
+        for one in diagnosis.incidents
+        if one.end_ns >= since_ns and (one.culprits or one.confidence is not Confidence.LOW)
+    ]
     if not there:
         return None
     noisy = [one for one in there if one.verdict is Verdict.NOISY_NEIGHBOR and one.culprits]

@@ -166,7 +166,7 @@ class WatchedReplica:
     @property
     def _is_calm(self) -> bool:
         """Whether what happens may count as usual: so does a stall in which a diagnosis finds nothing."""
-        return self.case is None or self.case.is_usual
+        return self.case is None or (self.case.is_usual and not self.wants_look)
 
     def _beyond(self, waited: Waited, delay: Floats) -> tuple[Mask, Floats]:
         """Which waits are stalled, and how much longer than usual, or than promised, each is (ns)."""
