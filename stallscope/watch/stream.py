@@ -98,12 +98,13 @@ class Stream:
         if ready.max() < self.last_ready - _BACK_NS:
             self.last_ready = int(scheduled[0])
         since = np.maximum.accumulate(np.append(scheduled[0] if started else self.last_ready, ready))
-        follows = (index == before + 1) & (scheduled - since[:-1] < _JUMP_NS)
+        is_next = index == before + 1
         known = np.zeros(len(steps), dtype=np.bool_)
-        self._run(steps, follows, started, known)
+        self._run(steps, is_next, started, known)
         requests = self._machine.rebuilt.requests
         table, samples = _rows(self._machine.cut(int(index[-1])), index)
         begin = np.minimum(np.maximum(since[:-1], scheduled + steps.columns["dispatch_delay"]), ready)
+        follows = is_next & (scheduled - since[:-1] < _JUMP_NS)
         follows[0] &= not started
         host = np.where(follows, begin - since[:-1], 0)
         window = Window(
@@ -215,16 +216,17 @@ class Stream:
         self._reached = {one.info.handle: most for one, most in zip(requests, top.tolist(), strict=True)}
         return recomputed
 
-    def _run(self, steps: Steps, follows: Mask, started: bool, known: Mask) -> None:
-        """Runs the state machine; ``known`` becomes True where it knows the batch."""
+    def _run(self, steps: Steps, is_next: Mask, started: bool, known: Mask) -> None:
+        """Runs the state machine; ``known`` becomes True where it knows the batch. ``is_next``: no step is missing
+        before these."""
         machine, index, scheduled = self._machine, steps.columns["step"].tolist(), steps.columns["scheduled"].tolist()
         telling = np.array([one is not None for one in steps.composition])
         unknown = np.array([one is not None and one.get(names.KEYFRAME) is False for one in steps.composition])
         if started and index[0] == 0 and telling[0] and not unknown[0]:
             machine.known = True  # a process that is seen from its first step on starts empty
-        breaks = set(np.flatnonzero(~follows | unknown).tolist()) - ({0} if started else set())
+        breaks = set(np.flatnonzero(~is_next | unknown).tolist()) - ({0} if started else set())
         last = 0
-        for position in np.flatnonzero(telling | ~follows | unknown).tolist():
+        for position in np.flatnonzero(telling | ~is_next | unknown).tolist():
             known[last:position] = machine.known
             last = position
             if position in breaks:

@@ -144,6 +144,14 @@ def test_a_clock_that_is_set_back_is_watched_on() -> None:
         assert told.longest_ns < 10**9
 
 
+def test_after_a_night_without_a_request_batches_are_still_known() -> None:
+    lines = steady(requests=2, output=60, keyframe_every=10_000).step_lines()
+    night_ns = 10 * 3600 * 10**9
+    told = watched(cut_at([*lines[:30], *(shifted(line, night_ns) for line in lines[30:])], [10, 30, 45]))
+    assert told.batches == watched([lines]).batches
+    assert told.longest_ns < 10**9, "and the night is nobody's step, gap or host time"
+
+
 @settings(deadline=None, max_examples=30)
 @given(seeds)
 def test_batches_that_overtake_one_another_between_two_windows_lose_nothing(seed: int) -> None:
