@@ -169,13 +169,13 @@ class WatchedReplica:
         return self.case is None or (self.case.is_usual and not self.wants_look)
 
     def _beyond(self, waited: Waited, delay: Floats) -> tuple[Mask, Floats]:
-        """Which waits are stalled, and how much longer than usual, or than promised, each is (ns)."""
+        """Which waits are stalled, and how much longer than usual, or than promised if that is more, each is (ns)."""
         bar, usual = self._usual.bars(waited.kind, waited.own), self._usual.medians(waited.kind)
         stalled, beyond = delay > np.maximum(bar, NOTICEABLE_NS), delay - usual
         for (tenant, metric), slo in limits_of(self._slos, self.tenants.names).items():
             mine = waited.kind == tenant * len(METRICS) + metric
             stalled[mine] = waited.length[mine] > slo.limit_ns
-            beyond[mine] = (waited.length - slo.limit_ns)[mine]
+            beyond[mine] = np.maximum(beyond, waited.length - slo.limit_ns)[mine]
         return stalled, np.maximum(beyond, 0.0)
 
     # --- the case -----------------------------------------------------------------------------------------------------
