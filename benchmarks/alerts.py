@@ -67,6 +67,7 @@ from stallscope_engine.server.metrics import FIRST_TOKEN_BUCKETS, TOKEN_GAP_BUCK
 BUDGET_S = 60.0
 HOUR_S = 3600
 LONGER_S = 60  # that prolonged scenarios go on
+KINDS = ("unchanged", "prolonged")
 REPLICAS = 10  # of the endpoint that the bound on false pages is for
 QUIET_SEEDS, QUIET_S = range(2), 600  # of healthy traffic that the static threshold is set on
 UNHEALTHY = ("flare_up", "overload")  # whose usual traffic overflows by itself
@@ -330,7 +331,7 @@ def percent(hits: int, of: int) -> str:
 def print_incidents(cases: list[Judged], kind: str, console: Console) -> None:
     lasting = [one for one in cases if one.lasts]
     for title, chosen in (("longer than 60 s", lasting), ("of any length", cases)):
-        table = Table(title=f"{len(chosen)} incidents with a culprit, {title}; scenarios {kind}")
+        table = Table(title=f"{len(chosen)} incidents with a culprit, {title}; {kind} scenarios")
         for column in ("pack", "paged within 60 s", "after, median / p90", "named", "wrong"):
             table.add_column(column)
         for pack in PACKS:
@@ -379,14 +380,15 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=[], help="all by default")
     parser.add_argument("--healthy-hours", type=int, default=200)
     parser.add_argument("--healthy-seconds", type=int, default=HOUR_S, help="of one run")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS, help="of scenarios")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="all cases and pages, for machines")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     low, high = map(int, arguments.seeds.split(":"))
     with tempfile.TemporaryDirectory() as scratch:
-        kinds = {"as they are": families(), f"prolonged by {LONGER_S} s": prolonged(Path(scratch))}
-        measure(arguments, range(low, high), kinds)
+        kinds = dict(zip(KINDS, (families(), prolonged(Path(scratch))), strict=True))
+        measure(arguments, range(low, high), {kind: kinds[kind] for kind in arguments.kinds})
 
 
 def measure(arguments: argparse.Namespace, seeds: range, kinds: Mapping[str, list[Path]]) -> None:
@@ -403,7 +405,7 @@ def measure(arguments: argparse.Namespace, seeds: range, kinds: Mapping[str, lis
             for seed in seeds
             if not arguments.families or file.stem in arguments.families
         ]
-        found = in_processes(partial(judge, static_s=static_s), jobs, f"scenarios {kind}", many)
+        found = in_processes(partial(judge, static_s=static_s), jobs, f"{kind} scenarios", many)
         judged = [one for one in found if one is not None]
         kept[kind] = [asdict(one) for one in judged]
         print_incidents(judged, kind, console)

@@ -52,7 +52,7 @@ STALLED = _counter(
     "stallscope_stalled_seconds_total",
     "victim",
     "seconds",
-    "Seconds that requests waited beyond usual, or beyond the SLO, whoever did it.",
+    "Seconds that stalled requests waited beyond usual, or beyond the SLO if that is more, whoever did it.",
 )
 JUDGED = _counter(
     "stallscope_judged_seconds_total",
