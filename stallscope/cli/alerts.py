@@ -9,7 +9,7 @@ import typer
 
 from stallscope.alerts.choices import Format, Pack
 from stallscope.cli.backtesting import backtest
-from stallscope.cli.shared import check_new, progress
+from stallscope.cli.shared import check_new, progress, write
 from stallscope.errors import StallscopeError, UsageError
 
 if TYPE_CHECKING:
@@ -92,9 +92,7 @@ def export(
         )
     for note in written.notes:
         typer.echo(f"note: {note}", err=True)
-    _write(written.text, out)
-    if out is not None:
-        typer.echo(f"{out}: {written.alerts} alerts", err=True)
+    write(written.text, out, f"{written.alerts} alerts")
 
 
 def _teacher(calm: Path | None, from_prometheus: str | None, slos: list[Slo]) -> Teacher:
@@ -123,13 +121,3 @@ def _text(option: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise UsageError(f"{option} {text!r} is no valid UTF-8") from error
     return text
-
-
-def _write(text: str, out: Path | None) -> None:
-    if out is None:
-        typer.echo(text, nl=False)
-        return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be written ({error.strerror}); check the path and its rights") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stallscope.cli.shared import FOUND, INCONCLUSIVE, TenantLog, check_new, console, progress, read, warn
+from stallscope.cli.shared import FOUND, INCONCLUSIVE, TenantLog, check_new, console, progress, read, warn, write
 from stallscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def analyze(
     diagnosis, selected = _diagnosis(trace, asked, run, out, save, with_trace=output is Format.html)
     if tenant is not None:
         diagnosis = concerning(diagnosis, tenant)
-    _write(_rendered(diagnosis, selected, output, out), out)
+    write(_rendered(diagnosis, selected, output, out), out)
     if fail_on_incident:
         _fail(diagnosis)
 
@@ -237,17 +237,6 @@ def _rendered(diagnosis: Diagnosis, trace: Trace | None, output: Format, out: Pa
     with screen.capture() as written:
         print_diagnosis(diagnosis, screen)
     return written.get()
-
-
-def _write(text: str, out: Path | None) -> None:
-    if out is None:
-        typer.echo(text, nl=False)
-        return
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be written ({error.strerror}); check the path and its rights") from error
-    typer.echo(f"{out}: {len(text.encode()) / 1e6:.2f} MB", err=True)
 
 
 def _fail(diagnosis: Diagnosis) -> None:

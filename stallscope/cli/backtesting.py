@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stallscope.cli.shared import FOUND, INCONCLUSIVE, check_new, console, progress
+from stallscope.cli.shared import FOUND, INCONCLUSIVE, check_new, console, progress, write, write_parts
 from stallscope.errors import StallscopeError, UsageError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def backtest(
         _write_tuned(result, tune)
     if tests is not None:
         _write_tests(result, tests, for_tests)
-    _write(_rendered(result, output, for_file=out is not None), out)
+    write(_rendered(result, output, for_file=out is not None), out)
     if result.found:
         raise typer.Exit(FOUND)
     if not result.conclusive:
@@ -131,7 +131,7 @@ def _rendered(result: Backtest, output: BacktestFormat, *, for_file: bool) -> st
 
 
 def _write_tuned(result: Backtest, path: Path) -> None:
-    _written(path, [result.rules.own_text()])
+    write_parts(path, [result.rules.own_text()])
 
 
 def _write_tests(result: Backtest, path: Path, rules: Path) -> None:
@@ -140,10 +140,10 @@ def _write_tests(result: Backtest, path: Path, rules: Path) -> None:
     from stallscope.alerts.backtest.promtool import passes
 
     if result.rules.is_resource:
-        _written(rules, [result.rules.text()])
+        write_parts(rules, [result.rules.text()])
     relative = os.path.relpath(rules.resolve(), path.resolve().parent)
     lines = proof(result.rules, _literal(relative), result.reads, result.runs)
-    _written(path, (f"{line}\n" for line in lines))
+    write_parts(path, (f"{line}\n" for line in lines))
     if not passes(path):
         raise StallscopeError(f"{path}: promtool does not pass it; to see why: promtool test rules {path}")
 
@@ -160,22 +160,6 @@ def _readable(read: RuleFile, rules: Path, tests: Path | None, force: bool) -> P
 def _literal(path: str) -> str:
     """A path as promtool's pattern of paths."""
     return "".join(f"\\{one}" if one in "\\*?[" else one for one in path)
-
-
-def _write(text: str, out: Path | None) -> None:
-    if out is None:
-        typer.echo(text, nl=False)
-        return
-    _written(out, [text])
-
-
-def _written(path: Path, parts: Sequence[str] | Iterator[str]) -> None:
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); check the path and its rights") from error
-    typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB", err=True)
 
 
 def _seconds(text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from io import StringIO
@@ -92,6 +92,25 @@ def check_new(out: Path, force: bool) -> None:
         raise UsageError(f"{out} exists; give another name, or --force to overwrite it")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: there is no folder {out.parent}; make it first")
+
+
+def write(text: str, out: Path | None, what: str = "") -> None:
+    """To stdout, or to a file; what is in that is told then, its size by default. Raises UsageError where it can't be
+    written."""
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_parts(out, [text], what)
+
+
+def write_parts(path: Path, parts: Iterable[str], what: str = "") -> None:
+    """The same of a text that comes in parts, to a file."""
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); check the path and its rights") from error
+    typer.echo(f"{path}: {what or f'{path.stat().st_size / 1e6:.2f} MB'}", err=True)
 
 
 def read(path: Path, tenants: Sequence[str] | None = None) -> Trace:
