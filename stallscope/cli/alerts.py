@@ -82,9 +82,7 @@ def export(
         try:
             check_rules(written.checkable, "the rules")
         except UsageError as error:  # they were made here
-            raise StallscopeError(
-                f"promtool refuses what was made, a fault of ours, please report it: {error}"
-            ) from error
+            raise StallscopeError(f"promtool refuses what was made, please report that: {error}") from error
     else:
         typer.echo(
             "warning: promtool is not installed (Debian's package prometheus has it) and has not checked the rules",
