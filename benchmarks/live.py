@@ -51,9 +51,9 @@ duration_s: {seconds}
 engine: {{model: 8b, max_num_seqs: 128, kv_blocks: 8192, max_num_batched_tokens: 2048}}
 tenants:
   chat:
-    arrivals: {{poisson_per_s: 5.5}}
+    arrivals: {{poisson_per_s: 5}}
     prompt_tokens: {{lognormal: {{median: 200, sigma: 0.6}}}}
-    output_tokens: {{lognormal: {{median: 180, sigma: 0.4}}}}
+    output_tokens: {{lognormal: {{median: 300, sigma: 0.3}}}}
   search:
     arrivals: {{poisson_per_s: 1.5}}
     prompt_tokens: {{lognormal: {{median: 500, sigma: 0.6}}}}
@@ -69,7 +69,7 @@ inject:
 FLOOD = (
     "  - {{tenant: reports, from_s: {at}, to_s: {until}, poisson_per_s: 0.5, prompt_tokens: 12000, output_tokens: 40}}"
 )
-SLOWDOWN = 1.9  # so that a step with such a batch takes 33 ms
+SLOWDOWN = 2.15  # so that a step with such a batch takes 33 ms
 SEEDS = 4  # recordings of healthy traffic, in turns
 
 
