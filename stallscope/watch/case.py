@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from stallscope.diagnosis.model import Confidence, Diagnosis, Incident, Verdict
+from stallscope.diagnosis.model import Confidence, Diagnosis, Incident, InterventionKind, Verdict
 
 LEADS_UP_NS = 10_000_000_000  # an incident that ended so much before the first stalled wait is another one
 _LOOK_NS = 10_000_000_000  # after the first diagnosis, until the next; then twice as long each time, up to
@@ -17,6 +17,7 @@ _LOOK_SELDOM_NS = 60_000_000_000
 _FAR_WORSE = 2.0  # times what was lost in as long before the last one: then at once
 LONGEST_NS = 300_000_000_000  # from then on there is too little left of the calm before: what was found stays
 LASTING_NS = 3_600_000_000_000  # what goes on longer is another case: of the calm before nothing is left
+_CHANCE_NS = 20_000_000_000  # what a tenant as usual holds up for no longer is chance; for longer, more than its share
 _NO_TENANTS = (Verdict.ENGINE_STALL, Verdict.OUTSIDE_ENGINE)
 USUAL = "usual"  # in place of a verdict: a stall that no diagnosis finds worth an incident
 
@@ -95,14 +96,9 @@ class Case:
 def attribution_of(diagnosis: Diagnosis, since_ns: int) -> Attribution | None:
     """What a diagnosis says of the time since ``since_ns``: the neighbors to blame, or else the costliest incident.
 
-    What an engine that stalled meanwhile cost is no neighbor's. An incident without a culprit that may be none says
-    nothing.
+    What an engine that stalled meanwhile cost is no neighbor's.
     """
-    there = [
-        one
-        for one in diagnosis.incidents
-        if one.end_ns >= since_ns and (one.culprits or one.confidence is not Confidence.LOW)
-    ]
+    there = [one for one in diagnosis.incidents if one.end_ns >= since_ns and not _is_chance(one)]
     if not there:
         return None
     noisy = [one for one in there if one.verdict is Verdict.NOISY_NEIGHBOR and one.culprits]
@@ -119,3 +115,13 @@ def attribution_of(diagnosis: Diagnosis, since_ns: int) -> Attribution | None:
     total += sum(one.lost_s for one in there if one.verdict in _NO_TENANTS)
     blamed = [Blamed(*who, lost / total if total else 1 / len(caused)) for who, lost in caused.items()]
     return Attribution(Verdict.NOISY_NEIGHBOR, tuple(blamed), worst)
+
+
+def _is_chance(incident: Incident) -> bool:
+    """Whether it is nothing to count: a weak suspicion of nobody, or bad luck with a tenant who is as usual."""
+    if not incident.culprits:
+        return incident.confidence is Confidence.LOW
+    kinds = {
+        one.kind for one in incident.interventions if one.kind in (InterventionKind.USUAL, InterventionKind.FAIR_SHARE)
+    }
+    return kinds == {InterventionKind.FAIR_SHARE} and incident.end_ns - incident.start_ns < _CHANCE_NS
