@@ -27,11 +27,11 @@ SLO_FAST_INTERVAL_S, SLO_SLOW_INTERVAL_S = 30, 120
 
 # --- a tenant stalls others, the engine stalls ----------------------------------------------------------------------
 PAGE_WINDOW_S = 60  # as long as the latency budget: a shorter one flickers with the arrivals of victims
-# A stall lasts if its counter rose at two of the scrapes of the last 30 s, which hold three at least: a stall that is
-# over is charged at one. The worst case of a tenant never seen before: 5 s until the window ends, 10 s until its series
-# is scraped at zero, 20 s until it has risen twice, 10 s until the next evaluation: 45 s of the 60. The rest is for the
-# diagnosis, which may need some windows more to name somebody.
-RISES = 2
+# A stall lasts if its counter rose at three of the scrapes of the last 40 s, which hold four at least: a stall that is
+# over is charged at one, or at two. The worst case of a tenant never seen before: 5 s until the window ends, 10 s until
+# its series is scraped at zero, 30 s until it has risen three times, 10 s until the next evaluation: 55 s of the 60. The
+# series of tenants on one replica are at zero beforehand while they are few, which leaves the 10 s to the diagnosis.
+RISES = 3
 RISES_WITHIN_S = (RISES + 1) * SCRAPE_S
 KEEP_FIRING_S = 300  # a stall that comes and goes is one page; nobody is told that it's over while it pauses
 TICKET_WINDOW_S = 600  # a stall that is over stays visible for as long
