@@ -1,5 +1,8 @@
 """Live diagnosis: watches spans as they come, and keeps score of who stalls whom in metrics.
 
-A collector feeds it what it has made durable; a rehearsal feeds it a recorded trace in virtual time. ``families`` says
-what is exposed, ``samples`` what a scraper saw of it.
+Flow: spans -> ``watch``, which has a ``replica`` each: windows (``stream``), what was spent and waited in them (``tally``,
+``costs``), what is unusual (``usual``), a stall that is looked into (``case``), with the latest minutes (``memory``) ->
+``scores``, within a budget of series (``seats``, ``series``) -> ``exposition`` or ``otlp``. A collector feeds it what it
+has made durable, from another process (``changes``); a ``rehearsal`` feeds it a recorded trace in virtual time, and gives
+the ``samples`` that a scraper would have seen. ``families`` says what is exposed.
 """
