@@ -29,8 +29,8 @@ SLO_FAST_INTERVAL_S, SLO_SLOW_INTERVAL_S = 30, 120
 PAGE_WINDOW_S = 60  # as long as the latency budget: a shorter one flickers with the arrivals of victims
 # A stall lasts if its counter rose at three of the scrapes of the last 40 s, which hold four at least: a stall that is
 # over is charged at one, or at two. The worst case of a tenant never seen before: 5 s until the window ends, 10 s until
-# its series is scraped at zero, 30 s until it has risen three times, 10 s until the next evaluation: 55 s of the 60. The
-# series of tenants on one replica are at zero beforehand while they are few, which leaves the 10 s to the diagnosis.
+# its series is scraped at zero, 30 s until it has risen three times, 10 s until the next evaluation: 55 s of the 60.
+# Where tenants of one replica are few, their series are at zero beforehand, which leaves 10 s to the diagnosis.
 RISES = 3
 RISES_WITHIN_S = (RISES + 1) * SCRAPE_S
 KEEP_FIRING_S = 300  # a stall that comes and goes is one page; nobody is told that it's over while it pauses
