@@ -32,7 +32,8 @@ def join_frontends(replicas: Iterable[ReplicaSpans]) -> None:
     for sender in replicas:
         if sender.rows or not sender.requests:
             continue
-        found = [_twin(span, by_id) for span in sender.requests]
+        # What was written from tables was joined before, or else told by one alone.
+        found = [None if span.is_whole else _twin(span, by_id) for span in sender.requests]
         homes = Counter(twin[0].name for twin in found if twin is not None)
         if not homes:
             continue

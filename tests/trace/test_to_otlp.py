@@ -113,6 +113,15 @@ def test_of_any_damaged_recording_the_batches_that_are_known_stay_the_same(data:
         assert as_batches(read_back, replica) == as_batches(trace, replica)
 
 
+def test_a_request_that_one_sender_told_and_steps_of_another_know_stays_apart() -> None:
+    lines = steady(output=30).lines()
+    told = next(number for number, text in enumerate(lines) if b'"llm_request"' in text)
+    lines[told] = lines[told].replace(b'"service.instance.id"', b'"some.id"')
+    trace = read(lines)
+    assert set(trace.requests["replica"].to_pylist()) == {"r0", "(unknown)"}
+    assert differences(trace, again(trace)) == {}
+
+
 @pytest.mark.parametrize(("scenario", "variant"), [("kv_pinning", "sample"), ("reasoning_prompt", "demo")])
 def test_the_same_is_diagnosed(tmp_path: Path, scenario: str, variant: str) -> None:
     record_scenario(load_scenario(scenario, variant), tmp_path / "a.otlp.jsonl.zst", seed=7, executor="virtual")
