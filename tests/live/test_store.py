@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from stallscope.errors import UsageError
@@ -27,6 +27,7 @@ MESSAGES = [
     request(random.Random(seed), seed).SerializeToString() if seed % 2 else as_json(request(random.Random(seed), seed))
     for seed in range(1, 7)
 ]
+COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # how gzip and zstd begin
 OTHER = request(random.Random(99)).SerializeToString()
 
 
@@ -42,7 +43,9 @@ def test_whatever_a_crash_leaves_the_messages_before_it_stay_and_more_can_follow
         store.append(MESSAGES)
         store.close()
         (segment,) = segments(folder)
-        segment.write_bytes(segment.read_bytes()[:kept] + garbage)
+        left = segment.read_bytes()[:kept] + garbage
+        assume(not left.startswith(COMPRESSED))  # such a file is whole, or not there: it took its name in one step
+        segment.write_bytes(left)
         whole = [message for count, message in enumerate(MESSAGES) if len(framed(MESSAGES[: count + 1])) <= kept]
         assert all_messages(folder)[: len(whole)] == whole
         store = Store(folder, LIMITS)
