@@ -141,7 +141,6 @@ UNWATCHED = _counter(
 FAMILIES: tuple[Family, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Family))
 
 OTHER = "(other)"
-THROTTLE_REASONS = ("thermal", "power", "other")
 # Upper bounds, s; a watch adds those of its SLOs, so that the share of requests within one is exact.
 BUCKETS: dict[str, tuple[float, ...]] = {
     TTFT.name: (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0),

@@ -33,15 +33,3 @@ def samples_of(scrapes: Sequence[tuple[int, Mapping[Series, float]]]) -> Samples
                 values[series] = np.full(len(scrapes), np.nan)
             values[series][number] = value
     return Samples(np.array([when for when, _ in scrapes], dtype=np.int64), values)
-
-
-def parse_exposition(text: str) -> dict[Series, float]:
-    """What an OpenMetrics exposition says, without ``_created``. Raises ValueError where it is none."""
-    from prometheus_client.openmetrics.parser import text_string_to_metric_families
-
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): float(sample.value)
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if not sample.name.endswith("_created")
-    }

@@ -37,7 +37,7 @@ _QUIET_NS = 60_000_000_000  # and after so long it makes room, where there are t
 _MOST_RESOURCES = 64  # of a replica, from which on they are numbered anew
 _MOST_DEVICES = 10_000
 _SAMPLE_S = 10.0  # a GPU sample says nothing of more time than this
-_THROTTLES = {"thermal": "thermal", "power": "power"}
+_THROTTLES = ("thermal", "power")
 _NO_THROTTLE = ("idle", "application", "sync", "display")
 
 Look = Callable[[WatchedReplica], None]
@@ -254,7 +254,7 @@ def _throttle(word: str) -> str:
     """The kind of reason for which clocks are held down; "" where it is none that slows work."""
     if any(part in word for part in _NO_THROTTLE):
         return ""
-    return next((kind for part, kind in _THROTTLES.items() if part in word), "other")
+    return next((kind for kind in _THROTTLES if kind in word), "other")
 
 
 def _urgency(replica: WatchedReplica) -> float:

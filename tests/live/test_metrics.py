@@ -26,12 +26,11 @@ from stallscope.live.intake import Intake
 from stallscope.live.over_http import HttpServer
 from stallscope.live.store import Limits, Store
 from stallscope.watch.families import BLAME, RECEIVED, SERIES, TTFT
-from stallscope.watch.samples import parse_exposition
 from stallscope.watch.scores import Scores
 from stallscope.watch.snapshot import Snapshot
 from tests.live.collecting import Running, collecting, eventually, request
 from tests.watch.pushed import receiver, values_of
-from tests.watch.scoring import HOSTILE, blame, buckets, of
+from tests.watch.scoring import HOSTILE, blame, buckets, of, parse_exposition
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
 LIMITS = Limits(rotate_bytes=1_000_000, rotate_s=3600.0, disk_bytes=10_000_000, message_bytes=100_000)

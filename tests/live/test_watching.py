@@ -17,8 +17,8 @@ import pytest
 from stallscope.trace import Trace, read_trace
 from stallscope.watch import families
 from stallscope.watch.families import Family
-from stallscope.watch.samples import parse_exposition
 from tests.live.collecting import Running, collecting, eventually, request, stored, trace_ids
+from tests.watch.scoring import parse_exposition
 from tests.watch.streams import gaps_in, tokens_in
 
 OWN_GROUP = "import os; os.setsid()"  # so that a signal to all of its processes is none to the tests

@@ -102,3 +102,15 @@ RISING = {family.name for family in FAMILIES if family.kind is not Kind.GAUGE}
 def rises(series: Series) -> bool:
     name = series[0]
     return name in RISING or name.rsplit("_", 1)[0] in RISING
+
+
+def parse_exposition(text: str) -> dict[Series, float]:
+    """What an OpenMetrics exposition says, without ``_created``. Raises ValueError where it is none."""
+    from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): float(sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }

@@ -31,9 +31,20 @@ from stallscope.watch.families import (
     Kind,
 )
 from stallscope.watch.names import MOST_BYTES, label_value
-from stallscope.watch.samples import parse_exposition
 from stallscope.watch.scores import LEAST_SERIES, Scores
-from tests.watch.scoring import HOSTILE, HOUR_S, Scored, blame, buckets, names, of, rises, scored, total
+from tests.watch.scoring import (
+    HOSTILE,
+    HOUR_S,
+    Scored,
+    blame,
+    buckets,
+    names,
+    of,
+    parse_exposition,
+    rises,
+    scored,
+    total,
+)
 
 COUNTERS = (REQUESTS, STEP_TIME, BUSY, INCIDENTS, TOKENS, JUDGED, THROTTLED, BLAME)
 numbered = st.integers(0, 3000).map(lambda number: f"n{number}")
