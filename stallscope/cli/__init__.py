@@ -7,6 +7,7 @@ A module a kind of command (``traffic``, ``analyze``, ``analysis``, ``conversion
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
@@ -65,6 +66,9 @@ for _command, _example in (
     (serve, "stallscope serve --model tiny-llama -o served.otlp.jsonl.zst"),
 ):
     app.command(epilog=f"Example: {_example}")(_command)
+# Packages above this one add theirs.
+for _point in entry_points(group="stallscope.commands"):
+    app.command(_point.name, epilog=f"Example: stallscope {_point.name} stall.otlp.jsonl.zst")(_point.load())
 app.add_typer(bench.app)
 app.add_typer(alerts.app)
 

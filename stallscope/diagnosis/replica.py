@@ -185,7 +185,12 @@ class Replica:
 def replicas(trace: Trace) -> Iterator[Replica]:
     """Each replica that has steps, one after the other."""
     for name in pc.unique(trace.columns("steps", ["replica"])["replica"].cast(pa.string())).to_pylist():
-        yield _read(trace.narrowed([name]), name, trace)
+        yield replica_of(trace, name)
+
+
+def replica_of(trace: Trace, name: str) -> Replica:
+    """The replica with this name, which has steps."""
+    return _read(trace.narrowed([name]), name, trace)
 
 
 def _rows_of(trace: Trace, table: str, replica: str) -> Mask | None:

@@ -183,7 +183,10 @@ def swimlanes_figure(view: Swimlanes, colour: Colours) -> Figure:
         "yaxis": {
             "tickmode": "array",
             "tickvals": list(range(len(view.lanes))),
-            "ticktext": [label(lane.request) for lane in view.lanes],
+            "ticktext": [
+                f"<b>▶ {label(lane.request)}</b>" if at == view.marked_lane else label(lane.request)
+                for at, lane in enumerate(view.lanes)
+            ],
             "autorange": "reversed",
             "showgrid": False,
             "zeroline": False,

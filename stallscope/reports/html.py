@@ -28,6 +28,7 @@ from stallscope.reports.markup import Html, data_block, element, joined
 from stallscope.trace import Trace
 from stallscope.views import words
 from stallscope.views.blame import Blame, blame
+from stallscope.views.focus import around
 from stallscope.views.occupancy import occupancy
 from stallscope.views.percentiles import percentiles
 from stallscope.views.swimlanes import Swimlanes, swimlanes
@@ -35,8 +36,6 @@ from stallscope.views.waterfall import OWN, Waterfall, waterfall_of
 
 SHOWN_INCIDENTS = 20
 _POINTS, _MOMENTS = 90, 400  # widths of the pictures: bins of percentiles, moments of the KV cache
-_TOO_SMALL = 20  # an incident shorter than this part of a picture is hard to see in it
-_MARGINS, _LEAST_MARGIN_NS = 4, 15_000_000_000  # around the worst incident, in its lengths and at least
 _ROWS = 30  # of a waterfall, the longest
 _LONGEST_NAME = 64
 
@@ -130,8 +129,7 @@ def _is_doubtful(fact: str, diagnosis: Diagnosis) -> bool:
 
 def _do_now(diagnosis: Diagnosis) -> Iterable[Html]:
     """The first remedy that needs no change of the engine, where a replay predicts one that helps."""
-    remedies = (remedy for incident in diagnosis.incidents[:1] for remedy in incident.remedies)
-    best = next((remedy for remedy in remedies if remedy.tonight and remedy.restored > 0), None)
+    best = words.tonight(diagnosis)
     if best is None:
         return
     rest = f": by replay, {words.restored(best)} of what the victims lost would be gone"
@@ -236,7 +234,7 @@ def _pictures(diagnosis: Diagnosis, replica: Replica, pictures: dict[str, Figure
     shown = incidents[:SHOWN_INCIDENTS]
     on = "" if len({one.replica for one in diagnosis.incidents}) < 2 else f" on {replica.name}"
 
-    near = _around_the_worst(incidents, span)
+    near = around(incidents[0], span) if incidents else span
     title = f"What each tenant waited{on}"
     yield from _percentiles(replica, span, shown, colour, pictures, "percentiles", title)
     if near != span:
@@ -261,15 +259,6 @@ def _pictures(diagnosis: Diagnosis, replica: Replica, pictures: dict[str, Figure
         known = (replica.requests["request"] == request).to_numpy()
         if known.any():
             yield _waterfall(waterfall_of(replica, int(known.argmax())))
-
-
-def _around_the_worst(incidents: Sequence[Incident], span: Span) -> Span:
-    """The span of a picture in which the worst incident can be seen: all of it, or a stretch around the incident."""
-    start, end = span
-    if not incidents or (length := incidents[0].end_ns - incidents[0].start_ns) * _TOO_SMALL > end - start:
-        return span
-    margin = max(_LEAST_MARGIN_NS, _MARGINS * length)
-    return max(start, incidents[0].start_ns - margin), min(end, incidents[0].end_ns + margin)
 
 
 def _percentiles(

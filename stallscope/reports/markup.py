@@ -39,9 +39,9 @@ def joined(children: Iterable[str]) -> Html:
     )
 
 
-def label(name: str) -> str:
+def label(name: str, most: int = _LONGEST_LABEL) -> str:
     """A name for a label in Plotly, which renders a subset of HTML, and formulas: short, and with nothing to render."""
-    return html.escape(words.shortened(words.printable(name), _LONGEST_LABEL), quote=False).replace("$", "&#36;")
+    return html.escape(words.shortened(words.printable(name), most), quote=False).replace("$", "&#36;")
 
 
 def data_block(identity: str, value: object) -> Html:

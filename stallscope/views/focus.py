@@ -1,4 +1,4 @@
-"""A diagnosis from one tenant's side: the incidents that it was part of."""
+"""What to look at: a diagnosis from one tenant's side, and the stretch of time in which an incident can be seen."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from dataclasses import replace
 
 from stallscope.diagnosis.model import Confidence, Diagnosis, Incident, Verdict
 from stallscope.errors import UsageError
+
+_TOO_SMALL = 20  # an incident shorter than this part of a picture is hard to see in it
+_MARGINS, _LEAST_MARGIN_NS = 4, 15_000_000_000  # around an incident, in its lengths and at least
+
+
+def around(incident: Incident, span: tuple[int, int]) -> tuple[int, int]:
+    """The part of a span (ns) in which an incident can be seen: all of it, or a stretch around the incident."""
+    start, end = span
+    length = incident.end_ns - incident.start_ns
+    if length * _TOO_SMALL > end - start:
+        return span
+    margin = max(_LEAST_MARGIN_NS, _MARGINS * length)
+    return max(start, incident.start_ns - margin), min(end, incident.end_ns + margin)
 
 
 def concerning(diagnosis: Diagnosis, tenant: str) -> Diagnosis:

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from stallscope.diagnosis.incidents import NOTICEABLE_NS
 from stallscope.diagnosis.lives import State
 from stallscope.diagnosis.partition import MECHANISMS, Party
-from stallscope.diagnosis.replica import BATCHES_SEEN, Replica, replicas
+from stallscope.diagnosis.replica import BATCHES_SEEN, Replica, replica_of
 from stallscope.diagnosis.timeline import Ints
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
 from stallscope.trace.gaps import GAP_FLOOR_STEPS
 
+_MOST_COMPARED = 20_000  # ids, to name those that are nearest to one that is not there
 OWN, ENGINE, FRONTEND, TELEMETRY = "(own)", "(engine)", "(frontend)", "(telemetry)"
 _PARTIES = {Party.OWN: OWN, Party.ENGINE: ENGINE, Party.FRONTEND: FRONTEND, Party.UNSEEN: TELEMETRY}
 _DOING = {
@@ -79,16 +82,28 @@ class Waterfall:
 
 def waterfall(trace: Trace, request: str) -> Waterfall:
     """The life of ``request``. Raises UsageError where the trace has no such request, naming the nearest ids."""
-    known: list[str] = []
-    for replica in replicas(trace):
-        names = replica.requests["request"]
-        found = np.flatnonzero(names == request)
-        if len(found):
-            return waterfall_of(replica, int(found[0]))
-        known.extend(names)
-    near = difflib.get_close_matches(request, known, n=3, cutoff=0.5)
+    replica = replica_of(trace, find_request(trace, request))
+    return waterfall_of(replica, code_of(replica, request))
+
+
+def find_request(trace: Trace, request: str) -> str:
+    """The replica with steps that had this request. Raises UsageError where none had, naming the nearest ids."""
+    names = trace.columns("requests", ["replica", "request"])
+    found = names.filter(pc.equal(names["request"].cast(pa.string()), request))["replica"].cast(pa.string())
+    running = pc.unique(trace.columns("steps", ["replica"])["replica"].cast(pa.string())).to_pylist()
+    for replica in found.to_pylist():
+        if replica in running:
+            return str(replica)
+    known = names["request"].cast(pa.string()).drop_null()
+    alike = known.filter(pc.starts_with(known, request[: len(request) // 2]))[:_MOST_COMPARED].to_pylist()
+    near = difflib.get_close_matches(request, alike, n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else "; copy an id from `stallscope analyze`"
     raise UsageError(f"{trace.source}: no request {request!r} among {len(known):,}{hint}")
+
+
+def code_of(replica: Replica, request: str) -> int:
+    """The code of a request that the replica had."""
+    return int((replica.requests["request"] == request).to_numpy().argmax())
 
 
 def waterfall_of(replica: Replica, code: int) -> Waterfall:

@@ -107,6 +107,11 @@ def clock(time_ns: int, *, zone: bool = False) -> str:
     return f"{text} {local:%Z}" if zone else text
 
 
+def iso(time_ns: int) -> str:
+    """A time in UTC to a microsecond, as every ``--since`` takes it."""
+    return datetime.fromtimestamp(time_ns // 1000 / 1e6, tz=UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
 def day(time_ns: int) -> str:
     """A date in the local zone."""
     return f"{datetime.fromtimestamp(time_ns / 1e9, tz=UTC).astimezone():%Y-%m-%d}"
@@ -188,13 +193,21 @@ def evidence(diagnosis: Diagnosis) -> str:
     return " · ".join(filter(None, parts))
 
 
-def incident_line(incident: Incident) -> str:
-    """When and where an incident was, and what it was."""
+def incident_when(incident: Incident) -> str:
+    """When and where an incident was."""
     length = duration((incident.end_ns - incident.start_ns) / 1e9)
-    return (
-        f"{clock(incident.start_ns)} to {clock(incident.end_ns, zone=True)} ({length}) on {incident.replica}: "
-        f"{incident.verdict}"
-    )
+    return f"{clock(incident.start_ns)} to {clock(incident.end_ns, zone=True)} ({length}) on {incident.replica}"
+
+
+def incident_line(incident: Incident) -> str:
+    """The same, and what it was."""
+    return f"{incident_when(incident)}: {incident.verdict}"
+
+
+def tonight(diagnosis: Diagnosis) -> Intervention | None:
+    """Of the worst incident, the first remedy that needs no change of the engine and helps by replay."""
+    remedies = (remedy for incident in diagnosis.incidents[:1] for remedy in incident.remedies)
+    return next((remedy for remedy in remedies if remedy.tonight and remedy.restored > 0), None)
 
 
 def _basis(diagnosis: Diagnosis) -> str:

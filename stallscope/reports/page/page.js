@@ -2,7 +2,12 @@
 // Draws the figures of the page in the colours of its light or dark style, again whenever those or the width change.
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const probe = document.createElement("i");
+  document.body.append(probe);
+  const colour = (name) => {
+    probe.style.color = `var(${name})`; // as it is on a light or dark page
+    return getComputedStyle(probe).color;
+  };
 
   const styled = (layout) => {
     const text = colour("--text"), dim = colour("--dim"), grid = colour("--grid"), raised = colour("--raised");

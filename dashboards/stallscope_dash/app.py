@@ -1,0 +1,185 @@
+"""The app: binds the parts of pages to the browser, so that what is shown follows from address and recording."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.resources import files
+
+import dash
+from dash import ALL, Input, Output, State, ctx, dcc, html, no_update
+from dash.development.base_component import Component
+
+from stallscope.errors import StallscopeError
+from stallscope.views import words
+from stallscope_dash import figures, parts
+from stallscope_dash.address import Address
+from stallscope_dash.pages import Page, Part, incident, overview, request
+from stallscope_dash.recording import NotReadyError, Recording, Stage
+from stallscope_dash.scene import Scene
+
+log = logging.getLogger(__name__)
+
+PAGES: tuple[Page, ...] = (overview.PAGE, incident.PAGE, request.PAGE)
+_PULSE_MS = 400  # between two looks whether the recording has got further
+_ZOOMS = ("xaxis.range[0]", "xaxis.range[1]")
+
+
+def make_app(recording: Recording) -> dash.Dash:
+    """The app on a recording, which may still be read."""
+    app = dash.Dash(
+        __name__,
+        title=f"{recording.path.name} · stallscope",
+        update_title="",
+        serve_locally=True,
+        suppress_callback_exceptions=True,  # pages come and go
+        add_log_handler=False,
+    )
+    app.index_string = (files(__package__) / "index.html").read_text(encoding="utf-8")
+    style = (files("stallscope.reports") / "page" / "page.css").read_text(encoding="utf-8")
+    app.server.add_url_rule("/page.css", "style", lambda: app.server.response_class(style, mimetype="text/css"))
+    app.layout = _shell(recording)
+    _bind_shell(app, recording)
+    for page in PAGES:
+        for part in page.parts:
+            _bind(app, recording, page, part)
+    return app
+
+
+# --- what stands around every page ----------------------------------------------------------------------------------
+
+
+def _shell(recording: Recording) -> Component:
+    search = dcc.Input(
+        id="search", type="search", placeholder="request id", debounce=True, n_submit=0, className="search",
+        autoComplete="off",
+    )  # fmt: skip
+    return html.Div(
+        [
+            dcc.Location(id="url", refresh="callback-nav"),
+            dcc.Store(id="version", data=""),
+            dcc.Interval(id="pulse", interval=_PULSE_MS),
+            html.A("To the content", href="#page", className="skip"),
+            html.Header(
+                [
+                    html.Strong("stallscope"),
+                    html.Span(words.shortened(recording.path.name, 40), className="dim", title=str(recording.path)),
+                    html.Nav(id="nav", className="nav", **parts.attributes(aria_label="Pages")),
+                    html.Label([html.Span("Find a request", className="hidden"), search]),
+                    html.Button("◐", id="theme", title="Light or dark", **parts.attributes(aria_label="Light or dark")),
+                ],
+                className="bar",
+            ),
+            html.Div(id="progress", role="status"),
+            html.Main(id="page", tabIndex=-1),
+        ]
+    )
+
+
+def _bind_shell(app: dash.Dash, recording: Recording) -> None:
+    by_path = {page.path: page for page in PAGES}
+
+    @app.callback(Output("page", "children"), Input("url", "pathname"))
+    def show(path: str) -> Component:
+        page = by_path.get(path)
+        if page is None:
+            return parts.card("No such page", html.P([f"There is nothing at {path}. ", dcc.Link("Overview", href="/")]))
+        return page.layout()
+
+    @app.callback(Output("nav", "children"), Input("url", "pathname"), Input("url", "search"))
+    def navigate(path: str, search: str | None) -> list[Component]:
+        return [
+            dcc.Link(page.title, href=f"{page.path}{search or ''}", className="here" if page.path == path else "")
+            for page in PAGES
+        ]
+
+    @app.callback(
+        Output("version", "data"),
+        Output("progress", "children"),
+        Output("pulse", "disabled"),
+        Input("pulse", "n_intervals"),
+        State("version", "data"),
+    )
+    def follow(_: int, version: str) -> tuple[object, Component | None, bool]:
+        progress = recording.progress
+        new = no_update if progress.stage == version else str(progress.stage)
+        return new, _progress(recording), progress.stage in (Stage.VERDICT, Stage.FAILED)
+
+    @app.callback(
+        Output("url", "search"),
+        Input({"type": "time", "name": ALL}, "relayoutData"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def zoomed(_: object, search: str | None) -> object:
+        told = ctx.triggered[0]["value"] if ctx.triggered else None
+        window = _zoomed_to(told) if isinstance(told, Mapping) else None
+        return no_update if window is None else Address.of(search or "").search(since=window[0], until=window[1])
+
+    @app.callback(
+        Output("url", "pathname", allow_duplicate=True),
+        Output("url", "search", allow_duplicate=True),
+        Input("search", "n_submit"),
+        State("search", "value"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def find(_: int, wanted: str | None, search: str | None) -> tuple[object, object]:
+        if not wanted or not wanted.strip():
+            return no_update, no_update
+        return request.PAGE.path, Address.of(search or "").search(request=wanted.strip())
+
+
+def _progress(recording: Recording) -> Component | None:
+    progress = recording.progress
+    if progress.stage is Stage.FAILED:
+        return parts.trouble(progress.error)
+    if progress.stage is Stage.VERDICT:
+        return None
+    what = "Reading the trace" if progress.stage is Stage.READING else "Looking for who did it"
+    bar = html.Progress(value=str(round(progress.share, 3)), max="1", **parts.attributes(aria_label=what))
+    return html.P([f"{what}: {progress.share:.0%} ", bar], className="dim")
+
+
+def _zoomed_to(told: Mapping[str, object]) -> tuple[int | None, int | None] | None:
+    """From when to when (ns) a chart was zoomed by hand; (None, None): to all there is; None: it was not."""
+    if told.get("xaxis.autorange") or told.get("reset"):
+        return None, None
+    ends = [told.get(name) for name in _ZOOMS]
+    if not all(isinstance(end, str) for end in ends):
+        return None
+    start, end = (_ns(str(one)) for one in ends)
+    return (start, end) if start < end else None
+
+
+def _ns(local: str) -> int:
+    """A time of a chart's axis, which is in the local zone, as ns since the epoch."""
+    time = datetime.fromisoformat(local.replace(" ", "T")[:26])
+    since = time.astimezone() - datetime(1970, 1, 1, tzinfo=UTC)
+    return (since.days * 86_400 + since.seconds) * 1_000_000_000 + since.microseconds * 1000
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _bind(app: dash.Dash, recording: Recording, page: Page, part: Part) -> None:
+    inputs = (Input("url", "search"), Input("version", "data"), State("url", "pathname"))
+    app.callback(Output(part.identity, part.prop), *inputs)(_drawn(recording, page, part))
+
+
+def _drawn(recording: Recording, page: Page, part: Part) -> Callable[[str | None, str, str], object]:
+    """Draws the part for the address; where that can't be, says why in its place."""
+
+    def draw(search: str | None, _: str, path: str) -> object:
+        if path != page.path:
+            return no_update
+        try:
+            return part.draw(Scene(recording, Address.of(search or "")))
+        except NotReadyError:
+            return no_update
+        except StallscopeError as error:
+            text = words.printable(str(error))
+            return {"figure": figures.message(text), "children": parts.trouble(text)}.get(part.prop, no_update)
+
+    return draw

@@ -1,0 +1,55 @@
+"use strict";
+// What only a browser can do: links within tables, saving charts and tables, light and dark.
+
+// The address changes without the page being loaded anew, as Dash's own links do it.
+const goTo = (href) => {
+  window.history.pushState({}, "", href);
+  window.dispatchEvent(new CustomEvent("_dashprivate_pushstate"));
+  window.scrollTo(0, 0);
+};
+
+window.dashAgGridComponentFunctions = window.dashAgGridComponentFunctions || {};
+window.dashAgGridComponentFunctions.StallscopeLink = (props) => {
+  const cell = (props.data || {})[props.colDef.field] || {};
+  const follow = (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    goTo(cell.href);
+  };
+  return React.createElement("a", { href: cell.href, onClick: follow }, cell.text);
+};
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (!button) return;
+  if (button.dataset.save) {
+    const chart = button.closest(".card").querySelector(".js-plotly-plot");
+    if (chart) {
+      const { width, height } = chart.getBoundingClientRect();
+      Plotly.downloadImage(chart, { format: button.dataset.save, filename: button.dataset.name, width, height, scale: 2 });
+    }
+  } else if (button.dataset.csv) {
+    window.dash_ag_grid.getApi(button.dataset.csv).exportDataAsCsv({ fileName: `${button.dataset.csv}.csv` });
+  } else if (button.id === "theme") {
+    const dark = getComputedStyle(document.documentElement).colorScheme === "dark"
+      || (!document.documentElement.dataset.theme && window.matchMedia("(prefers-color-scheme: dark)").matches);
+    setTheme(dark ? "light" : "dark");
+  }
+});
+
+const setTheme = (theme) => {
+  document.documentElement.dataset.theme = theme;
+  try { window.localStorage.setItem("stallscope-theme", theme); } catch { /* a browser that keeps nothing */ }
+};
+try {
+  const kept = window.localStorage.getItem("stallscope-theme");
+  if (kept === "light" || kept === "dark") document.documentElement.dataset.theme = kept;
+} catch { /* the same */ }
+
+// Of the keys that people know from trace viewers: / goes to the search.
+document.addEventListener("keydown", (event) => {
+  if (event.key === "/" && !/^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName)) {
+    event.preventDefault();
+    document.getElementById("search").focus();
+  }
+});

@@ -1,0 +1,324 @@
+"""One incident: who did it, by which mechanism, how sure that is, what the batch looked like, and what would help."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+
+from dash import dcc, html
+from dash.development.base_component import Component
+
+from stallscope.diagnosis.model import Incident, Intervention, Quantile, Victim
+from stallscope.reports.figures import Figure, percentiles_figure, swimlanes_figure
+from stallscope.trace.rename import REDACTED_SOURCE
+from stallscope.views import words
+from stallscope.views.blame import blame
+from stallscope.views.hardest_hit import hardest_hit
+from stallscope.views.percentiles import percentiles
+from stallscope.views.swimlanes import swimlanes
+from stallscope_dash import parts
+from stallscope_dash.figures import framed, message
+from stallscope_dash.pages import Page, Part
+from stallscope_dash.recording import NotReadyError
+from stallscope_dash.scene import Scene
+from stallscope_dash.tables import Column, grid, linked
+
+_BINS = 90
+LATENCY = parts.time_chart("incident-latency")
+_HIT = (
+    Column("request", "request", link=True),
+    Column("tenant", "of"),
+    Column("metric", "waited for"),
+    Column("waited", "waited, s", number=True),
+    Column("delay", "beyond own work, s", number=True),
+    Column("held", "held up by"),
+    Column("mechanism", "by"),
+    Column("held_s", "for, s", number=True),
+    Column("at", "from"),
+)
+_CAUSED = (
+    Column("request", "request", link=True),
+    Column("tenant", "of"),
+    Column("caused", "cost them, s", number=True),
+    Column("share", "share of its tenant's", number=True),
+    Column("prompt", "prompt tokens", number=True),
+    Column("output", "output tokens", number=True),
+    Column("at", "arrived"),
+)
+
+
+def layout() -> Component:
+    return html.Div(
+        [
+            parts.place("incident-head", 240),
+            parts.chart(LATENCY, "Around it", "What each tenant waited; drag to zoom, double-click for all.", 400),
+            parts.chart(
+                "swimlanes",
+                "Who was in the batch around the worst step",
+                "A lane is a request, a band what it was doing: full colour prefill, lighter decoding, slim grey "
+                "waiting. Thin lines are the ends of steps; the longest is shaded.",
+                560,
+            ),
+            parts.card(
+                "Who waited for whom",
+                html.P(
+                    "Seconds that stalled waits of each victim (rows) are charged to each holder (columns), by what "
+                    "mostly; own work is left out.",
+                    className="dim",
+                ),
+                parts.place("blame", 120),
+            ),
+            parts.card("Then, usually, and without", parts.place("percentiles-then", 120)),
+            parts.card("Hit hardest", grid("hit", _HIT)),
+            parts.card("Caused most", grid("caused", _CAUSED)),
+            parts.card("What would help", parts.place("remedies", 60)),
+            parts.card("The same elsewhere", parts.place("commands", 60)),
+        ]
+    )
+
+
+def _the_incident(scene: Scene) -> Incident | None:
+    """Raises NotReadyError while nobody knows."""
+    if scene.diagnosis is None:
+        raise NotReadyError("no diagnosis yet")
+    return scene.incident
+
+
+# --- what it was ----------------------------------------------------------------------------------------------------
+
+
+def head(scene: Scene) -> Component:
+    """The incident in words: verdict, culprits, mechanism, confidence, runner-up; and the way to its neighbours."""
+    incident = _the_incident(scene)
+    if incident is None:
+        return parts.card("No incident", parts.nothing("No tenant waited far longer than it usually does."))
+    count = len(scene.diagnosis.incidents) if scene.diagnosis is not None else 0
+    steps = {
+        text: f"/incident{scene.address.search(incident=number, replica='', since=None, until=None)}"
+        for text, number in (("← worse", scene.number - 1), ("lesser →", scene.number + 1))
+        if 1 <= number <= count
+    }
+    return html.Header(
+        [
+            html.P(
+                [f"Incident {scene.number} of {count} ", parts.choice("Other incidents", steps, "") if steps else None],
+                className="dim",
+            ),
+            html.H1([parts.verdict(incident.verdict), " ", *_who(incident)]),
+            html.P(words.printable(words.incident_when(incident)), className="dim"),
+            html.Dl([piece for title, text in _facts(incident) for piece in (html.Dt(title), html.Dd(text))]),
+        ],
+        className="incident",
+    )
+
+
+def _who(incident: Incident) -> Iterator[parts.Child]:
+    victims = words.listed([words.shortened(words.printable(one.tenant), 40) for one in incident.victims[:3]])
+    for at, culprit in enumerate(incident.culprits):
+        yield ", " if at else ""
+        yield parts.name(culprit.tenant, "culprit")
+    yield f" stalled {victims}" if incident.culprits else f"{victims} waited"
+    yield f": {words.duration(incident.lost_s)} lost"
+
+
+def _facts(incident: Incident) -> Iterator[tuple[str, parts.Children]]:
+    for culprit in incident.culprits:
+        said = words.printable(words.culprit_line(culprit, incident))
+        yield "culprit", [parts.name(culprit.tenant, "culprit"), said]
+        load = f"{culprit.load:.0%} of the engine's {culprit.load_of}, usually {culprit.usual_load:.0%}"
+        yield "its load", load
+    if incident.group:
+        yield "alike", words.printable(incident.group)
+    for reason in incident.reasons:
+        yield "because", words.printable(reason)
+    yield "confidence", str(incident.confidence)
+    if incident.mechanism and not incident.culprits:
+        yield "mechanism", f"{incident.mechanism}: {words.mechanism(incident.mechanism)}"
+    if incident.runner_up:
+        yield "runner-up", [parts.name(incident.runner_up), f", {incident.runner_up_share:.0%} of what was charged"]
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def latency(scene: Scene) -> Figure:
+    _the_incident(scene)
+    view = scene.recording.view(percentiles, scene.replica, *scene.near, _BINS)
+    return framed(percentiles_figure(view, scene.near, scene.incidents, scene.colours))
+
+
+def batch(scene: Scene) -> Figure:
+    incident = _the_incident(scene)
+    if incident is None:
+        return message("No incident, hence no worst step.")
+    start, end = max(scene.near[0], incident.start_ns), min(scene.near[1], incident.end_ns)
+    start, end = (start, end) if start < end else scene.near
+    view = scene.recording.view(swimlanes, scene.replica, start, end)
+    if view is None:
+        return message("No step was recorded in this stretch of time.")
+    return framed(swimlanes_figure(view, scene.colours))
+
+
+def who_for_whom(scene: Scene) -> Component:
+    """The matrix of blame: rows are victims, columns are who is charged."""
+    incident = _the_incident(scene)
+    if incident is None:
+        return parts.nothing("Nobody waited for long.")
+    waits = scene.recording.waits(scene.replica_name)
+    view = blame(scene.replica, waits, [(incident.start_ns, incident.end_ns)])
+    if not view.victims:
+        return parts.nothing("Nothing is charged to anybody here.")
+    most = float(view.seconds.max())
+    head = html.Tr([html.Th("victim"), *(html.Th(parts.name(holder), scope="col") for holder in view.holders)])
+    rows = [
+        html.Tr(
+            [
+                html.Th(
+                    [parts.name(victim), html.Br(), html.Small(words.counted(stalled, "stalled request"))], scope="row"
+                ),
+                *(_heat(float(s), float(s) / most, by) for s, by in zip(seconds, mechanisms, strict=True)),
+            ]
+        )
+        for victim, stalled, seconds, mechanisms in zip(
+            view.victims, view.stalled, view.seconds, view.mechanisms, strict=True
+        )
+    ]
+    return html.Div(html.Table([html.Thead(head), html.Tbody(rows)], className="heat"), className="scroll", tabIndex=0)
+
+
+def _heat(seconds: float, share: float, mechanism: str) -> Component:
+    if seconds <= 0:
+        return html.Td("", className="cell")
+    style = {"background": f"rgba(var(--heat), {0.06 + 0.74 * share:.2f})"}
+    kind = "cell hot" if share > 0.4 else "cell"
+    return html.Td([words.duration(seconds), html.Small(mechanism)], className=kind, style=style)
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def then(scene: Scene) -> Component:
+    """Each victim's percentiles in the incident, usually, and as replayed with the culprits as usual."""
+    incident = _the_incident(scene)
+    if incident is None:
+        return parts.nothing("Nobody waited for long.")
+    best = incident.interventions[0] if incident.interventions else None
+    rows = [_percentile(victim, during, best) for victim in incident.victims for during in victim.during]
+    without = words.printable(best.what) if best is not None else "without (no replay)"
+    return parts.table(["victim", "of", "then", "usually", without, "requests"], rows, names=2)
+
+
+def _percentile(victim: Victim, during: Quantile, best: Intervention | None) -> list[parts.Children]:
+    usual = next((one for one in victim.usual if one.metric == during.metric), None)
+    told = (
+        (one for one in best.predictions if (one.tenant, one.metric) == (victim.tenant, during.metric)) if best else ()
+    )
+    predicted = next(iter(told), None)
+    said = "-"
+    if predicted is not None:
+        spread = f" ({words.duration(predicted.low_s)} to {words.duration(predicted.high_s)})"
+        said = words.duration(predicted.predicted_s) + (spread if predicted.low_s != predicted.high_s else "")
+    return [
+        parts.name(victim.tenant),
+        f"{words.METRIC_WORDS.get(during.metric, during.metric)} {words.quantile_name(during.quantile)}",
+        words.duration(during.value_s),
+        words.quantile(usual) if usual is not None else "-",
+        said,
+        f"{victim.stalled_requests:,} stalled of {victim.requests:,}",
+    ]
+
+
+def hit(scene: Scene) -> list[dict[str, object]]:
+    incident = _the_incident(scene)
+    if incident is None:
+        return []
+    found = scene.recording.view(hardest_hit, scene.replica, scene.recording.waits(scene.replica_name), incident)
+    return [
+        {
+            "request": linked(one.request, f"/request{scene.address.search(request=one.request)}"),
+            "tenant": one.tenant,
+            "metric": words.METRIC_WORDS.get(one.metric, one.metric),
+            "waited": round(one.waited_s, 4),
+            "delay": round(one.delay_s, 4),
+            "held": one.holder,
+            "mechanism": one.mechanism,
+            "held_s": round(one.held_s, 4),
+            "at": words.clock(one.begin_ns),
+        }
+        for one in found
+    ]
+
+
+def caused(scene: Scene) -> list[dict[str, object]]:
+    incident = _the_incident(scene)
+    return [
+        {
+            "request": linked(one.request, f"/request{scene.address.search(request=one.request)}"),
+            "tenant": culprit.tenant,
+            "caused": round(one.caused_s, 4),
+            "share": round(one.share, 3),
+            "prompt": one.prompt_tokens,
+            "output": one.output_tokens,
+            "at": words.clock(one.arrival_ns),
+        }
+        for culprit in (incident.culprits if incident is not None else ())
+        for one in culprit.requests
+    ]
+
+
+# --- what to do -----------------------------------------------------------------------------------------------------
+
+
+def remedies(scene: Scene) -> Component:
+    incident = _the_incident(scene)
+    if incident is None:
+        return parts.nothing("There is nothing to mend.")
+    if not incident.remedies:
+        return parts.nothing("No replay was made, so nothing is predicted. `stallscope whatif` can be asked for more.")
+    rows: list[Sequence[parts.Children]] = [
+        [
+            "tonight" if one.tonight else "engine change",
+            words.printable(one.what),
+            parts.code(one.how) if one.how else "",
+            words.restored(one),
+            html.Ul([html.Li(words.printable(line)) for line in words.predictions(one)]),
+            f"{one.throughput:.0%}",
+        ]
+        for one in incident.remedies
+    ]
+    headings = ["when", "remedy", "how", "excess gone", "victims and culprits", "throughput"]
+    return parts.table(headings, rows, names=2, text=(2, 4))
+
+
+def commands(scene: Scene) -> Component:
+    """What reproduces this page: its link, and what to type."""
+    incident = _the_incident(scene)
+    if incident is None or scene.diagnosis is None or scene.diagnosis.source == REDACTED_SOURCE:
+        return parts.nothing("There is nothing to reproduce.")
+    source = scene.diagnosis.source
+    lines = [shlex.join(["stallscope", "analyze", source, "--replica", incident.replica])]
+    if incident.victims:
+        lines.append(shlex.join(["stallscope", "explain", source, incident.victims[0].worst_request]))
+    link = f"/incident{scene.address.search(incident=scene.number)}"
+    return html.Div(
+        [html.P(["This view: ", dcc.Link(words.shortened(link, 100), href=link)])]
+        + [html.P([parts.code(line), dcc.Clipboard(content=line, title="copy", className="copy")]) for line in lines]
+    )
+
+
+PAGE = Page(
+    "/incident",
+    "Incident",
+    layout,
+    (
+        Part("incident-head", head),
+        Part(LATENCY, latency, "figure"),
+        Part("swimlanes", batch, "figure"),
+        Part("blame", who_for_whom),
+        Part("percentiles-then", then),
+        Part("hit", hit, "rowData"),
+        Part("caused", caused, "rowData"),
+        Part("remedies", remedies),
+        Part("commands", commands),
+    ),
+)

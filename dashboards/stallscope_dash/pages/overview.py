@@ -1,0 +1,141 @@
+"""Overview: the answer in words, then what tenants waited, beside what ordinary panels show, and the incidents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dash import dcc, html
+from dash.development.base_component import Component
+
+from stallscope.diagnosis.model import Diagnosis, Incident
+from stallscope.reports.figures import Figure, percentiles_figure
+from stallscope.views import words
+from stallscope.views.percentiles import percentiles
+from stallscope_dash import parts
+from stallscope_dash.figures import framed
+from stallscope_dash.pages import Page, Part
+from stallscope_dash.recording import NotReadyError, Stage
+from stallscope_dash.scene import Scene
+
+_BINS = 90
+_SHOWN = 50
+LATENCY = parts.time_chart("latency")
+
+
+def layout() -> Component:
+    return html.Div(
+        [
+            parts.place("answer", 170),
+            html.Div(id="overview-window"),
+            parts.chart(
+                LATENCY, "What each tenant waited", "Requests by arrival; incidents are shaded and numbered.", 460
+            ),
+            parts.card("Incidents", parts.place("incidents", 60)),
+        ]
+    )
+
+
+def answer(scene: Scene) -> Component:
+    """The verdict in words, how sure it is, and what can be done tonight."""
+    diagnosis = scene.diagnosis
+    if diagnosis is None:
+        if scene.recording.progress.stage is Stage.FAILED:
+            raise NotReadyError("it will not come")
+        return html.Div(
+            [
+                html.H1("Looking for who did it …"),
+                html.P("The charts below are of the whole recording already.", className="dim"),
+            ]
+        )
+    length = words.duration((diagnosis.end_ns - diagnosis.start_ns) / 1e9)
+    when = f"{words.day(diagnosis.start_ns)} {words.clock(diagnosis.start_ns, zone=True)}, {length}"
+    return html.Header(
+        [
+            parts.verdict(diagnosis.verdict),
+            html.Span(f"  {words.printable(diagnosis.source)} · {when}", className="dim"),
+            html.H1(words.printable(words.headline(diagnosis))),
+            html.Ul([html.Li(fact) for fact in words.evidence(diagnosis).split(" · ")], className="facts"),
+            *tonight(diagnosis),
+            *(html.P(f"note: {words.printable(note)}", className="note") for note in diagnosis.notes),
+        ]
+    )
+
+
+def tonight(diagnosis: Diagnosis) -> Iterator[Component]:
+    """The first remedy that needs no change of the engine, where a replay predicts one that helps."""
+    best = words.tonight(diagnosis)
+    if best is not None:
+        how = [html.Br(), parts.code(best.how)] if best.how else []
+        rest = f": by replay, {words.restored(best)} of what the victims lost would be gone"
+        yield html.P([html.B("Tonight: "), words.printable(best.what), rest, *how], className="now")
+
+
+def window(scene: Scene) -> Component | None:
+    """Which replica and which stretch of time the charts show, and the way back to all of it."""
+    start, end = scene.window
+    names = scene.recording.names
+    here = scene.replica_name
+    shown: list[Component] = []
+    if len(names) > 1:
+        links = {one: scene.address.search(replica=one, since=None, until=None) or "?" for one in names[:_SHOWN]}
+        shown.append(parts.choice("Replica", links, here))
+    if (start, end) != scene.span:
+        said = f"{words.clock(start)} to {words.clock(end, zone=True)} ({words.duration((end - start) / 1e9)})"
+        back = dcc.Link("show all", href=scene.address.search(since=None, until=None) or "?")
+        shown.append(html.P([f"Zoomed to {said}: ", back], className="dim zoomed"))
+    return html.Div(shown) if shown else None
+
+
+def latency(scene: Scene) -> Figure:
+    view = scene.recording.view(percentiles, scene.replica, *scene.window, _BINS)
+    return framed(percentiles_figure(view, scene.window, scene.incidents, scene.colours))
+
+
+def incidents(scene: Scene) -> Component:
+    if scene.diagnosis is None:
+        raise NotReadyError("no diagnosis yet")
+    found = scene.diagnosis.incidents
+    if not found:
+        return parts.nothing("None: no tenant waited far longer than it usually does. The charts show what is usual.")
+    listed = [_row(scene, number, one) for number, one in enumerate(found[:_SHOWN], start=1)]
+    more = len(found) - len(listed)
+    rest = [html.P(f"and {words.counted(more, 'smaller incident')}", className="dim")] if more else []
+    return html.Div([html.Ol(listed, className="incidents"), *rest])
+
+
+def _row(scene: Scene, number: int, one: Incident) -> Component:
+    """A link to the incident: when it was, what, who did it to whom, and what it cost."""
+    culprits = [parts.name(culprit.tenant, "culprit") for culprit in one.culprits[:3]]
+    victims = words.listed([words.shortened(words.printable(victim.tenant), 40) for victim in one.victims[:3]])
+    did = [*_joined(culprits), " stalled ", victims] if culprits else [victims, " waited"]
+    return html.Li(
+        dcc.Link(
+            [
+                html.Span(str(number), className="number"),
+                html.Span([parts.verdict(one.verdict), " ", *did], className="what"),
+                html.Span(f"{words.duration(one.lost_s)} lost", className="lost"),
+                html.Span(words.printable(words.incident_when(one)), className="dim when"),
+            ],
+            href=f"/incident{scene.address.search(incident=number, replica='', since=None, until=None)}",
+        )
+    )
+
+
+def _joined(names: list[Component]) -> list[Component | str]:
+    found: list[Component | str] = []
+    for one in names:
+        found += [", " if found else "", one]
+    return found
+
+
+PAGE = Page(
+    "/",
+    "Overview",
+    layout,
+    (
+        Part("answer", answer),
+        Part("overview-window", window),
+        Part(LATENCY, latency, "figure"),
+        Part("incidents", incidents),
+    ),
+)

@@ -1,0 +1,86 @@
+"""What a page's parts draw from: a recording, seen from an address."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from stallscope.diagnosis.model import Diagnosis, Incident
+from stallscope.diagnosis.replica import Replica
+from stallscope.errors import UsageError
+from stallscope.reports.figures import Colours, Span, colours
+from stallscope.views.focus import around
+from stallscope_dash.address import Address
+from stallscope_dash.recording import Recording
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The recording, and what is looked at in it; what the address leaves open is chosen here."""
+
+    recording: Recording
+    address: Address
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        return self.recording.diagnosis
+
+    @cached_property
+    def replica_name(self) -> str:
+        """The address's, or that of its incident, or of the worst one, or the first."""
+        if self.address.replica:
+            return self.address.replica
+        if self.incident is not None:
+            return self.incident.replica
+        if not self.recording.names:
+            raise UsageError(f"{self.recording.trace.source}: no engine steps in it; see `stallscope doctor`")
+        return self.recording.names[0]
+
+    @cached_property
+    def replica(self) -> Replica:
+        return self.recording.replica(self.replica_name)
+
+    @cached_property
+    def incident(self) -> Incident | None:
+        """The address's incident, or the worst; None where there is none, or nobody knows yet."""
+        found = self.diagnosis.incidents if self.diagnosis is not None else ()
+        if self.address.incident > len(found):
+            raise UsageError(f"there is no incident {self.address.incident}: {len(found)} were found")
+        return found[max(self.address.incident - 1, 0)] if found else None
+
+    @cached_property
+    def number(self) -> int:
+        """The incident's, from 1; 0 where there is none."""
+        return max(self.address.incident, 1) if self.incident is not None else 0
+
+    @cached_property
+    def incidents(self) -> tuple[Incident, ...]:
+        """All of the replica's, by harm."""
+        found = self.diagnosis.incidents if self.diagnosis is not None else ()
+        return tuple(one for one in found if one.replica == self.replica_name)
+
+    @cached_property
+    def span(self) -> Span:
+        """All of the replica's time, ns."""
+        timeline = self.replica.timeline
+        return int(timeline.before[0]), int(timeline.end[-1])
+
+    @cached_property
+    def window(self) -> Span:
+        """What charts show: what the address says, else all."""
+        return self._within(self.span)
+
+    @cached_property
+    def near(self) -> Span:
+        """The same on an incident's page: what the address says, else a stretch around the incident."""
+        return self._within(self.span if self.incident is None else around(self.incident, self.span))
+
+    @cached_property
+    def colours(self) -> Colours:
+        culprits = [culprit.tenant for one in self.incidents for culprit in one.culprits]
+        return colours(self.replica.tenants, list(dict.fromkeys(culprits)))
+
+    def _within(self, usual: Span) -> Span:
+        start = usual[0] if self.address.since is None else max(self.address.since, self.span[0])
+        end = usual[1] if self.address.until is None else min(self.address.until, self.span[1])
+        return (start, end) if start < end else usual

@@ -1,0 +1,79 @@
+"""Long tables: sorted, filtered and saved as CSV by whoever looks; names in them are text, and links are ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import dash_ag_grid as ag
+from dash import html
+from dash.development.base_component import Component
+
+from stallscope.views import words
+from stallscope_dash import parts
+
+_ROW_PX, _ROWS_A_PAGE = 34, 10
+
+
+@dataclass(frozen=True)
+class Column:
+    """A field of the rows, its heading, and what it holds; ``link``: what ``linked`` made."""
+
+    field: str
+    heading: str
+    number: bool = False
+    link: bool = False
+
+
+def linked(text: str, href: str) -> dict[str, str]:
+    """A cell of a column of links."""
+    return {"text": words.printable(text), "href": href}
+
+
+def grid(identity: str, columns: Sequence[Column]) -> Component:
+    """A table that a part fills with rows (dicts by field)."""
+    return html.Div(
+        [
+            ag.AgGrid(
+                id=identity,
+                columnDefs=[_definition(column) for column in columns],
+                rowData=[],
+                columnSize="responsiveSizeToFit",
+                defaultColDef={"sortable": True, "resizable": True, "minWidth": 84},
+                dashGridOptions={
+                    "rowHeight": _ROW_PX,
+                    "ensureDomOrder": True,
+                    "enableCellTextSelection": True,
+                    "animateRows": False,
+                    "domLayout": "autoHeight",
+                    "pagination": True,
+                    "paginationPageSize": _ROWS_A_PAGE,
+                    "paginationPageSizeSelector": False,
+                    "suppressPaginationPanel": False,
+                },
+                csvExportParams={"fileName": f"{identity}.csv"},
+                style={"height": None},
+                className="ag-theme-stallscope",
+            ),
+            html.Button(
+                "CSV", className="save", **parts.attributes(data_csv=identity, aria_label="Save the table as CSV")
+            ),
+        ]
+    )
+
+
+def _definition(column: Column) -> dict[str, object]:
+    made: dict[str, object] = {"field": column.field, "headerName": column.heading}
+    if column.number:
+        made |= {"type": "rightAligned", "filter": "agNumberColumnFilter"}
+    elif column.link:
+        getter = {"function": f"params.data.{column.field}.text"}
+        made |= {
+            "cellRenderer": "StallscopeLink",
+            "valueGetter": getter,
+            "minWidth": 170,
+            "filter": "agTextColumnFilter",
+        }
+    else:
+        made |= {"filter": "agTextColumnFilter"}
+    return made
