@@ -41,11 +41,8 @@ class Address:
         """The query, with some of the state changed; "" where there is none."""
         state = replace(self, **changed)  # type: ignore[arg-type]
         said = {field.name: getattr(state, field.name) for field in fields(state)}
-        texts = {
-            name: _written(value) if name in ("since", "until") else str(value)
-            for name, value in said.items()
-            if value not in ("", 0, None)
-        }
+        times = {name: _written(said[name]) for name in ("since", "until") if said[name] is not None}
+        texts = {name: str(value) for name, value in said.items() if value and name not in times} | times
         return f"?{urlencode(texts)}" if texts else ""
 
 

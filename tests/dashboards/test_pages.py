@@ -1,0 +1,166 @@
+"""Each page in a real browser, on a trace with a stall and on a healthy one; and the three clicks to the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from stallscope.trace import Trace, read_trace
+from stallscope.trace.rename import renamed
+from stallscope_dash.address import Address
+from tests.dashboards.browsing import NEEDS_CHROMIUM, ROOT, Looking, browser, looking, recording_of, serving
+from tests.reports.examples import hostile_trace
+
+__all__ = ["browser", "looking"]
+pytestmark = NEEDS_CHROMIUM
+LATENCY = "#page .js-plotly-plot"
+
+
+def sample(name: str) -> Trace:
+    return read_trace(ROOT / "sample_traces" / f"{name}.otlp.jsonl.zst")
+
+
+@pytest.fixture(scope="module")
+def stall() -> Iterator[str]:
+    with serving(recording_of(sample("stall"))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Iterator[str]:
+    with serving(recording_of(sample("healthy"))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[str]:
+    with serving(recording_of(hostile_trace())) as url:
+        yield url
+
+
+def test_three_clicks_lead_from_the_answer_to_the_batch_and_the_request_that_did_it(
+    stall: str, looking: Looking
+) -> None:
+    looking.at(stall)
+    looking.wait("#answer .verdict")
+    assert "reasoner stalled chat and search" in looking.text("#answer h1")
+    assert looking.drawn(LATENCY) > 50
+
+    looking.page.click("#incidents a")  # one: the incident, with the batch around its worst step
+    looking.wait("#incident-head dl")
+    assert "reasoner" in looking.text("#incident-head h1")
+    assert looking.drawn("#swimlanes") > 30
+
+    looking.page.locator("#caused").scroll_into_view_if_needed()
+    looking.page.click("#caused .ag-cell a")  # two: the request that cost the others most
+    looking.wait("#waterfall table")
+    assert "reasoner-000003" in looking.text("#request-head h1")
+    assert looking.drawn("#request-batch") > 30
+    assert "▶ reasoner-000003" in looking.text("#request-batch")
+
+
+def test_a_zoom_in_one_chart_is_in_the_address_and_back_undoes_it(stall: str, looking: Looking) -> None:
+    looking.at(stall)
+    looking.wait("#answer .verdict")
+    looking.drawn(LATENCY)
+    box = looking.page.locator(f"{LATENCY} .nsewdrag").first.bounding_box()
+    assert box is not None
+    looking.page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 20)
+    looking.page.mouse.down()
+    looking.page.mouse.move(box["x"] + 0.7 * box["width"], box["y"] + 20, steps=8)
+    looking.page.mouse.up()
+    looking.until("window.location.search.includes('since=')")
+    looking.wait("#overview-window .zoomed")
+    address = Address.of(looking.page.url.partition("?")[2])
+    assert 10e9 < (address.until or 0) - (address.since or 0) < 20e9  # of 40 s
+
+    looking.page.go_back()
+    looking.until("!window.location.search.includes('since=')")
+    looking.until("!document.querySelector('#overview-window .zoomed')")
+
+
+def test_a_link_reproduces_what_was_seen(stall: str, looking: Looking) -> None:
+    looking.at(f"{stall}/request?request=chat-000150")
+    looking.wait("#waterfall table")
+    assert "chat-000150" in looking.text("#request-head h1")
+    assert "reasoner prefill_interference" in looking.text("#request-head .facts")
+
+
+def test_a_request_is_found_by_its_id_and_one_that_is_not_there_is_said_with_those_nearest(
+    stall: str, looking: Looking
+) -> None:
+    looking.at(stall)
+    looking.wait("#answer .verdict")
+    looking.page.fill("#search", " search-000025 ")
+    looking.page.press("#search", "Enter")
+    looking.wait("#waterfall table")
+    assert "search-000025" in looking.text("#request-head h1")
+
+    looking.page.fill("#search", "chat-00015x")
+    looking.page.press("#search", "Enter")
+    looking.wait("#request-head .trouble")
+    assert "no request 'chat-00015x'" in looking.text("#request-head")
+    assert "did you mean chat-000" in looking.text("#request-head")
+
+
+def test_a_healthy_trace_says_so_on_each_page(healthy: str, looking: Looking) -> None:
+    looking.at(healthy)
+    looking.wait("#answer .verdict.healthy")
+    assert "None: no tenant waited" in looking.text("#incidents")
+    assert looking.drawn(LATENCY) > 20
+    looking.page.click("nav.nav a:text('Incident')")
+    looking.wait("#incident-head .nothing")
+    looking.page.click("nav.nav a:text('Request')")
+    looking.wait("#request-head .nothing")
+
+
+@pytest.mark.parametrize("path", ["/", "/incident", "/request"])
+def test_names_are_text_whatever_they_say(hostile: str, looking: Looking, path: str) -> None:
+    looking.at(f"{hostile}{path}")
+    looking.drawn(LATENCY)
+    looking.page.wait_for_timeout(500)
+    assert looking.page.locator("img, b:text('bold'), #page script").count() == 0
+    assert "onerror=alert(2)" in looking.text("#page")
+
+
+def test_a_name_of_300_characters_is_shortened_and_there_in_full_for_who_points_at_it(looking: Looking) -> None:
+    long = "reasoner-" + "x" * 291
+    trace = renamed(sample("stall"), {"tenant": lambda name: long if name == "reasoner" else name})
+    with serving(recording_of(trace)) as url:
+        looking.at(url)
+        looking.wait("#incidents .culprit")
+        assert looking.page.locator("#incidents .culprit").first.get_attribute("title") == long
+        width = looking.page.evaluate("() => document.documentElement.scrollWidth")
+        assert width <= 1280
+
+
+def test_on_a_phone_nothing_is_wider_than_the_page(stall: str, looking: Looking) -> None:
+    looking.page.set_viewport_size({"width": 390, "height": 800})
+    for path in ("/", "/incident", "/request"):
+        looking.at(f"{stall}{path}")
+        looking.drawn(LATENCY)
+        looking.page.wait_for_timeout(300)
+        assert looking.page.evaluate("() => document.documentElement.scrollWidth") <= 390, path
+
+
+def test_a_page_that_is_not_there_leads_back(stall: str, looking: Looking) -> None:
+    looking.at(f"{stall}/nowhere")
+    looking.page.click("#page a:text('Overview')")
+    looking.wait("#answer .verdict")
+
+
+def test_an_incident_that_is_not_there_is_said(stall: str, looking: Looking) -> None:
+    looking.at(f"{stall}/incident?incident=9")
+    looking.wait("#incident-head .trouble")
+    assert "there is no incident 9: 1 were found" in looking.text("#incident-head")
+
+
+def test_a_trace_without_steps_says_what_to_do(looking: Looking) -> None:
+    trace = sample("healthy")
+    tables = {**trace.tables, "steps": trace.steps.slice(0, 0)}
+    with serving(recording_of(replace(trace, tables=tables))) as url:
+        looking.at(url)
+        looking.wait("#overview-window .trouble, #answer .trouble, #progress .trouble")
+        assert "no engine steps in it; see `stallscope doctor`" in looking.text("#page")
