@@ -40,7 +40,7 @@ def test_a_point_is_that_of_a_plain_sort() -> None:
 
 def test_bins_with_few_requests_show_the_worst_and_no_percentile() -> None:
     assert {line.quantile for line in whole(width=40)} == {0.5, 1.0}
-    assert 0.9 in {line.quantile for line in whole(width=2) if line.tenant == "chat"}
+    assert 0.95 in {line.quantile for line in whole(width=2) if line.tenant == "chat"}
 
 
 def test_a_window_has_only_what_arrived_in_it_and_never_more_bins_than_asked_for() -> None:
