@@ -190,7 +190,7 @@ def occupancy_figure(view: Occupancy, span: Span, incidents: Sequence[Incident],
 
 
 def swimlanes_figure(view: Swimlanes, incidents: Sequence[Incident], looks: Looks) -> Figure:
-    """A lane a request, coloured by tenant: prefill full, decoding lighter, waiting slim and grey. Culprits have edges."""
+    """A lane a request, coloured by tenant: prefill full, decoding lighter, waiting slim and grey; culprits edged."""
     culprits = culprits_of(incidents)
     groups: dict[tuple[str, str], list[int]] = {}
     for position, one in enumerate(view.rectangles):

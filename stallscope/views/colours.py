@@ -1,4 +1,4 @@
-"""How tenants look: the same colour, dash and marker on every page and in every report; none is told by colour alone."""
+"""How tenants look: the same colour, dash and marker on every page and in every report, and never colour alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stallscope.views.waterfall import ENGINE, FRONTEND, OWN, TELEMETRY
 
 @dataclass(frozen=True)
 class Look:
-    """``colour`` (#rrggbb), ``dash`` of lines and symbol of markers, by the names that Plotly has for them."""
+    """``colour`` (#rrggbb), ``dash`` of lines ("solid", or lengths of strokes and breaks), symbol of the ``marker``."""
 
     colour: str
     dash: str
@@ -23,23 +23,25 @@ class Look:
 # Found by search: as far apart as they can be for who lacks a kind of cones, all at least 3:1 against a light and
 # against a dark page, and none near the red of incidents.
 _PALETTE = (
-    "#5182c7", "#ab8a12", "#3b7559", "#a73b9f", "#69973f", "#927af2", "#9f5810", "#18a16c", "#a97db1", "#7d643a",
+    "#7d643a", "#3b7559", "#a97db1", "#927af2", "#ab8a12", "#9f5810", "#69973f", "#18a16c", "#5182c7", "#a73b9f",
 )  # fmt: skip
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-_MARKERS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "star")
+# With short breaks: of the usual dashes, a line that jumps from bin to bin leaves only scraps.
+_DASHES = ("6px,2px", "14px,3px", "2px,2px", "solid", "9px,2px,2px,2px", "6px,2px,2px,2px,2px,2px")
+_MARKERS = ("cross", "circle", "star", "square", "diamond", "triangle-up", "x")
+_PERSON = b"ttft"  # under which the tenants of the sample traces keep apart
 _STYLES = tuple((dash, marker) for marker in _MARKERS for dash in _DASHES)
 
 _LIGHT_GREY, _DARK_GREY = "#8b8f98", "#6a6e77"
-GREY = Look(_LIGHT_GREY, "dot", "circle-open")  # of whoever is no tenant
+GREY = Look(_LIGHT_GREY, "2px,2px", "circle-open")
 _NO_TENANTS = {
     OTHER: GREY,
     OTHERS: GREY,
-    UNKNOWN: Look(_DARK_GREY, "dash", "square-open"),
-    "(cached)": Look(_LIGHT_GREY, "longdash", "diamond-open"),
+    "(cached)": Look(_LIGHT_GREY, "6px,2px", "diamond-open"),
     OWN: Look(_LIGHT_GREY, "solid", "cross-open"),
+    UNKNOWN: Look(_DARK_GREY, "6px,2px", "square-open"),
     ENGINE: Look(_DARK_GREY, "solid", "x-open"),
-    FRONTEND: Look(_DARK_GREY, "dot", "triangle-up-open"),
-    TELEMETRY: Look(_DARK_GREY, "longdash", "star-open"),
+    FRONTEND: Look(_DARK_GREY, "2px,2px", "triangle-up-open"),
+    TELEMETRY: Look(_DARK_GREY, "14px,3px", "star-open"),
 }
 
 
@@ -66,7 +68,8 @@ def colours(tenants: Iterable[str]) -> dict[str, Look]:
 
 
 def _hash(name: str) -> int:
-    return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, person=_PERSON)
+    return int.from_bytes(digest.digest())
 
 
 def _take_place(taken: list[int], wanted: int, places: int) -> int:
