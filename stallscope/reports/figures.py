@@ -48,7 +48,7 @@ def percentiles_figure(
     Each tenant's line is the one nearest to ``quantile``; with ``medians`` a thin one of its medians is beside it. The
     limits of ``slos`` on these metrics are dashed.
     """
-    culprits = culprits_of(incidents)
+    culprits = _culprits_of(incidents)
     data: list[Figure] = []
     named: set[str] = set()
     axes = {metric: f"y{row}" if row > 1 else "y" for row, metric in enumerate(metrics, start=1)}
@@ -70,7 +70,7 @@ def percentiles_figure(
     return {"data": data, "layout": layout}
 
 
-def culprits_of(incidents: Sequence[Incident]) -> set[str]:
+def _culprits_of(incidents: Sequence[Incident]) -> set[str]:
     """Tenants that any of the incidents is blamed on."""
     return {culprit.tenant for incident in incidents for culprit in incident.culprits}
 
@@ -191,7 +191,7 @@ def occupancy_figure(view: Occupancy, span: Span, incidents: Sequence[Incident],
 
 def swimlanes_figure(view: Swimlanes, incidents: Sequence[Incident], looks: Looks) -> Figure:
     """A lane a request, coloured by tenant: prefill full, decoding lighter, waiting slim and grey; culprits edged."""
-    culprits = culprits_of(incidents)
+    culprits = _culprits_of(incidents)
     groups: dict[tuple[str, str], list[int]] = {}
     for position, one in enumerate(view.rectangles):
         groups.setdefault((view.lanes[one.lane].tenant, one.doing), []).append(position)
