@@ -8,7 +8,8 @@ from functools import cached_property
 from stallscope.diagnosis.model import Diagnosis, Incident
 from stallscope.diagnosis.replica import Replica
 from stallscope.errors import UsageError
-from stallscope.reports.figures import Colours, Span, colours
+from stallscope.reports.figures import Looks, Span
+from stallscope.views.colours import colours
 from stallscope.views.focus import around
 from stallscope_dash.address import Address
 from stallscope_dash.recording import Recording
@@ -76,9 +77,9 @@ class Scene:
         return self._within(self.span if self.incident is None else around(self.incident, self.span))
 
     @cached_property
-    def colours(self) -> Colours:
-        culprits = [culprit.tenant for one in self.incidents for culprit in one.culprits]
-        return colours(self.replica.tenants, list(dict.fromkeys(culprits)))
+    def looks(self) -> Looks:
+        """Of the replica's tenants."""
+        return colours(self.replica.tenants)
 
     def _within(self, usual: Span) -> Span:
         start = usual[0] if self.address.since is None else max(self.address.since, self.span[0])

@@ -101,6 +101,14 @@ class Replica:
         """``gaps``, for who needs them only once: they are not kept."""
         return _gaps(self.trace, self.name, self.request_codes)
 
+    @cached_property
+    def longest_gap(self) -> Ints:
+        """The longest gap between two tokens of each of ``requests``, ns; -1 where there is none."""
+        gaps = self.read_gaps()
+        longest = np.full(len(self.requests), -1)
+        np.maximum.at(longest, gaps["request"].to_numpy(), gaps["length_ns"].to_numpy())
+        return longest
+
     def read_requests(self, columns: Sequence[str]) -> pa.Table:
         """Other columns of the table of requests, a row for each of ``requests``; they are not kept."""
         mine = _rows_of(self.trace, "requests", self.name)

@@ -6,90 +6,150 @@ that depend on a light or dark page are left to the page.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
 
 from stallscope.diagnosis.model import Incident
+from stallscope.diagnosis.slo import Slo
 from stallscope.reports.markup import label
 from stallscope.views import words
+from stallscope.views.colours import GREY, Look
 from stallscope.views.occupancy import Occupancy
-from stallscope.views.percentiles import MEDIAN, Line, Percentiles
+from stallscope.views.percentiles import MEDIAN, P99, Line, Percentiles
 from stallscope.views.swimlanes import Swimlanes
 
 Figure = dict[str, object]
-Colours = Mapping[str, str]
+Looks = Mapping[str, Look]
 Span = tuple[int, int]  # ns
 
-_CULPRITS = ("#e5484d", "#f76b15", "#c2298a")
-_TENANTS = ("#3b82f6", "#14a38b", "#a071e8", "#c99a0a", "#5ba532", "#2fa4c7", "#b07d5b", "#7c87a6")
-_OTHERS = "#8b8f98"
 _SHADE, _EDGE, _WORST = "rgba(229,72,77,0.14)", "rgba(229,72,77,0.35)", "rgba(229,72,77,0.16)"
 _APART = 0.02  # of a picture's width, between numbers of incidents
 _SLIM = 0.32
+_THIN, _USUAL, _THICK = 0.9, 1.8, 3.6  # widths of lines: medians, tails, and those of culprits
+_ROW_PX, _ROWS_FRAME_PX = 185, 60
 _LANE_PX, _LANES_FRAME_PX = 19, 110
 _IN_BATCH = {"decoding": 0.5, "prefill": 1.0, "recomputing": 1.0, "paused": 0.25}  # opacity of those in the batch
 
 
-def colours(tenants: Sequence[str], culprits: Sequence[str]) -> dict[str, str]:
-    """A colour for each tenant, the same in all pictures: culprits red or next to it, the others none of these."""
-    others = [tenant for tenant in tenants if tenant not in culprits]
-    found = {tenant: _TENANTS[position % len(_TENANTS)] for position, tenant in enumerate(others)}
-    return found | {tenant: _CULPRITS[position % len(_CULPRITS)] for position, tenant in enumerate(culprits)}
+def percentiles_figure(
+    view: Percentiles,
+    span: Span,
+    incidents: Sequence[Incident],
+    looks: Looks,
+    metrics: Sequence[str],
+    quantile: float = P99,
+    medians: bool = False,
+    slos: Sequence[Slo] = (),
+) -> Figure:
+    """A row for each of ``metrics``, on logarithmic axes of time, with the incidents shaded and numbered.
 
-
-def percentiles_figure(view: Percentiles, span: Span, incidents: Sequence[Incident], colour: Colours) -> Figure:
-    """TTFT above, longest gaps below, both on logarithmic axes of time, with the incidents shaded and numbered."""
-    metrics = ("ttft", "itl")
-    lines = [line for line in view.lines if line.quantile != MEDIAN]
-    data = [_line(line, view.bin_ns, metrics.index(line.metric), colour) for line in lines]
+    Each tenant's line is the one nearest to ``quantile``; with ``medians`` a thin one of its medians is beside it. The
+    limits of ``slos`` on these metrics are dashed.
+    """
+    culprits = _culprits_of(incidents)
+    data: list[Figure] = []
+    named: set[str] = set()
+    axes = {metric: f"y{row}" if row > 1 else "y" for row, metric in enumerate(metrics, start=1)}
+    for metric, axis in axes.items():
+        if medians:
+            data += [_median(line, view.bin_ns, axis, looks) for line in view.nearest(metric, MEDIAN)]
+        for line in view.nearest(metric, quantile):
+            data.append(_line(line, view.bin_ns, axis, looks, culprits) | {"showlegend": line.tenant not in named})
+            named.add(line.tenant)
     layout: Figure = {
-        "height": 430,
-        "grid": {"rows": 2, "columns": 1, "pattern": "coupled", "roworder": "top to bottom", "ygap": 0.12},
-        "xaxis": {"type": "date", "anchor": "y2", "range": [_when(time) for time in span]},
-        "yaxis": _time_axis("TTFT"),
-        "yaxis2": _time_axis("longest gap"),
-        "shapes": _bands(span, incidents),
+        "height": _ROW_PX * len(metrics) + _ROWS_FRAME_PX,
+        "grid": {"rows": len(metrics), "columns": 1, "pattern": "coupled", "roworder": "top to bottom", "ygap": 0.12},
+        "xaxis": {"type": "date", "anchor": axes[metrics[-1]], "range": [_when(time) for time in span]},
+        **{axis.replace("y", "yaxis"): _time_axis(words.METRIC_WORDS[metric]) for metric, axis in axes.items()},
+        "shapes": [*_bands(span, incidents), *_limits(slos, axes, looks)],
         "annotations": _numbers(span, incidents),
         "hovermode": "closest",
     }
     return {"data": data, "layout": layout}
 
 
-def _line(line: Line, bin_ns: int, row: int, colour: Colours) -> Figure:
-    name, tail = label(line.tenant), words.quantile_name(line.quantile)
+def _culprits_of(incidents: Sequence[Incident]) -> set[str]:
+    """Tenants that any of the incidents is blamed on."""
+    return {culprit.tenant for incident in incidents for culprit in incident.culprits}
+
+
+def _line(line: Line, bin_ns: int, axis: str, looks: Looks, culprits: Collection[str]) -> Figure:
+    name, tail, look = label(line.tenant), words.quantile_name(line.quantile), looks.get(line.tenant, GREY)
     metric = words.METRIC_WORDS[line.metric]
     hover = [
         f"{name}<br>{metric} {tail} {words.duration(value)}<br>{words.counted(int(requests), 'request')} arrived"
         + (f", {still} still waiting" if still else "")
         for value, requests, still in zip(line.value_s, line.requests, line.open_requests, strict=True)
     ]
+    width = _THICK if line.tenant in culprits else _USUAL
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": f"{name} {tail}",
+        "name": f"{_titled(line.tenant, culprits)} {tail}",
         "legendgroup": name,
-        "showlegend": row == 0,
-        "x": [_when(int(middle)) for middle in line.start_ns + bin_ns // 2],
-        "y": np.maximum(line.value_s, 1e-4),
-        "xaxis": "x",
-        "yaxis": "y2" if row else "y",
-        "line": {"color": colour.get(line.tenant, _OTHERS), "width": 1.8},
-        "marker": {"size": 5},
+        **_points(line, bin_ns, axis),
+        "line": {"color": look.colour, "dash": look.dash, "width": width},
+        "marker": {"size": 4 + width, "symbol": look.marker},
         "hovertext": hover,
         "hoverinfo": "text+x",
     }
 
 
-def occupancy_figure(view: Occupancy, span: Span, incidents: Sequence[Incident], colour: Colours) -> Figure:
+def _median(line: Line, bin_ns: int, axis: str, looks: Looks) -> Figure:
+    look = looks.get(line.tenant, GREY)
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "legendgroup": label(line.tenant),
+        "showlegend": False,
+        **_points(line, bin_ns, axis),
+        "line": {"color": look.colour, "dash": look.dash, "width": _THIN},
+        "hoverinfo": "skip",
+    }
+
+
+def _points(line: Line, bin_ns: int, axis: str) -> Figure:
+    """Where a line runs: in the middle of its bins, and above 0 for the sake of the axis."""
+    when = [_when(int(middle)) for middle in line.start_ns + bin_ns // 2]
+    return {"x": when, "y": np.maximum(line.value_s, 1e-4), "xaxis": "x", "yaxis": axis}
+
+
+def _titled(tenant: str, culprits: Collection[str]) -> str:
+    """A tenant in a legend, which says who is a culprit."""
+    return f"{label(tenant)} (culprit)" if tenant in culprits else label(tenant)
+
+
+def _limits(slos: Sequence[Slo], axes: Mapping[str, str], looks: Looks) -> list[Figure]:
+    """A dashed line on the metric's row for each objective: in the tenant's colour where it is for one."""
+    found: list[Figure] = []
+    for slo in slos:
+        if slo.metric not in axes:
+            continue
+        limit_s = slo.limit_ns / 1e9
+        colour = looks.get(slo.tenant or "", GREY).colour
+        whose = "" if slo.tenant is None else f" {label(slo.tenant)}"
+        text = f"SLO{whose} {words.quantile_name(slo.quantile)} {words.duration(limit_s)}"
+        found.append(
+            {
+                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": limit_s, "y1": limit_s,
+                "yref": axes[slo.metric],
+                "line": {"color": colour, "width": 1, "dash": "dash"},
+                "label": {"text": text, "textposition": "end", "yanchor": "bottom", "font": {"size": 11}},
+            }
+        )  # fmt: skip
+    return found
+
+
+def occupancy_figure(view: Occupancy, span: Span, incidents: Sequence[Incident], looks: Looks) -> Figure:
     """Blocks by tenant, stacked, beside the capacity; requests that waited as a line of its own."""
     when = [_when(int(time)) for time in view.time_ns]
     data: list[Figure] = [
         {
             "type": "scatter", "mode": "lines", "stackgroup": "kv", "name": label(tenant), "x": when,
-            "y": np.round(blocks, 1), "line": {"width": 0, "shape": "hv", "color": colour.get(tenant, _OTHERS)},
-            "fillcolor": _faint(colour.get(tenant, _OTHERS), 0.75),
+            "y": np.round(blocks, 1), "line": {"width": 0, "shape": "hv", "color": looks.get(tenant, GREY).colour},
+            "fillcolor": _faint(looks.get(tenant, GREY).colour, 0.75),
             "hovertemplate": "%{y:,.0f} blocks",
         }
         for tenant, blocks in zip(view.tenants, view.blocks, strict=True)
@@ -98,20 +158,20 @@ def occupancy_figure(view: Occupancy, span: Span, incidents: Sequence[Incident],
         data.append(
             {
                 "type": "scatter", "mode": "lines", "stackgroup": "kv", "name": "(cached)", "x": when, "y": view.cached,
-                "line": {"width": 0, "shape": "hv", "color": _OTHERS}, "fillcolor": _faint(_OTHERS, 0.3),
+                "line": {"width": 0, "shape": "hv", "color": GREY.colour}, "fillcolor": _faint(GREY.colour, 0.3),
                 "hovertemplate": "%{y:,.0f} blocks",
             }
         )  # fmt: skip
     data.append(
         {
             "type": "scatter", "mode": "lines", "name": "requests waiting", "x": when, "y": view.waiting,
-            "yaxis": "y2", "line": {"width": 1.5, "shape": "hv", "dash": "dot", "color": _OTHERS},
+            "yaxis": "y2", "line": {"width": 1.5, "shape": "hv", "dash": "dot", "color": GREY.colour},
             "hovertemplate": "%{y:,.0f} waiting",
         }
     )  # fmt: skip
     shapes = _bands(span, incidents)
     if view.total:
-        capacity = {"color": _OTHERS, "width": 1, "dash": "dash"}
+        capacity = {"color": GREY.colour, "width": 1, "dash": "dash"}
         shapes.append(
             {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": view.total, "y1": view.total, "line": capacity}
         )
@@ -129,8 +189,9 @@ def occupancy_figure(view: Occupancy, span: Span, incidents: Sequence[Incident],
     return {"data": data, "layout": layout}
 
 
-def swimlanes_figure(view: Swimlanes, colour: Colours) -> Figure:
-    """A lane a request, coloured by tenant: prefill full, decoding lighter, waiting slim and grey."""
+def swimlanes_figure(view: Swimlanes, incidents: Sequence[Incident], looks: Looks) -> Figure:
+    """A lane a request, coloured by tenant: prefill full, decoding lighter, waiting slim and grey; culprits edged."""
+    culprits = _culprits_of(incidents)
     groups: dict[tuple[str, str], list[int]] = {}
     for position, one in enumerate(view.rectangles):
         groups.setdefault((view.lanes[one.lane].tenant, one.doing), []).append(position)
@@ -138,20 +199,24 @@ def swimlanes_figure(view: Swimlanes, colour: Colours) -> Figure:
     data = []
     for (tenant, doing), members in sorted(groups.items(), key=lambda group: -_IN_BATCH.get(group[0][1], 0.0)):
         runs = doing in _IN_BATCH
-        shade = _faint(colour.get(tenant, _OTHERS), _IN_BATCH[doing]) if runs else _faint(_OTHERS, 0.55)
+        colour = looks.get(tenant, GREY).colour
+        shade = _faint(colour, _IN_BATCH[doing]) if runs else _faint(GREY.colour, 0.55)
         chosen = [view.rectangles[position] for position in members]
         data.append(
             {
                 "type": "bar",
                 "orientation": "h",
-                "name": label(tenant),
+                "name": _titled(tenant, culprits),
                 "legendgroup": label(tenant),
                 "showlegend": runs and tenant not in named,
                 "base": [(one.start_ns - view.start_ns) / 1e9 for one in chosen],
                 "x": [(one.end_ns - one.start_ns) / 1e9 for one in chosen],
                 "y": [one.lane for one in chosen],
                 "width": 0.82 if runs else _SLIM,
-                "marker": {"color": shade, "line": {"width": 0}},
+                "marker": {
+                    "color": shade,
+                    "line": {"color": colour, "width": _USUAL if tenant in culprits and runs else 0},
+                },
                 "hovertext": [
                     f"{label(view.lanes[one.lane].request)} of {label(tenant)}<br>{doing} "
                     f"{words.duration((one.end_ns - one.start_ns) / 1e9)}, {words.counted(one.steps, 'step')}"
@@ -168,7 +233,7 @@ def swimlanes_figure(view: Swimlanes, colour: Colours) -> Figure:
     edges: list[Figure] = [
         {
             "type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": end, "x1": end, "layer": "below",
-            "line": {"width": 0.5, "color": _faint(_OTHERS, 0.5)},
+            "line": {"width": 0.5, "color": _faint(GREY.colour, 0.5)},
         }
         for end in ends.tolist()
     ]  # fmt: skip

@@ -13,13 +13,13 @@ from importlib.resources import files
 
 from stallscope import __version__
 from stallscope.diagnosis.incidents import measure_waits
+from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
 from stallscope.diagnosis.model import Diagnosis, Incident, Intervention, Verdict
 from stallscope.diagnosis.replica import Replica, replicas
 from stallscope.reports.figures import (
-    Colours,
     Figure,
+    Looks,
     Span,
-    colours,
     occupancy_figure,
     percentiles_figure,
     swimlanes_figure,
@@ -28,6 +28,7 @@ from stallscope.reports.markup import Html, data_block, element, joined
 from stallscope.trace import Trace
 from stallscope.views import words
 from stallscope.views.blame import Blame, blame
+from stallscope.views.colours import colours
 from stallscope.views.focus import around
 from stallscope.views.occupancy import occupancy
 from stallscope.views.percentiles import percentiles
@@ -35,6 +36,7 @@ from stallscope.views.swimlanes import Swimlanes, swimlanes
 from stallscope.views.waterfall import OWN, Waterfall, waterfall_of
 
 SHOWN_INCIDENTS = 20
+_METRICS = (METRICS[TTFT], METRICS[ITL])
 _POINTS, _MOMENTS = 90, 400  # widths of the pictures: bins of percentiles, moments of the KV cache
 _ROWS = 30  # of a waterfall, the longest
 _LONGEST_NAME = 64
@@ -228,29 +230,28 @@ def _charges(incident: Incident) -> Html:
 def _pictures(diagnosis: Diagnosis, replica: Replica, pictures: dict[str, Figure]) -> Iterable[Html]:
     """Sections with a place for each figure; the figures themselves go into ``pictures``, by the id of their place."""
     incidents = [one for one in diagnosis.incidents if one.replica == replica.name]
-    culprits = list(dict.fromkeys(culprit.tenant for one in incidents for culprit in one.culprits))
-    colour = colours(replica.tenants, culprits)
+    looks = colours(replica.tenants)
     span = (diagnosis.start_ns, diagnosis.end_ns)
     shown = incidents[:SHOWN_INCIDENTS]
     on = "" if len({one.replica for one in diagnosis.incidents}) < 2 else f" on {replica.name}"
 
     near = around(incidents[0], span) if incidents else span
     title = f"What each tenant waited{on}"
-    yield from _percentiles(replica, span, shown, colour, pictures, "percentiles", title)
+    yield from _percentiles(replica, span, shown, looks, pictures, "percentiles", title)
     if near != span:
         title = "The same, around the worst incident"
-        yield from _percentiles(replica, near, shown, colour, pictures, "percentiles-near", title)
+        yield from _percentiles(replica, near, shown, looks, pictures, "percentiles-near", title)
     if incidents:
         windows = [(one.start_ns, one.end_ns) for one in incidents]
         yield from _blame_section(blame(replica, measure_waits(replica), windows))
         worst = incidents[0]
         batch = swimlanes(replica, worst.start_ns, worst.end_ns)
         if batch is not None:
-            pictures["swimlanes"] = swimlanes_figure(batch, colour)
+            pictures["swimlanes"] = swimlanes_figure(batch, shown, looks)
             yield _section("Who was in the batch around the worst step", _swimlanes_caption(batch), _place("swimlanes"))
     memory = occupancy(replica, *near, _MOMENTS)
     if memory.blocks.any():
-        pictures["occupancy"] = occupancy_figure(memory, near, shown, colour)
+        pictures["occupancy"] = occupancy_figure(memory, near, shown, looks)
         capacity = f"; the dashed line is the capacity of {memory.total:,} blocks." if memory.total else "."
         about = f"KV blocks in use by tenant, at the fullest moment of each stretch{capacity}"
         yield _section(f"Who held the KV cache{on}", about, _place("occupancy"))
@@ -265,15 +266,15 @@ def _percentiles(
     replica: Replica,
     span: Span,
     incidents: Sequence[Incident],
-    colour: Colours,
+    looks: Looks,
     pictures: dict[str, Figure],
     place: str,
     title: str,
 ) -> Iterable[Html]:
-    view = percentiles(replica, *span, _POINTS)
+    view = percentiles(replica, *span, _POINTS, metrics=_METRICS)
     if not view.lines:
         return
-    pictures[place] = percentiles_figure(view, span, incidents, colour)
+    pictures[place] = percentiles_figure(view, span, incidents, looks, _METRICS)
     about = f"Requests by arrival, in bins of {words.duration(view.bin_ns / 1e9)}; incidents are shaded."
     if view.tenants_left_out:
         about += f" {words.counted(view.tenants_left_out, 'tenant')} with fewer requests left out."

@@ -118,7 +118,6 @@ def _requests(trace: Trace) -> pd.DataFrame:
     for replica in replicas(trace):
         requests = replica.requests
         until = requests["first_token"].where(requests["first_token"] >= 0, requests["seen_until"])
-        longest = replica.gaps.groupby("request")["length_ns"].max().reindex(requests.index)
         parts.append(
             pd.DataFrame(
                 {
@@ -126,7 +125,7 @@ def _requests(trace: Trace) -> pd.DataFrame:
                     "arrival": requests["arrival"],
                     "tokens": requests["prompt_tokens"] + requests["output_tokens"],
                     "ttft": (until - requests["arrival"]).astype(np.float64),
-                    "itl": longest.astype(np.float64),
+                    "itl": np.where(replica.longest_gap >= 0, replica.longest_gap, np.nan),
                 }
             )
         )

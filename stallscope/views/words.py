@@ -7,7 +7,7 @@ import shlex
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from stallscope.diagnosis.metrics import IN_WORDS, METRICS
+from stallscope.diagnosis.metrics import END_TO_END, IN_WORDS, METRICS
 from stallscope.diagnosis.model import (
     Culprit,
     Diagnosis,
@@ -47,7 +47,7 @@ MECHANISM_WORDS = {
     "delivery": "the output waited to be delivered",
     "unobserved": "telemetry is missing there",
 }
-METRIC_WORDS = dict(zip(METRICS, IN_WORDS, strict=True))
+METRIC_WORDS = dict(zip(METRICS, IN_WORDS, strict=True)) | {END_TO_END: "end to end"}
 NO_REPLAY = "no replay"
 WORST_UNSEEN = 0.05  # share of a replay's steps beyond anything recorded from which on that is said
 

@@ -14,7 +14,7 @@ from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.views import words
 from stallscope.views.blame import blame
 from stallscope.views.hardest_hit import hardest_hit
-from stallscope.views.percentiles import percentiles
+from stallscope.views.percentiles import SHOWN_METRICS, percentiles
 from stallscope.views.swimlanes import swimlanes
 from stallscope_dash import parts
 from stallscope_dash.figures import framed, message
@@ -144,7 +144,7 @@ def _facts(incident: Incident) -> Iterator[tuple[str, parts.Children]]:
 def latency(scene: Scene) -> Figure:
     _the_incident(scene)
     view = scene.recording.view(percentiles, scene.replica, *scene.near, _BINS)
-    return framed(percentiles_figure(view, scene.near, scene.incidents, scene.colours))
+    return framed(percentiles_figure(view, scene.near, scene.incidents, scene.looks, SHOWN_METRICS[:2]))
 
 
 def batch(scene: Scene) -> Figure:
@@ -156,7 +156,7 @@ def batch(scene: Scene) -> Figure:
     view = scene.recording.view(swimlanes, scene.replica, start, end)
     if view is None:
         return message("No step was recorded in this stretch of time.")
-    return framed(swimlanes_figure(view, scene.colours))
+    return framed(swimlanes_figure(view, scene.incidents, scene.looks))
 
 
 def who_for_whom(scene: Scene) -> Component:

@@ -10,7 +10,7 @@ from dash.development.base_component import Component
 from stallscope.diagnosis.model import Diagnosis, Incident
 from stallscope.reports.figures import Figure, percentiles_figure
 from stallscope.views import words
-from stallscope.views.percentiles import percentiles
+from stallscope.views.percentiles import MEDIAN, P95, P99, SHOWN_METRICS, percentiles
 from stallscope_dash import parts
 from stallscope_dash.figures import framed
 from stallscope_dash.pages import Page, Part
@@ -19,6 +19,7 @@ from stallscope_dash.scene import Scene
 
 _BINS = 90
 _SHOWN = 50
+_QUANTILES = {"p50": MEDIAN, "p95": P95, "p99": P99}
 LATENCY = parts.time_chart("latency")
 
 
@@ -28,7 +29,12 @@ def layout() -> Component:
             parts.place("answer", 170),
             html.Div(id="overview-window"),
             parts.chart(
-                LATENCY, "What each tenant waited", "Requests by arrival; incidents are shaded and numbered.", 460
+                LATENCY,
+                "What each tenant waited",
+                "Requests by arrival; incidents are shaded and numbered. A bin with too few requests for the percentile "
+                "shows the highest that it can bear. Drag to zoom, double-click for all.",
+                560,
+                tools=html.Div(id="quantiles"),
             ),
             parts.card("Incidents", parts.place("incidents", 60)),
         ]
@@ -88,7 +94,16 @@ def window(scene: Scene) -> Component | None:
 
 def latency(scene: Scene) -> Figure:
     view = scene.recording.view(percentiles, scene.replica, *scene.window, _BINS)
-    return framed(percentiles_figure(view, scene.window, scene.incidents, scene.colours))
+    quantile = _QUANTILES.get(scene.address.quantile, P99)
+    figure = percentiles_figure(view, scene.window, scene.incidents, scene.looks, SHOWN_METRICS, quantile)
+    return framed(figure)
+
+
+def quantiles(scene: Scene) -> Component:
+    """Which percentile is drawn."""
+    links = {name: scene.address.search(quantile=name) for name in _QUANTILES}
+    chosen = scene.address.quantile if scene.address.quantile in _QUANTILES else "p99"
+    return parts.choice("Percentile", links, chosen)
 
 
 def incidents(scene: Scene) -> Component:
@@ -135,6 +150,7 @@ PAGE = Page(
     (
         Part("answer", answer),
         Part("overview-window", window),
+        Part("quantiles", quantiles),
         Part(LATENCY, latency, "figure"),
         Part("incidents", incidents),
     ),

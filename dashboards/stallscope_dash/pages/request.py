@@ -129,7 +129,7 @@ def batch(scene: Scene) -> Figure:
     view = scene.recording.view(swimlanes, replica, life.arrival_ns, end, marked=marked)
     if view is None:
         return message("No step was recorded while it was there.")
-    return framed(swimlanes_figure(view, scene.colours))
+    return framed(swimlanes_figure(view, scene.incidents, scene.looks))
 
 
 PAGE = Page(

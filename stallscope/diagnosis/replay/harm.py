@@ -70,7 +70,6 @@ def read_norms(replica: Replica, waits: Waits, healthy: pd.DataFrame) -> Norms:
 def recorded_outcomes(replica: Replica) -> pd.DataFrame:
     """The recording as ``Outcome.requests`` has replays."""
     requests = replica.requests
-    longest = replica.gaps.groupby("request")["length_ns"].max().reindex(requests.index).fillna(0)
     first = requests["first_token"]
     return pd.DataFrame(
         {
@@ -81,7 +80,7 @@ def recorded_outcomes(replica: Replica) -> pd.DataFrame:
             "arrived": requests["arrival"],
             "first_token": first,
             "end": requests["end"],
-            "longest_gap": longest.to_numpy(np.int64),
+            "longest_gap": np.maximum(replica.longest_gap, 0),
             "output_tokens": requests["output_tokens"],
             "waited_until": first.where(first >= 0, requests["seen_until"]),
         }
