@@ -20,16 +20,16 @@ from stallscope.reports.figures import (
     Figure,
     Span,
     colours,
-    occupancy_figure,
     percentiles_figure,
+    resource_figure,
     swimlanes_figure,
 )
 from stallscope.reports.markup import Html, data_block, element, joined
 from stallscope.trace import Trace
 from stallscope.views import words
 from stallscope.views.blame import Blame, blame
-from stallscope.views.occupancy import occupancy
 from stallscope.views.percentiles import percentiles
+from stallscope.views.resources import Resource, resources
 from stallscope.views.swimlanes import Swimlanes, swimlanes
 from stallscope.views.waterfall import OWN, Waterfall, waterfall_of
 
@@ -250,12 +250,13 @@ def _pictures(diagnosis: Diagnosis, replica: Replica, pictures: dict[str, Figure
         if batch is not None:
             pictures["swimlanes"] = swimlanes_figure(batch, colour)
             yield _section("Who was in the batch around the worst step", _swimlanes_caption(batch), _place("swimlanes"))
-    memory = occupancy(replica, *near, _MOMENTS)
-    if memory.blocks.any():
-        pictures["occupancy"] = occupancy_figure(memory, near, shown, colour)
-        capacity = f"; the dashed line is the capacity of {memory.total:,} blocks." if memory.total else "."
+    memory = resources(replica, Resource.KV, *near, _MOMENTS)
+    if memory.tenants:
+        queue = resources(replica, Resource.QUEUE, *near, _MOMENTS)
+        pictures["kv"] = resource_figure(memory, near, shown, colour, queue)
+        capacity = f"; the dashed line is the capacity of {memory.capacity:,} blocks." if memory.capacity else "."
         about = f"KV blocks in use by tenant, at the fullest moment of each stretch{capacity}"
-        yield _section(f"Who held the KV cache{on}", about, _place("occupancy"))
+        yield _section(f"Who held the KV cache{on}", about, _place("kv"))
     if incidents and incidents[0].victims:
         request = incidents[0].victims[0].worst_request
         known = (replica.requests["request"] == request).to_numpy()
