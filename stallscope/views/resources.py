@@ -61,7 +61,8 @@ def resources(
     held = holdings.at(step)
     everyone = held.sum(axis=0)
     total = used[step] * counts
-    values = held * np.divide(total, everyone, out=0.0 * counts, where=everyone > 0)
+    values = held * total
+    np.divide(values, everyone, out=values, where=everyone > 0)
     tenants = holdings.ranked(inside)
     shown, rest = tenants[:most_tenants], tenants[most_tenants:]
     names, stacked = [replica.tenants[tenant] for tenant in shown], values[shown]
