@@ -201,6 +201,10 @@ class Ledger:
         """Slots that each of the rows holds."""
         return self.stretches.resident[rows].astype(np.float64), np.zeros(len(rows))
 
+    def queue_lines(self, rows: Ints) -> tuple[Floats, Floats]:
+        """Requests that wait in each of the rows, preempted ones included."""
+        return (~self.stretches.resident[rows]).astype(np.float64), np.zeros(len(rows))
+
     def kv_lines(self, rows: Ints) -> tuple[Floats, Floats]:
         """Tokens that each of the rows holds in the KV cache, the step's own included."""
         s = self.stretches

@@ -27,7 +27,8 @@ BATCHES_SEEN = 3  # the fidelity from which on who was in each batch was seen, a
 FIRST_COME = ("fcfs", "prefill_first", "static")
 
 _STEP_COLUMNS = (
-    *TIMELINE_COLUMNS, "batch_size", "prefill_tokens", "running", "waiting", "kv_used", "kv_cached", "kv_total",
+    *TIMELINE_COLUMNS, "batch_size", "prefill_tokens", "decode_tokens", "running", "waiting", "kv_used", "kv_cached",
+    "kv_total",
 )  # fmt: skip
 _RESIDENCY_COLUMNS = ("phase", "reason", "first_step", "last_step", "tokens", "context_start")
 _REQUEST_COLUMNS = (
@@ -118,6 +119,12 @@ class Replica:
     def read_steps(self, columns: Sequence[str]) -> pd.DataFrame:
         """Other columns of the table of steps, in order, 0 where null; they are not kept."""
         return _steps(self.trace, self.name, ("step", *columns))
+
+    def read_gpu(self, columns: Sequence[str], start_ns: int, end_ns: int) -> pa.Table:
+        """Columns, "time" among them, of the samples of its GPUs from ``start_ns`` to before ``end_ns``; not kept."""
+        near = self.trace.narrowed([self.name], start_ns, end_ns)
+        samples = _columns(near, "gpu", columns, _rows_of(near, "gpu", self.name))
+        return samples.filter((pc.field("time") >= start_ns) & (pc.field("time") < end_ns))
 
     @cached_property
     def steps(self) -> pd.DataFrame:

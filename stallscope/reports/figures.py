@@ -16,8 +16,9 @@ from stallscope.diagnosis.slo import Slo
 from stallscope.reports.markup import label
 from stallscope.views import words
 from stallscope.views.colours import GREY, Look
-from stallscope.views.occupancy import Occupancy
+from stallscope.views.engine_load import EngineLoad
 from stallscope.views.percentiles import MEDIAN, P99, Line, Percentiles
+from stallscope.views.resources import Resource, Stack
 from stallscope.views.swimlanes import Swimlanes
 
 Figure = dict[str, object]
@@ -30,6 +31,12 @@ _SLIM = 0.32
 _THIN, _USUAL, _THICK = 0.9, 1.8, 3.6  # widths of lines: medians, tails, and those of culprits
 _ROW_PX, _ROWS_FRAME_PX = 185, 60
 _LANE_PX, _LANES_FRAME_PX = 19, 110
+_RESOURCES = {  # title of the axis, and unit
+    Resource.TOKENS: ("tokens a step", "tokens"),
+    Resource.KV: ("KV blocks", "blocks"),
+    Resource.SLOTS: ("requests in the batch", "requests"),
+    Resource.QUEUE: ("requests waiting", "requests"),
+}
 _IN_BATCH = {"decoding": 0.5, "prefill": 1.0, "recomputing": 1.0, "paused": 0.25}  # opacity of those in the batch
 
 
@@ -142,50 +149,86 @@ def _limits(slos: Sequence[Slo], axes: Mapping[str, str], looks: Looks) -> list[
     return found
 
 
-def occupancy_figure(view: Occupancy, span: Span, incidents: Sequence[Incident], looks: Looks) -> Figure:
-    """Blocks by tenant, stacked, beside the capacity; requests that waited as a line of its own."""
+def resource_figure(
+    view: Stack, span: Span, incidents: Sequence[Incident], looks: Looks, queue: Stack | None = None
+) -> Figure:
+    """What tenants held, stacked, beside the capacity; the total of a ``queue`` as a line with an axis of its own."""
+    title, unit = _RESOURCES[view.resource]
     when = [_when(int(time)) for time in view.time_ns]
+    layers = [(label(tenant), looks.get(tenant, GREY).colour, 0.75) for tenant in view.tenants]
+    amounts = list(view.values)
+    if np.nanmax(view.cached, initial=0) > 0:
+        layers.append(("(cached)", GREY.colour, 0.3))
+        amounts.append(view.cached)
     data: list[Figure] = [
         {
-            "type": "scatter", "mode": "lines", "stackgroup": "kv", "name": label(tenant), "x": when,
-            "y": np.round(blocks, 1), "line": {"width": 0, "shape": "hv", "color": looks.get(tenant, GREY).colour},
-            "fillcolor": _faint(looks.get(tenant, GREY).colour, 0.75),
-            "hovertemplate": "%{y:,.0f} blocks",
+            "type": "scatter", "mode": "lines", "stackgroup": "held", "name": name, "x": when,
+            "y": np.round(amount, 1), "line": {"width": 0, "shape": "hv", "color": shade},
+            "fillcolor": _faint(shade, opacity), "hovertemplate": f"%{{y:,.0f}} {unit}",
         }
-        for tenant, blocks in zip(view.tenants, view.blocks, strict=True)
+        for (name, shade, opacity), amount in zip(layers, amounts, strict=True)
     ]  # fmt: skip
-    if view.cached.any():
-        data.append(
+    shapes = _bands(span, incidents)
+    if view.capacity:
+        shapes.append(
             {
-                "type": "scatter", "mode": "lines", "stackgroup": "kv", "name": "(cached)", "x": when, "y": view.cached,
-                "line": {"width": 0, "shape": "hv", "color": GREY.colour}, "fillcolor": _faint(GREY.colour, 0.3),
-                "hovertemplate": "%{y:,.0f} blocks",
+                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": view.capacity, "y1": view.capacity,
+                "line": {"color": GREY.colour, "width": 1, "dash": "dash"},
             }
         )  # fmt: skip
-    data.append(
-        {
-            "type": "scatter", "mode": "lines", "name": "requests waiting", "x": when, "y": view.waiting,
-            "yaxis": "y2", "line": {"width": 1.5, "shape": "hv", "dash": "dot", "color": GREY.colour},
-            "hovertemplate": "%{y:,.0f} waiting",
-        }
-    )  # fmt: skip
-    shapes = _bands(span, incidents)
-    if view.total:
-        capacity = {"color": GREY.colour, "width": 1, "dash": "dash"}
-        shapes.append(
-            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": view.total, "y1": view.total, "line": capacity}
-        )
     layout: Figure = {
         "height": 330,
         "xaxis": {"type": "date", "range": [_when(time) for time in span]},
-        "yaxis": {"title": {"text": "KV blocks"}, "rangemode": "tozero", "tickformat": "~s"},
-        "yaxis2": {
-            "title": {"text": "waiting"}, "overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False,
-            "tickmode": "auto", "nticks": 5, "tickformat": ",d",
-        },
+        "yaxis": {"title": {"text": title}, "rangemode": "tozero", "tickformat": "~s"},
         "shapes": shapes,
         "hovermode": "x unified",
-    }  # fmt: skip
+    }
+    if queue is not None:
+        data.append(
+            {
+                "type": "scatter", "mode": "lines", "name": "requests waiting", "yaxis": "y2",
+                "x": [_when(int(time)) for time in queue.time_ns], "y": queue.total,
+                "line": {"width": 1.5, "shape": "hv", "dash": "dot", "color": GREY.colour},
+                "hovertemplate": "%{y:,.0f} waiting",
+            }
+        )  # fmt: skip
+        layout["yaxis2"] = {
+            "title": {"text": "waiting"}, "overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False,
+            "tickmode": "auto", "nticks": 5, "tickformat": ",d",
+        }  # fmt: skip
+    return {"data": data, "layout": layout}
+
+
+def engine_load_figure(view: EngineLoad, span: Span, incidents: Sequence[Incident]) -> Figure:
+    """Utilisation, KV cache in use and tokens a second, below each other, with the incidents shaded and numbered."""
+    when = [_when(int(middle)) for middle in view.start_ns + view.bin_ns // 2]
+    lines = (
+        ("y", "time in steps", view.busy, "solid", ".0%"),
+        ("y", "GPU utilization", view.gpu_utilization, "2px,2px", ".0%"),
+        ("y2", "KV cache in use", view.kv_share, "solid", ".0%"),
+        ("y3", "output tokens/s", view.output_tokens_per_s, "solid", ",.0f"),
+        ("y3", "prefill tokens/s", view.prefill_tokens_per_s, "2px,2px", ",.0f"),
+    )
+    data: list[Figure] = [
+        {
+            "type": "scatter", "mode": "lines", "name": name, "x": when, "y": values, "xaxis": "x", "yaxis": axis,
+            "line": {"color": GREY.colour, "dash": dash, "width": _USUAL}, "hovertemplate": f"%{{y:{form}}}",
+        }
+        for axis, name, values, dash, form in lines
+        if not np.isnan(values).all()
+    ]  # fmt: skip
+    share: Figure = {"range": [0, 1.05], "tickformat": ".0%", "zeroline": False}
+    layout: Figure = {
+        "height": 430,
+        "grid": {"rows": 3, "columns": 1, "pattern": "coupled", "roworder": "top to bottom", "ygap": 0.14},
+        "xaxis": {"type": "date", "anchor": "y3", "range": [_when(time) for time in span]},
+        "yaxis": {**share, "title": {"text": "utilisation"}},
+        "yaxis2": {**share, "title": {"text": "KV cache"}},
+        "yaxis3": {"title": {"text": "tokens/s"}, "rangemode": "tozero", "tickformat": "~s"},
+        "shapes": _bands(span, incidents),
+        "annotations": _numbers(span, incidents),
+        "hovermode": "x unified",
+    }
     return {"data": data, "layout": layout}
 
 

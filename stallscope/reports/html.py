@@ -20,8 +20,8 @@ from stallscope.reports.figures import (
     Figure,
     Looks,
     Span,
-    occupancy_figure,
     percentiles_figure,
+    resource_figure,
     swimlanes_figure,
 )
 from stallscope.reports.markup import Html, data_block, element, joined
@@ -30,8 +30,8 @@ from stallscope.views import words
 from stallscope.views.blame import Blame, blame
 from stallscope.views.colours import colours
 from stallscope.views.focus import around
-from stallscope.views.occupancy import occupancy
 from stallscope.views.percentiles import percentiles
+from stallscope.views.resources import Resource, resources
 from stallscope.views.swimlanes import Swimlanes, swimlanes
 from stallscope.views.waterfall import OWN, Waterfall, waterfall_of
 
@@ -249,12 +249,13 @@ def _pictures(diagnosis: Diagnosis, replica: Replica, pictures: dict[str, Figure
         if batch is not None:
             pictures["swimlanes"] = swimlanes_figure(batch, shown, looks)
             yield _section("Who was in the batch around the worst step", _swimlanes_caption(batch), _place("swimlanes"))
-    memory = occupancy(replica, *near, _MOMENTS)
-    if memory.blocks.any():
-        pictures["occupancy"] = occupancy_figure(memory, near, shown, looks)
-        capacity = f"; the dashed line is the capacity of {memory.total:,} blocks." if memory.total else "."
+    memory = resources(replica, Resource.KV, *near, _MOMENTS)
+    if memory.tenants:
+        queue = resources(replica, Resource.QUEUE, *near, _MOMENTS)
+        pictures["kv"] = resource_figure(memory, near, shown, looks, queue)
+        capacity = f"; the dashed line is the capacity of {memory.capacity:,} blocks." if memory.capacity else "."
         about = f"KV blocks in use by tenant, at the fullest moment of each stretch{capacity}"
-        yield _section(f"Who held the KV cache{on}", about, _place("occupancy"))
+        yield _section(f"Who held the KV cache{on}", about, _place("kv"))
     if incidents and incidents[0].victims:
         request = incidents[0].victims[0].worst_request
         known = (replica.requests["request"] == request).to_numpy()

@@ -86,7 +86,7 @@ def test_the_answer_comes_first_then_how_sure_it_is() -> None:
 def test_every_picture_has_its_place_and_its_data() -> None:
     _, page = stall()
     places = {attributes["id"] for tag, attributes in page.elements if attributes.get("class") == "picture"}
-    assert places == set(json.loads(page.scripts[0])) >= {"percentiles", "swimlanes", "occupancy"}
+    assert places == set(json.loads(page.scripts[0])) >= {"percentiles", "swimlanes", "kv"}
     for title in ("Who waited for whom", "The worst request's time", "What would have been", "What would help"):
         assert title in page.text
 
@@ -105,7 +105,7 @@ def test_a_short_incident_is_shown_from_near_and_a_long_one_as_it_is() -> None:
     near = figures["percentiles-near"]["layout"]["xaxis"]["range"]
     first, last = (datetime.fromisoformat(time).timestamp() for time in near)
     assert first < start_ns / 1e9 < last
-    assert figures["occupancy"]["layout"]["xaxis"]["range"] == near
+    assert figures["kv"]["layout"]["xaxis"]["range"] == near
     assert "percentiles-near" not in figures_of_an_incident_of(8.0)[1]
 
 

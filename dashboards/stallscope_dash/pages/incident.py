@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from dash import dcc, html
 from dash.development.base_component import Component
 
 from stallscope.diagnosis.model import Incident, Intervention, Quantile, Victim
-from stallscope.reports.figures import Figure, percentiles_figure, swimlanes_figure
+from stallscope.reports.figures import Figure, percentiles_figure, resource_figure, swimlanes_figure
 from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.views import words
 from stallscope.views.blame import blame
 from stallscope.views.hardest_hit import hardest_hit
 from stallscope.views.percentiles import SHOWN_METRICS, percentiles
+from stallscope.views.resources import Resource, resources
 from stallscope.views.swimlanes import swimlanes
 from stallscope_dash import parts
 from stallscope_dash.figures import framed, message
@@ -24,7 +26,14 @@ from stallscope_dash.scene import Scene
 from stallscope_dash.tables import Column, grid, linked
 
 _BINS = 90
+_MOMENTS = 300
 LATENCY = parts.time_chart("incident-latency")
+_RESOURCES = {
+    Resource.TOKENS: "Tokens of each step",
+    Resource.KV: "KV cache",
+    Resource.SLOTS: "Slots of the batch",
+    Resource.QUEUE: "Waiting requests",
+}
 _HIT = (
     Column("request", "request", link=True),
     Column("tenant", "of"),
@@ -59,6 +68,13 @@ def layout() -> Component:
                 "waiting. Thin lines are the ends of steps; the longest is shaded.",
                 560,
             ),
+            html.Div(
+                [
+                    parts.chart(_stack(resource), title, "By tenant, at the fullest moment of each stretch.", 290)
+                    for resource, title in _RESOURCES.items()
+                ],
+                className="pairs",
+            ),
             parts.card(
                 "Who waited for whom",
                 html.P(
@@ -75,6 +91,10 @@ def layout() -> Component:
             parts.card("The same elsewhere", parts.place("commands", 60)),
         ]
     )
+
+
+def _stack(resource: Resource) -> dict[str, str]:
+    return parts.time_chart(f"incident-{resource}")
 
 
 def _the_incident(scene: Scene) -> Incident | None:
@@ -145,6 +165,13 @@ def latency(scene: Scene) -> Figure:
     _the_incident(scene)
     view = scene.recording.view(percentiles, scene.replica, *scene.near, _BINS)
     return framed(percentiles_figure(view, scene.near, scene.incidents, scene.looks, SHOWN_METRICS[:2]))
+
+
+def held(scene: Scene, resource: Resource) -> Figure:
+    """Who had how much of a resource."""
+    _the_incident(scene)
+    view = scene.recording.view(resources, scene.replica, resource, *scene.near, _MOMENTS)
+    return framed(resource_figure(view, scene.near, scene.incidents, scene.looks))
 
 
 def batch(scene: Scene) -> Figure:
@@ -314,6 +341,7 @@ PAGE = Page(
         Part("incident-head", head),
         Part(LATENCY, latency, "figure"),
         Part("swimlanes", batch, "figure"),
+        *(Part(_stack(resource), partial(held, resource=resource), "figure") for resource in _RESOURCES),
         Part("blame", who_for_whom),
         Part("percentiles-then", then),
         Part("hit", hit, "rowData"),

@@ -8,8 +8,9 @@ from dash import dcc, html
 from dash.development.base_component import Component
 
 from stallscope.diagnosis.model import Diagnosis, Incident
-from stallscope.reports.figures import Figure, percentiles_figure
+from stallscope.reports.figures import Figure, engine_load_figure, percentiles_figure
 from stallscope.views import words
+from stallscope.views.engine_load import engine_load
 from stallscope.views.percentiles import MEDIAN, P95, P99, SHOWN_METRICS, percentiles
 from stallscope_dash import parts
 from stallscope_dash.figures import framed
@@ -20,7 +21,7 @@ from stallscope_dash.scene import Scene
 _BINS = 90
 _SHOWN = 50
 _QUANTILES = {"p50": MEDIAN, "p95": P95, "p99": P99}
-LATENCY = parts.time_chart("latency")
+LATENCY, ENGINE = parts.time_chart("latency"), parts.time_chart("engine")
 
 
 def layout() -> Component:
@@ -31,10 +32,16 @@ def layout() -> Component:
             parts.chart(
                 LATENCY,
                 "What each tenant waited",
-                "Requests by arrival; incidents are shaded and numbered. A bin with too few requests for the percentile "
-                "shows the highest that it can bear. Drag to zoom, double-click for all.",
+                "Requests by arrival; incidents are shaded and numbered. A bin with too few requests for a percentile "
+                "shows the highest it can bear. Drag to zoom, double-click for all.",
                 560,
                 tools=html.Div(id="quantiles"),
+            ),
+            parts.chart(
+                ENGINE,
+                "What ordinary panels show",
+                "The same time, not broken down by who shared the batch: in a stall, most of this looks fine.",
+                430,
             ),
             parts.card("Incidents", parts.place("incidents", 60)),
         ]
@@ -99,6 +106,11 @@ def latency(scene: Scene) -> Figure:
     return framed(figure)
 
 
+def engine(scene: Scene) -> Figure:
+    view = scene.recording.view(engine_load, scene.replica, *scene.window, _BINS)
+    return framed(engine_load_figure(view, scene.window, scene.incidents))
+
+
 def quantiles(scene: Scene) -> Component:
     """Which percentile is drawn."""
     links = {name: scene.address.search(quantile=name) for name in _QUANTILES}
@@ -152,6 +164,7 @@ PAGE = Page(
         Part("overview-window", window),
         Part("quantiles", quantiles),
         Part(LATENCY, latency, "figure"),
+        Part(ENGINE, engine, "figure"),
         Part("incidents", incidents),
     ),
 )
