@@ -13,6 +13,12 @@ from stallscope.views import words
 from stallscope_dash import parts
 
 _ROW_PX, _ROWS_A_PAGE = 34, 10
+# In the colours of the page, light or dark.
+_THEME = (
+    "themeQuartz.withParams({backgroundColor: 'var(--ground)', foregroundColor: 'var(--text)', "
+    "chromeBackgroundColor: 'var(--raised)', headerTextColor: 'var(--dim)', borderColor: 'var(--line)', "
+    "accentColor: 'var(--link)', fontFamily: 'inherit', fontSize: 14, browserColorScheme: 'inherit'})"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ def grid(identity: str, columns: Sequence[Column]) -> Component:
                 columnSize="responsiveSizeToFit",
                 defaultColDef={"sortable": True, "resizable": True, "minWidth": 84},
                 dashGridOptions={
+                    "theme": {"function": _THEME},
                     "rowHeight": _ROW_PX,
                     "ensureDomOrder": True,
                     "enableCellTextSelection": True,
@@ -49,11 +56,9 @@ def grid(identity: str, columns: Sequence[Column]) -> Component:
                     "pagination": True,
                     "paginationPageSize": _ROWS_A_PAGE,
                     "paginationPageSizeSelector": False,
-                    "suppressPaginationPanel": False,
                 },
                 csvExportParams={"fileName": f"{identity}.csv"},
                 style={"height": None},
-                className="ag-theme-stallscope",
             ),
             html.Button(
                 "CSV", className="save", **parts.attributes(data_csv=identity, aria_label="Save the table as CSV")
