@@ -150,6 +150,12 @@ class Ledger:
         weighted = at(self.scaled_position, end) - at(self.scaled_position, begin)
         return self._own_cost(stretch, steps, weighted)
 
+    def own_cost_of(self, stretch: Ints) -> Floats:
+        """The same over all of it."""
+        first, after = self.stretches.first[stretch], self.stretches.last[stretch] + 1
+        steps = self.scale[after] - self.scale[first]
+        return self._own_cost(stretch, steps, self.scaled_position[after] - self.scaled_position[first])
+
     def own_work(self) -> Floats:
         """What each stretch's own request cost over all of it, with the steps' fixed cost: its own work, if it ran."""
         rows = np.arange(len(self.stretches))

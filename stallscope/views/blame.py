@@ -1,4 +1,4 @@
-"""Who waited for whom, in seconds, from the charges of the waits that were stalled: a matrix, and each one's balance."""
+"""Who waited for whom, from the charges of the waits that were stalled: a matrix of seconds, and each one's balance."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Balance:
     """What tenants caused one another, in seconds of stalled waits: what a tenant caused itself is left out, and so are
     the engine and others that are no tenants. So what is given is what is received, of each mechanism too.
 
-    ``given[i, j]``: time that others' waits are charged to ``tenants[i]`` by ``mechanisms[j]``; ``received[i, j]``: time
-    that its own waits are charged to other tenants. Sorted by what was given less what was received, those who gave
-    most first; mechanisms by their sums.
+    ``given[i, j]``: time that others' waits are charged to ``tenants[i]`` by ``mechanisms[j]``; ``received[i, j]``:
+    time that its own waits are charged to other tenants. Tenants are sorted by what they gave less what they received,
+    mechanisms by their sums.
     """
 
     tenants: tuple[str, ...]
