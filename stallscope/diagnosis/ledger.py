@@ -162,10 +162,8 @@ class Ledger:
         work = np.zeros(len(rows))
         for low in range(0, len(rows), CHUNK):
             some = rows[low : low + CHUNK]
-            first, after = self.stretches.first[some], self.stretches.last[some] + 1
-            steps = self.scale[after] - self.scale[first]
-            weighted = self.scaled_position[after] - self.scaled_position[first]
-            work[low : low + CHUNK] = self.model.coefficients[0] * steps + self._own_cost(some, steps, weighted)
+            steps = self.scale[self.stretches.last[some] + 1] - self.scale[self.stretches.first[some]]
+            work[low : low + CHUNK] = self.model.coefficients[0] * steps + self.own_cost_of(some)
         return work
 
     def _own_cost(self, stretch: Ints, steps: Floats, weighted: Floats) -> Floats:

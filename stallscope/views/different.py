@@ -19,8 +19,7 @@ NONE = "(none)"
 CHANCE = 0.01  # probability that anything is shown where nothing is different
 MOST_BINS, MOST_NAMES = 10, 8
 _ARRIVAL = "arrival"
-_OF_REQUESTS = ("prompt_tokens", "output_tokens", "arrival")
-_NAMES, _NUMBERS = ("model", "adapter", "session"), ("prefix", "priority", "cached_tokens")
+_NAMES, _INTS = ("model", "adapter", "session"), ("prefix", "priority", "cached_tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,19 +119,19 @@ class _Attribute:
 
 
 def _attributes(replica: Replica, start_ns: int) -> Iterator[_Attribute]:
-    requests, rows = replica.requests, replica.read_requests((*_NAMES, *_NUMBERS))
+    requests, rows = replica.requests, replica.read_requests((*_NAMES, *_INTS))
     yield _Attribute("tenant", replica.tenant_of_request, replica.tenants.__getitem__)
     for name in _NAMES:
         coded = rows[name].unify_dictionaries().combine_chunks()
         yield _Attribute(name, coded.indices.fill_null(-1).to_numpy(zero_copy_only=False), _names_of(coded.dictionary))
-    prefix, priority, cached = (rows[name].fill_null(0).to_numpy() for name in _NUMBERS)
+    prefix, priority, cached = (rows[name].fill_null(0).to_numpy() for name in _INTS)
     yield _Attribute("prefix", prefix, lambda code: str(code) if code else NONE)
-    prompt, output, arrival = (requests[of].to_numpy() for of in _OF_REQUESTS)
+    prompt = requests["prompt_tokens"].to_numpy()
     yield _Attribute("prompt tokens", prompt)
-    yield _Attribute("output tokens", output)
+    yield _Attribute("output tokens", requests["output_tokens"].to_numpy())
     yield _Attribute("cached share", cached / np.maximum(prompt, 1))
     yield _Attribute("priority", priority)
-    yield _Attribute(_ARRIVAL, (arrival - start_ns) / 1e9)
+    yield _Attribute(_ARRIVAL, (requests["arrival"].to_numpy() - start_ns) / 1e9)
 
 
 def _names_of(dictionary: pa.Array) -> Callable[[int], str]:
@@ -144,14 +143,13 @@ def _differences(attributes: Sequence[_Attribute], mine: Mask, others: Mask) -> 
     if not mine.any() or not others.any():
         return ()
     tallies = [(one, *_tally(one.values[mine], one.values[others])) for one in attributes]
-    compared = [tally for tally in tallies if len(tally[1]) > 1]
-    found: list[Difference] = []
-    for one, values, counts in compared:
-        distance, chance = (distance_of_numbers if one.called is None else distance_of_names)(counts)
-        if chance * len(compared) <= CHANCE:
-            difference = _numbers if one.called is None else _names
-            found.append(difference(one, distance, values, counts))
-    return tuple(sorted(found, key=lambda difference: -difference.distance))
+    compared = [
+        _numbers(one.name, values, counts) if one.called is None else _names(one.name, one.called, values, counts)
+        for one, values, counts in tallies
+        if len(values) > 1
+    ]
+    unlikely = [difference for difference, chance in compared if chance * len(compared) <= CHANCE]
+    return tuple(sorted(unlikely, key=lambda difference: -difference.distance))
 
 
 def _tally(mine: Ints | Floats, others: Ints | Floats) -> tuple[Ints | Floats, Ints]:
@@ -164,22 +162,27 @@ def _tally(mine: Ints | Floats, others: Ints | Floats) -> tuple[Ints | Floats, I
     return values, counts
 
 
-def _numbers(attribute: _Attribute, distance: float, values: Ints | Floats, counts: Ints) -> Numbers:
+def _numbers(attribute: str, values: Ints | Floats, counts: Ints) -> tuple[Difference, float]:
+    """The difference, and how likely chance makes one as large."""
     below = np.cumsum(counts.sum(axis=0))
     quantiles = np.searchsorted(below * MOST_BINS, np.arange(1, MOST_BINS + 1) * below[-1])
     last = np.union1d(quantiles, np.abs(np.cumsum(_apart(counts))).argmax())
     chosen, others = _shares(np.add.reduceat(counts, np.append(0, last[:-1] + 1), axis=1))
-    return Numbers(attribute.name, distance, values[last].astype(np.float64), chosen, others)
+    distance, chance = distance_of_numbers(counts)
+    return Numbers(attribute, distance, values[last].astype(np.float64), chosen, others), chance
 
 
-def _names(attribute: _Attribute, distance: float, values: Ints | Floats, counts: Ints) -> Names:
-    assert attribute.called is not None
+def _names(
+    attribute: str, called: Callable[[int], str], values: Ints | Floats, counts: Ints
+) -> tuple[Difference, float]:
+    """The same of names, which values are codes of."""
     shares = _shares(counts)
     order = np.argsort(-np.abs(shares[0] - shares[1]), kind="stable")
     shown, rest = order[:MOST_NAMES], order[MOST_NAMES:]
-    names = [attribute.called(code) for code in values[shown].tolist()] + [OTHERS] * (len(rest) > 0)
+    names = [called(code) for code in values[shown].tolist()] + [OTHERS] * (len(rest) > 0)
     chosen, others = np.column_stack([shares[:, shown], shares[:, rest].sum(axis=1)])[:, : len(names)]
-    return Names(attribute.name, distance, tuple(names), chosen, others)
+    distance, chance = distance_of_names(counts)
+    return Names(attribute, distance, tuple(names), chosen, others), chance
 
 
 def _shares(counts: Ints) -> Floats:
