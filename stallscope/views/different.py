@@ -205,7 +205,7 @@ def distance_of_numbers(counts: Ints) -> tuple[float, float]:
     drawn = np.arange(1, few + 1)
     first = drawn + (many * drawn - most) // few
     apart = first >= drawn
-    chance = 2 * float(_at_least(drawn[apart], few, first[apart], few + many).sum())
+    chance = 2 * float(at_least(drawn[apart], few, first[apart], few + many).sum())
     return float(most / (few * many)), chance
 
 
@@ -216,7 +216,7 @@ def distance_of_names(counts: Ints) -> tuple[float, float]:
     every request has a name of its own, it is large in any case.
     """
     with_name, sizes = counts.sum(axis=0), counts.sum(axis=1)
-    chance = min(_at_least(mine, size, with_name, sizes.sum()).min() for mine, size in zip(counts, sizes, strict=True))
+    chance = min(at_least(mine, size, with_name, sizes.sum()).min() for mine, size in zip(counts, sizes, strict=True))
     return float(np.abs(_apart(counts)).sum() / (2 * sizes.prod())), 2 * len(with_name) * float(chance)
 
 
@@ -227,10 +227,10 @@ def _apart(counts: Ints) -> Ints:
     return differences
 
 
-def _at_least(found: Ints, drawn: int, marked: Ints, total: int) -> Floats:
-    """Probability that of ``drawn`` out of ``total``, at least ``found`` are among the ``marked`` ones (at most).
+def at_least(found: Ints, drawn: int, marked: Ints, total: int) -> Floats:
+    """A bound on the probability that of ``drawn`` out of ``total``, at least ``found`` are among the ``marked`` ones.
 
-    It is hypergeometric (Fisher's exact test): each term is the one before it times a ratio that falls.
+    It is hypergeometric, as in Fisher's exact test: each term is the one before it times a ratio that falls.
     """
     first = np.exp(_log_choose(marked, found) + _log_choose(total - marked, drawn - found) - _log_choose(total, drawn))
     ratio = (marked - found) * (drawn - found) / ((found + 1) * (total - marked - drawn + found + 1))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import combinations
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from stallscope.views.different import (
     Different,
     Names,
     Numbers,
+    at_least,
     blamed_requests,
     different,
     distance_of_names,
@@ -90,6 +92,20 @@ def test_no_bound_is_below_the_probability_by_all_ways_to_draw(
 def test_where_the_sides_do_not_overlap_the_bound_is_the_probability_itself() -> None:
     counts = counted([7, 8, 9], list(range(7)))
     assert distance_of_numbers(counts) == (1.0, pytest.approx(2 / 120))
+
+
+@given(st.integers(1, 40), st.data())
+def test_the_bound_of_a_draw_is_no_less_than_the_sum_of_all_terms_and_no_more_than_needed(
+    total: int, data: st.DataObject
+) -> None:
+    drawn, marked = data.draw(st.integers(0, total)), data.draw(st.integers(0, total))
+    least, most = max(0, drawn + marked - total), min(drawn, marked)
+    found = data.draw(st.integers(least, most))
+    terms = [comb(marked, one) * comb(total - marked, drawn - one) for one in range(found, most + 1)]
+    bound = at_least(np.array([found]), drawn, np.array([marked]), total)[0]
+    assert sum(terms) / comb(total, drawn) <= bound * (1 + 1e-9)
+    if len(terms) == 1:
+        assert bound == pytest.approx(terms[0] / comb(total, drawn))
 
 
 def test_names_that_are_all_unique_are_far_apart_by_chance_alone() -> None:

@@ -152,6 +152,13 @@ def test_it_is_fair_where_two_do_the_same_and_half_as_fair_where_one_of_them_onl
     assert shares(one_by_one, begin, begin + 10 * MS, 1).fairness == pytest.approx([0.5])
 
 
+def test_who_comes_when_a_bin_begins_was_not_there_in_the_one_before() -> None:
+    r = only_replica(read(scripted_lines([("a", 0, 100, 300), ("b", 100, 100, 300)])))
+    alone, both = shares(r, START_NS, START_NS + 200 * MS, 2).fairness
+    assert alone == pytest.approx(1.0)
+    assert both == pytest.approx(1.0, abs=0.1)
+
+
 def test_a_window_without_steps_is_empty() -> None:
     view = shares(replica(), 0, 1, 10)
     assert (view.tenants, view.tokens.amount.shape, np.isnan(view.fairness).all()) == ((), (0, 1), True)
