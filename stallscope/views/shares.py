@@ -75,44 +75,50 @@ def shares(replica: Replica, start_ns: int, end_ns: int, width: int, most_tenant
 
 def _spent(replica: Replica, edges: Ints) -> tuple[Floats, Floats, Floats]:
     """Tokens, seconds of step time and KV block-seconds of each tenant (rows, by code) in each bin."""
-    ledger, timeline, s = replica.ledger, replica.timeline, replica.ledger.stretches
-    cut = timeline.locate(edges)
+    ledger, s, bounds = replica.ledger, replica.ledger.stretches, replica.timeline.bounds
+    cut = replica.timeline.locate(edges)
     rows = s.within(Intervals(cut.position[:1], cut.position[-1:] + 1))
     rows = rows[s.resident[rows]]
     first, after = s.first[rows], s.last[rows] + 1
-    tenant = replica.tenant_of_request[s.request[rows]].astype(np.int64)
     # All that a row takes counts where it begins, and at each edge that it crosses the rest is passed on: few do.
-    begun = np.searchsorted(edges, timeline.bounds[first], side="right")
-    crossings = np.maximum(np.searchsorted(edges, timeline.bounds[after]) - begun, 0)
-    crossing = np.repeat(np.arange(len(rows)), crossings)
-    edge = expand(begun, begun + crossings)
+    begun = np.searchsorted(first, np.searchsorted(bounds, edges))  # rows are ordered by their first step
+    begun = np.repeat(np.arange(len(edges) + 1), np.diff(begun, prepend=0, append=len(rows)))
+    beyond = np.searchsorted(bounds, edges, side="right")
+    crossing = np.flatnonzero(after >= np.append(beyond, len(bounds))[begun])
+    crossed = np.searchsorted(beyond, after[crossing], side="right")
+    edge = expand(begun[crossing], crossed)
+    crossing = np.repeat(crossing, crossed - begun[crossing])
+    tenant = replica.tenant_of_request[s.request[rows]].astype(np.int64)
     shape = (len(replica.tenants), len(edges) + 1)
-    source, target = (np.ravel_multi_index((tenant[crossing], edge + into), shape) for into in (0, 1))
+    cell = tenant * shape[1] + begun
+    source = tenant[crossing] * shape[1] + edge
 
     def by_bin(whole: Floats, rest: Floats) -> Floats:
         size = shape[0] * shape[1]
-        found = np.bincount(np.ravel_multi_index((tenant, begun), shape), whole, size)
-        found += np.bincount(target, rest, size) - np.bincount(source, rest, size)
-        return np.maximum(found.reshape(shape)[:, 1:-1], 0.0)  # what lies before the first edge and after the last
+        found = np.bincount(cell, whole, size)
+        found += np.bincount(source + 1, rest, size) - np.bincount(source, rest, size)
+        return np.maximum(
+            found.reshape(shape)[:, 1:-1], 0.0
+        )  # without what lies before the first edge and after the last
 
     some, work_cut = rows[crossing], cut.take(edge)
-    end = Places(s.last[some], np.ones(len(some)))
     in_step, _ = ledger.token_lines(rows)
     steps_left = after[crossing] - work_cut.position - work_cut.passed
     tokens = by_bin(in_step * (after - first), in_step[crossing] * steps_left)
+    end = Places(s.last[some], np.ones(len(some)))
     step_ns = by_bin(ledger.own_cost_of(rows), ledger.own_cost_between(some, work_cut, end))
 
     # Between steps nothing is computed, but blocks are held.
-    length = np.diff(timeline.bounds)
-    since = (edges - timeline.bounds[cut.position]) / np.maximum(length[cut.position], 1)
+    length = np.diff(bounds)
+    since = (edges - bounds[cut.position]) / np.maximum(length[cut.position], 1)
     held_cut = Places(cut.position, np.clip(since, 0.0, 1.0))
+    weighted = running_total(length * np.arange(float(len(length))))
     level, rise = ledger.kv_lines(rows)
     level -= rise * first  # as of the timeline's first step
-    time, weighted = running_total(length), running_total(length * np.arange(float(len(length))))
-    token_ns = level * (time[after] - time[first]) + rise * (weighted[after] - weighted[first])
-    level, rise = level[crossing], rise[crossing]
-    time_left, weighted_left = (at(total, end) - at(total, held_cut.take(edge)) for total in (time, weighted))
-    held = Spent(by_bin(token_ns, level * time_left + rise * weighted_left))
+    token_ns = level * (bounds[after] - bounds[first]) + rise * (weighted[after] - weighted[first])
+    ns_left = bounds[after[crossing]] - edges[edge]
+    weighted_left = weighted[after[crossing]] - at(weighted, held_cut)[edge]
+    held = Spent(by_bin(token_ns, level[crossing] * ns_left + rise[crossing] * weighted_left))
     used = np.diff(at(running_total(length * replica.steps["kv_used"].to_numpy(np.int64)), held_cut))
     return tokens, step_ns / 1e9, held.share * used / 1e9
 
