@@ -150,16 +150,20 @@ class Ledger:
         weighted = at(self.scaled_position, end) - at(self.scaled_position, begin)
         return self._own_cost(stretch, steps, weighted)
 
+    def own_cost_of(self, stretch: Ints) -> Floats:
+        """The same over all of it."""
+        first, after = self.stretches.first[stretch], self.stretches.last[stretch] + 1
+        steps = self.scale[after] - self.scale[first]
+        return self._own_cost(stretch, steps, self.scaled_position[after] - self.scaled_position[first])
+
     def own_work(self) -> Floats:
         """What each stretch's own request cost over all of it, with the steps' fixed cost: its own work, if it ran."""
         rows = np.arange(len(self.stretches))
         work = np.zeros(len(rows))
         for low in range(0, len(rows), CHUNK):
             some = rows[low : low + CHUNK]
-            first, after = self.stretches.first[some], self.stretches.last[some] + 1
-            steps = self.scale[after] - self.scale[first]
-            weighted = self.scaled_position[after] - self.scaled_position[first]
-            work[low : low + CHUNK] = self.model.coefficients[0] * steps + self._own_cost(some, steps, weighted)
+            steps = self.scale[self.stretches.last[some] + 1] - self.scale[self.stretches.first[some]]
+            work[low : low + CHUNK] = self.model.coefficients[0] * steps + self.own_cost_of(some)
         return work
 
     def _own_cost(self, stretch: Ints, steps: Floats, weighted: Floats) -> Floats:

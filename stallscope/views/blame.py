@@ -1,4 +1,4 @@
-"""Who waited for whom: a matrix of seconds, victims by holders, from the charges of the waits that were stalled."""
+"""Who waited for whom, from the charges of the waits that were stalled: a matrix of seconds, and each one's balance."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from stallscope.diagnosis.incidents import Waits
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
@@ -15,6 +16,7 @@ from stallscope.views.waterfall import holder_name
 
 OTHERS = "(others)"
 _OWN_WORK = MECHANISMS.index(Mechanism.OWN_WORK)
+_FIRST = int(min(Party))  # code of the first holder
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,26 +34,32 @@ class Blame:
     mechanisms: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """What tenants caused one another, in seconds of stalled waits: what a tenant caused itself is left out, and so are
+    the engine and others that are no tenants. So what is given is what is received, of each mechanism too.
+
+    ``given[i, j]``: time that others' waits are charged to ``tenants[i]`` by ``mechanisms[j]``; ``received[i, j]``:
+    time that its own waits are charged to other tenants. Tenants are sorted by what they gave less what they received,
+    mechanisms by their sums.
+    """
+
+    tenants: tuple[str, ...]
+    mechanisms: tuple[str, ...]
+    given: Floats
+    received: Floats
+
+
 def blame(replica: Replica, waits: Waits, windows: Sequence[tuple[int, int]], most: int = 12) -> Blame:
     """The matrix of the stalled waits that began within ``windows`` (ns), with at most ``most`` rows and columns."""
-    table = waits.table
-    inside = np.zeros(len(table), dtype=bool)
-    for start, end in windows:
-        inside |= table["begin"].between(start, end).to_numpy()
-    stalled = table[inside & table["stalled"].to_numpy()]
-    charges = waits.charges[waits.charges["mechanism"] != _OWN_WORK]
-    charges = charges.merge(stalled[["tenant"]], left_on="query", right_index=True)
-    parties = np.array(sorted(Party), dtype=np.int64)
-    first = int(parties[0])  # holders as positions: parties first, then tenants
-    cube = np.zeros((len(replica.tenants), len(replica.tenants) - first, len(MECHANISMS)))
-    np.add.at(cube, (charges["tenant"], charges["holder"] - first, charges["mechanism"]), charges["ns"] / 1e9)
-
+    stalled = _stalled(waits, windows)
+    cube = _cube(replica, waits, stalled)
     cube, rows, more_rows = _largest(cube, 0, most)
     cube, columns, more_columns = _largest(cube, 1, most)
     hit = stalled.drop_duplicates("request")["tenant"].value_counts()
     victims = [replica.tenants[row] for row in rows]
     counts = [int(hit.get(row, 0)) for row in rows]
-    holders = [holder_name(replica, column + first) for column in columns]
+    holders = [holder_name(replica, column + _FIRST) for column in columns]
     if more_rows:
         victims.append(OTHERS)
         counts.append(int(hit.sum()) - sum(counts))
@@ -61,6 +69,46 @@ def blame(replica: Replica, waits: Waits, windows: Sequence[tuple[int, int]], mo
     names = np.where(seconds > 0, np.array(MECHANISMS, dtype=object)[cube.argmax(axis=2)], "")
     mechanisms = tuple(tuple(str(name) for name in row) for row in names)
     return Blame(tuple(victims), tuple(holders), tuple(counts), seconds, mechanisms)
+
+
+def blame_balance(replica: Replica, waits: Waits, windows: Sequence[tuple[int, int]] | None = None) -> Balance:
+    """The balance of the stalled waits that began within ``windows`` (ns), or of all."""
+    cube = _cube(replica, waits, _stalled(waits, windows))[:, -_FIRST:]
+    codes = np.arange(len(replica.tenants))
+    cube[codes, codes] = 0.0
+    given, received = cube.sum(axis=0), cube.sum(axis=1)
+    took_part = np.flatnonzero((given + received).sum(axis=1) > 0)
+    tenants = took_part[np.argsort((received - given).sum(axis=1)[took_part], kind="stable")]
+    by_mechanism = given.sum(axis=0)
+    mechanisms = np.argsort(-by_mechanism, kind="stable")[: np.count_nonzero(by_mechanism)]
+    return Balance(
+        tuple(replica.tenants[code] for code in tenants),
+        tuple(str(MECHANISMS[code]) for code in mechanisms),
+        given[np.ix_(tenants, mechanisms)],
+        received[np.ix_(tenants, mechanisms)],
+    )
+
+
+def _stalled(waits: Waits, windows: Sequence[tuple[int, int]] | None) -> pd.DataFrame:
+    """The rows of the table of waits that are stalled and began within the windows; None: whenever."""
+    table = waits.table
+    inside = np.full(len(table), windows is None)
+    for start, end in windows or ():
+        inside |= table["begin"].between(start, end).to_numpy()
+    stalled: pd.DataFrame = table[inside & table["stalled"].to_numpy()]
+    return stalled
+
+
+def _cube(replica: Replica, waits: Waits, stalled: pd.DataFrame) -> Floats:
+    """Seconds by victim (tenant), holder and mechanism that these waits are charged, own work left out.
+
+    Holders as positions: parties first, then tenants, whose codes are their positions less ``-_FIRST``.
+    """
+    charges = waits.charges[waits.charges["mechanism"] != _OWN_WORK]
+    charges = charges.merge(stalled[["tenant"]], left_on="query", right_index=True)
+    cube: Floats = np.zeros((len(replica.tenants), len(replica.tenants) - _FIRST, len(MECHANISMS)))
+    np.add.at(cube, (charges["tenant"], charges["holder"] - _FIRST, charges["mechanism"]), charges["ns"] / 1e9)
+    return cube
 
 
 def _largest(cube: Floats, axis: int, most: int) -> tuple[Floats, list[int], bool]:
