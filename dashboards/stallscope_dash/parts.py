@@ -40,7 +40,7 @@ def chart(identity: Identity, title: str, about: Children, height: int, *, tools
     return card(
         title,
         html.Figcaption(about, className="dim"),
-        html.Div(tools, className="tools") if tools else None,
+        html.Div(tools, className="tools") if tools is not None else None,  # a component without children is falsy
         html.Figure(graph, **attributes(aria_label=title)),
         html.Div(
             [

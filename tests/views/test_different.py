@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stallscope.views.occupancy import OTHERS
 
 from stallscope.diagnosis import Diagnosis, diagnose
 from stallscope.diagnosis.incidents import measure_waits
@@ -33,7 +34,6 @@ from stallscope.views.different import (
     distance_of_numbers,
     stalled_requests,
 )
-from stallscope.views.occupancy import OTHERS
 from tests.diagnosis.runs import only_replica
 from tests.views.recordings import diagnosed, replica, waits
 
