@@ -15,13 +15,13 @@ from stallscope.errors import StallscopeError
 from stallscope.views import words
 from stallscope_dash import figures, parts
 from stallscope_dash.address import Address
-from stallscope_dash.pages import Page, Part, incident, overview, request
+from stallscope_dash.pages import Page, Part, incident, overview, request, tenants
 from stallscope_dash.recording import NotReadyError, Recording, Stage
 from stallscope_dash.scene import Scene
 
 log = logging.getLogger(__name__)
 
-PAGES: tuple[Page, ...] = (overview.PAGE, incident.PAGE, request.PAGE)
+PAGES: tuple[Page, ...] = (overview.PAGE, incident.PAGE, request.PAGE, tenants.PAGE)
 _PULSE_MS = 400  # between two looks whether the recording has got further
 _ZOOMS = ("xaxis.range[0]", "xaxis.range[1]")
 

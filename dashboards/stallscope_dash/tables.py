@@ -45,7 +45,13 @@ def grid(identity: str, columns: Sequence[Column]) -> Component:
                 columnDefs=[_definition(column) for column in columns],
                 rowData=[],
                 columnSize="responsiveSizeToFit",
-                defaultColDef={"sortable": True, "resizable": True, "minWidth": 84},
+                defaultColDef={
+                    "sortable": True,
+                    "resizable": True,
+                    "wrapHeaderText": True,
+                    "autoHeaderHeight": True,
+                    "minWidth": 84,
+                },
                 dashGridOptions={
                     "theme": {"function": _THEME},
                     "rowHeight": _ROW_PX,

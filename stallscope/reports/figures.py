@@ -19,6 +19,7 @@ from stallscope.views.colours import GREY, Look
 from stallscope.views.engine_load import EngineLoad
 from stallscope.views.percentiles import MEDIAN, P99, Line, Percentiles
 from stallscope.views.resources import Resource, Stack
+from stallscope.views.shares import Shares, Spent
 from stallscope.views.swimlanes import Swimlanes
 
 Figure = dict[str, object]
@@ -197,6 +198,56 @@ def resource_figure(
             "tickmode": "auto", "nticks": 5, "tickformat": ",d",
         }  # fmt: skip
     return {"data": data, "layout": layout}
+
+
+def shares_figure(view: Shares, spent: Spent, span: Span, incidents: Sequence[Incident], looks: Looks) -> Figure:
+    """What tenants took of one resource in each bin, as shares on top of one another."""
+    when = [_when(int(middle)) for middle in view.start_ns + view.bin_ns // 2]
+    culprits = _culprits_of(incidents)
+    data: list[Figure] = [
+        {
+            "type": "bar", "name": _titled(tenant, culprits), "x": when, "y": np.round(share, 4),
+            "width": view.bin_ns / 1e6,
+            "marker": {
+                "color": looks.get(tenant, GREY).colour,
+                "pattern": {
+                    "shape": "/" if tenant in culprits else "", "size": 7, "fgcolor": "rgba(255,255,255,0.55)",
+                    "bgcolor": looks.get(tenant, GREY).colour,
+                },
+            },
+            "hovertemplate": "%{y:.0%}",
+        }
+        for tenant, share in zip(view.tenants, spent.share, strict=True)
+    ]  # fmt: skip
+    layout: Figure = {
+        "height": 300,
+        "barmode": "stack",
+        "bargap": 0,
+        "xaxis": {"type": "date", "range": [_when(time) for time in span]},
+        "yaxis": {"range": [0, 1.001], "tickformat": ".0%"},
+        "shapes": _bands(span, incidents),
+        "annotations": _numbers(span, incidents),
+        "hovermode": "x unified",
+    }
+    return {"data": data, "layout": layout}
+
+
+def fairness_figure(view: Shares, span: Span, incidents: Sequence[Incident]) -> Figure:
+    """Jain's index over time."""
+    line: Figure = {
+        "type": "scatter", "mode": "lines", "name": "Jain's index", "y": np.round(view.fairness, 3),
+        "x": [_when(int(middle)) for middle in view.start_ns + view.bin_ns // 2],
+        "line": {"color": GREY.colour, "width": _USUAL}, "hovertemplate": "%{y:.2f}", "showlegend": False,
+    }  # fmt: skip
+    layout: Figure = {
+        "height": 220,
+        "xaxis": {"type": "date", "range": [_when(time) for time in span]},
+        "yaxis": {"range": [0, 1.05], "title": {"text": "Jain's index"}},
+        "shapes": _bands(span, incidents),
+        "annotations": _numbers(span, incidents),
+        "hovermode": "x unified",
+    }
+    return {"data": [line], "layout": layout}
 
 
 def engine_load_figure(view: EngineLoad, span: Span, incidents: Sequence[Incident]) -> Figure:

@@ -8,7 +8,7 @@ import numpy as np
 
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Mask, Places, at, expand, running_total
-from stallscope.views.occupancy import OTHERS
+from stallscope.views.blame import OTHERS
 from stallscope.views.percentiles import bin_length
 
 

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stallscope.views.occupancy import OTHERS
 
 from stallscope.diagnosis import Diagnosis, diagnose
 from stallscope.diagnosis.incidents import measure_waits
 from stallscope.diagnosis.replica import Replica
 from stallscope.trace import read_trace
+from stallscope.views.blame import OTHERS
 from stallscope.views.different import (
     NONE,
     Difference,

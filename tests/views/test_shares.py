@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from stallscope.views.occupancy import OTHERS
 
 from stallscope.diagnosis.replica import Replica
+from stallscope.views.blame import OTHERS
 from stallscope.views.shares import Shares, shares
 from stallscope_engine.config import EngineConfig
 from tests.diagnosis.runs import MS, only_replica, random_run, scripted_lines

@@ -1,0 +1,146 @@
+"""Tenants: what each took of the engine, how fairly that went, and who made whom wait."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from dash import html
+from dash.development.base_component import Component
+
+from stallscope.reports.figures import Figure, fairness_figure, shares_figure
+from stallscope.views import words
+from stallscope.views.blame import blame_balance
+from stallscope.views.shares import Spent, shares
+from stallscope_dash import parts
+from stallscope_dash.figures import framed
+from stallscope_dash.pages import Page, Part
+from stallscope_dash.recording import NotReadyError
+from stallscope_dash.scene import Scene
+from stallscope_dash.tables import Column, grid
+
+_BINS = 90
+_COSTS = {
+    "step_time": ("Step time", "Shares of what steps cost, by the cost model; what an empty step costs is nobody's."),
+    "tokens": ("Tokens", "Shares of the tokens that were computed."),
+    "kv": ("KV cache", "Shares of block-seconds: a block that is held for a second."),
+}
+_FAIRNESS = parts.time_chart("fairness")
+_COLUMNS = (
+    Column("tenant", "tenant"),
+    Column("source", "named by"),
+    Column("requests", "requests", number=True),
+    Column("ttft", "TTFT"),
+    Column("itl", "longest gap"),
+    Column("step_time", "of step time, %", number=True),
+    Column("tokens", "of tokens, %", number=True),
+    Column("kv", "of KV cache, %", number=True),
+    Column("given", "made others wait, s", number=True),
+    Column("received", "waited for others, s", number=True),
+)
+
+
+def layout() -> Component:
+    return html.Div(
+        [
+            parts.card("All tenants", html.P(id="tenants-about", className="dim"), grid("tenants", _COLUMNS)),
+            *(parts.chart(_cost(cost), title, about, 300) for cost, (title, about) in _COSTS.items()),
+            parts.chart(
+                _FAIRNESS,
+                "How evenly step time was shared",
+                "Jain's index over the tenants that had requests: 1 where all got the same, 1/n if one of n got all. "
+                "It does not know who wanted more.",
+                220,
+            ),
+            parts.card(
+                "Who made others wait, and by what",
+                html.P("Seconds of stalled waits of others that are charged to each tenant.", className="dim"),
+                parts.place("balance", 80),
+            ),
+        ]
+    )
+
+
+def _cost(cost: str) -> dict[str, str]:
+    return parts.time_chart(f"tenants-{cost}")
+
+
+def about(scene: Scene) -> str:
+    start, end = scene.span
+    length = words.duration((end - start) / 1e9)
+    return f"Percentiles and shares over all {length} of the trace; what was waited for, on {scene.replica_name}."
+
+
+def rows(scene: Scene) -> list[dict[str, object]]:
+    """Each tenant's summary in the diagnosis, beside what it is blamed for and what it had to bear."""
+    if scene.diagnosis is None:
+        raise NotReadyError("no diagnosis yet")
+    balance = scene.recording.view(blame_balance, scene.replica, scene.recording.waits(scene.replica_name))
+    given, received = (
+        dict(zip(balance.tenants, amounts.sum(axis=1).tolist(), strict=True))
+        for amounts in (balance.given, balance.received)
+    )
+    found = []
+    for tenant in scene.diagnosis.tenants:
+        values = {one.metric: words.quantile(one) for one in tenant.quantiles}
+        found.append(
+            {
+                "tenant": words.printable(tenant.tenant),
+                "source": words.printable(tenant.source) if tenant.source else "not said",
+                "requests": tenant.requests,
+                "ttft": values.get("ttft", ""),
+                "itl": values.get("itl", ""),
+                "step_time": round(100 * tenant.step_time_share, 1),
+                "tokens": round(100 * tenant.token_share, 1),
+                "kv": round(100 * tenant.kv_share, 1),
+                "given": round(given.get(tenant.tenant, 0.0), 2),
+                "received": round(received.get(tenant.tenant, 0.0), 2),
+            }
+        )
+    return found
+
+
+def cost(scene: Scene, of: str) -> Figure:
+    """Everybody's shares of one cost."""
+    view = scene.recording.view(shares, scene.replica, *scene.window, _BINS)
+    spent: Spent = getattr(view, of)
+    return framed(shares_figure(view, spent, scene.window, scene.incidents, scene.looks))
+
+
+def fairness(scene: Scene) -> Figure:
+    view = scene.recording.view(shares, scene.replica, *scene.window, _BINS)
+    return framed(fairness_figure(view, scene.window, scene.incidents))
+
+
+def balance(scene: Scene) -> Component:
+    """Seconds that each tenant made others wait, by mechanism."""
+    view = scene.recording.view(blame_balance, scene.replica, scene.recording.waits(scene.replica_name))
+    order = [at for at in np.argsort(-view.given.sum(axis=1), kind="stable").tolist() if view.given[at].any()]
+    if not order:
+        return parts.nothing("Nobody: no request of one tenant was stalled by another.")
+    headings = ["tenant", "in all", *view.mechanisms]
+    return parts.table(
+        headings,
+        [
+            [
+                parts.name(view.tenants[at]),
+                words.duration(float(view.given[at].sum())),
+                *(words.duration(one) if one > 0 else "" for one in view.given[at].tolist()),
+            ]
+            for at in order
+        ],
+    )
+
+
+PAGE = Page(
+    "/tenants",
+    "Tenants",
+    layout,
+    (
+        Part("tenants-about", about),
+        Part("tenants", rows, "rowData"),
+        *(Part(_cost(of), partial(cost, of=of), "figure") for of in _COSTS),
+        Part(_FAIRNESS, fairness, "figure"),
+        Part("balance", balance),
+    ),
+)
