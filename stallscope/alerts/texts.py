@@ -91,6 +91,34 @@ def for_grafana(text: Text) -> str:
     return "".join(map(_in_grafana, text))
 
 
+def for_people(text: Text) -> str:
+    """The text with the name of what is not known before the alert fires: ``<culprit>``, ``<value>``."""
+    return "".join(map(_in_words, text))
+
+
+def cases(text: Text) -> tuple[tuple[str, str], ...]:
+    """What the text says ``for_people``, for each value of the label that it has words by; "" for all others."""
+    by = next((part for part in text if isinstance(part, ByLabel)), None)
+    if by is None:
+        return (("", for_people(text)),)
+    return tuple(
+        (value, for_people(tuple(words if part is by else part for part in text)))
+        for value, words in (*by.texts.items(), ("", by.otherwise))
+    )
+
+
+def _in_words(part: Part) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, ShellWord):
+        return f" {part.option}=<{part.name}>"
+    if isinstance(part, Found):
+        return f"<{part.label}>"
+    if isinstance(part, Label | ByLabel):
+        return f"<{part.name}>"
+    return "<time>" if isinstance(part, Since) else "<value>"
+
+
 def _in_prometheus(part: Part) -> str:
     if isinstance(part, Found):
         each = _worded(f"(label {quoted(part.label)} $e)", part.words)
