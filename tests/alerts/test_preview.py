@@ -32,6 +32,7 @@ from tests.alerts.unit_tests import needs_promtool
 SAMPLES = Path(__file__).parent.parent.parent / "sample_traces"
 STALL, HEALTHY = SAMPLES / "stall.otlp.jsonl.zst", SAMPLES / "healthy.otlp.jsonl.zst"
 STALLS, STALLED = "StallscopeTenantStallsOthers", "StallscopeTenantStalledOthers"
+SLOS = ["ttft=500ms@p99", "chat:itl=70ms@p99"]
 NASTY = '{{ x }}"\\'
 
 
@@ -51,30 +52,38 @@ def of_story(story: Timeline, pack: Pack = Pack.BLAME) -> Preview:
         return preview(story.name, pack=pack)
 
 
+@pytest.fixture(scope="module")
+def stall() -> Preview:
+    """Of the recorded stall that comes with the repository, with all that can be asked for."""
+    return preview(STALL, [parse_slo(slo) for slo in SLOS], Pack.BOTH)
+
+
 def alert(made: Preview, name: str) -> PreviewedAlert:
     return next(one for one in made.alerts if one.name == name)
 
 
 @needs_promtool
 def test_the_rule_file_is_the_one_that_the_command_writes_and_its_notes_are_among_the_notes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stall: Preview, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slos = ["ttft=500ms@p99", f"{NASTY}:itl=70ms@p99"]
-    options = [option for slo in slos for option in ("--slo", slo)]
+    options = [option for slo in SLOS for option in ("--slo", slo)]
     out, err = printed(monkeypatch, capsys, "export", "--from", STALL, "--pack", "both", *options)
-    made = preview(STALL, [parse_slo(slo) for slo in slos], Pack.BOTH)
-    assert made.text == out
-    assert [f"note: {note}" for note in made.notes[: len(err.splitlines())]] == err.splitlines()
-    assert len(made.alerts) == len(made.rules.alerts) == out.count("- alert: ")
+    assert stall.text == out
+    said = err.splitlines()
+    assert [f"note: {note}" for note in stall.notes[: len(said)]] == said
+    assert len(stall.alerts) == out.count("- alert: ")
 
 
 @needs_promtool
-def test_a_stall_of_seconds_proves_no_rule_and_each_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = preview(STALL)
-    assert alert(made, STALLS).not_provable == "looks back 1 min, the trace has 30 s"
-    assert all(one.not_provable for one in made.alerts)
-    assert made.notes[-1] == "of 12 of 12 alerts this trace can prove nothing: each says why"
-    tried = trial(made)
+def test_a_recording_of_half_a_minute_proves_no_rule_on_blame_and_each_says_why(stall: Preview) -> None:
+    unproven = [one for one in stall.alerts if one.not_provable]
+    assert alert(stall, STALLS).not_provable == "looks back 1 min, the trace has 30 s"
+    assert {one.name for one in stall.alerts} == {one.name for one in unproven}
+    assert (
+        stall.notes[-1]
+        == f"of {len(unproven)} of {len(stall.alerts)} alerts this trace can prove nothing: each says why"
+    )
+    tried = trial(stall)
     (fate,) = tried.fates
     assert [culprit.tenant for culprit in fate.incident.culprits] == ["reasoner"]
     assert (fate.answer, fate.alert, tried.firings) == (Answer.NOT_REQUIRED, None, ())
@@ -113,14 +122,19 @@ def test_a_page_that_nothing_justifies_is_counted_where_it_is_calm() -> None:
 
 
 @needs_promtool
-def test_a_trial_is_the_command_s_backtest_of_the_file_on_the_same_trace(
+def test_both_commands_say_the_same_of_a_tenant_named_like_a_template(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    story = timeline(2400, [Stall(700, 900), Stall(1500, 1700, NASTY)], also=[Stall(1900, 1960)])
+    """It is blamed a little at all times, and so has a threshold of its own in the rules."""
+    daily = Stall(0, 3000, NASTY, per_s=0.05)
+    story = timeline(3000, [Stall(700, 900), Stall(1500, 1700, NASTY)], also=[daily, Stall(2600, 2700)])
     made = of_story(story)
     tried = trial(made)
-    (tmp_path / "rules.yml").write_text(made.text, encoding="utf-8")
     monkeypatch.setattr(timelines, "rehearse", lambda *_, **__: Rehearsal(story.samples, story.incidents))
+    exported = printed(monkeypatch, capsys, "export", "--from", "story")[0]
+    assert made.text == exported
+    assert NASTY in dict(alert(made, STALLS).reasons)
+    (tmp_path / "rules.yml").write_text(exported, encoding="utf-8")
     said = json.loads(printed(monkeypatch, capsys, "backtest", tmp_path / "rules.yml", "story", "--format", "json")[0])
     assert (said["headline"], said["evidence"]) == (tried.headline, list(tried.evidence))
     assert [one["not_provable"] or "" for one in said["rules"]] == [one.not_provable for one in made.alerts]
@@ -145,15 +159,17 @@ def test_a_trial_is_the_command_s_backtest_of_the_file_on_the_same_trace(
 
 
 @needs_promtool
-@given(st.lists(st.tuples(st.integers(20, 300), st.floats(0.02, 3)), min_size=1, max_size=3))
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(stalls=[(20, 0.3), (250, 1.0)])
+@given(st.lists(st.tuples(st.integers(20, 300), st.floats(0.02, 3)), min_size=1, max_size=2))
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_who_caught_an_incident_first_can_be_told_from_what_fired(stalls: Sequence[tuple[int, float]]) -> None:
     """Stalls far apart: the first page of its culprit from its start to the grace after its end, else a ticket."""
+    apart_s = 1200
     told = [
-        Stall(1000 + 2000 * number, 1000 + 2000 * number + length_s, f"t{number}", per_s=per_s)
-        for number, (length_s, per_s) in enumerate(stalls)
+        Stall(apart_s * number, apart_s * number + length_s, f"t{number}", per_s=per_s)
+        for number, (length_s, per_s) in enumerate(stalls, 1)
     ]
-    made = of_story(timeline(1000 + 2000 * len(told), told))
+    made = of_story(timeline(apart_s * (len(told) + 1), told))
     tried = trial(made)
     for fate in tried.fates:
         culprits = {culprit.tenant for culprit in fate.incident.culprits}
@@ -172,7 +188,7 @@ def test_who_caught_an_incident_first_can_be_told_from_what_fired(stalls: Sequen
 
 @needs_promtool
 def test_a_recorded_flood_by_a_tenant_named_like_a_template_is_paged_by_that_name(tmp_path: Path) -> None:
-    (tmp_path / "flood.yaml").write_text(FLOOD)
+    (tmp_path / "flood.yaml").write_text(FLOOD.replace("duration_s: 420", "duration_s: 300"))
     recorded, trace = tmp_path / "recorded.otlp.jsonl", tmp_path / "flood.otlp.jsonl"
     record(load_scenario(str(tmp_path / "flood.yaml"), "cpu"), recorded, seed=7, executor="virtual")
     trace.write_text(recorded.read_text().replace('"ember"', json.dumps(NASTY)))
@@ -218,7 +234,7 @@ def test_without_promtool_the_rules_are_there_and_a_trial_says_in_one_line_how_t
 ) -> None:
     monkeypatch.setitem(os.environ, "PATH", str(tmp_path))
     made = of_story(timeline(900, [Stall(100, 250)]), Pack.BOTH)
-    assert made.text.count("- alert: ") == len(made.alerts) == 24
+    assert made.text.count("- alert: ") == len(made.alerts) == 22
     assert alert(made, "StallscopePlainQueue").not_provable == "needs vllm:num_requests_waiting"
     with pytest.raises(UsageError, match=r"^promtool is not installed.*apt install prometheus$"):
         trial(made)
