@@ -35,7 +35,7 @@ _FILE = Path("stallscope.rules.yml")  # as the rules are called where one of the
 
 @dataclass(frozen=True)
 class PreviewedAlert:
-    """``expression``: PromQL. ``summary``, ``description``: what it will say, with ``<culprit>`` where a name will be.
+    """``expression``: PromQL. ``summary``: what it will say, with ``<culprit>`` where a name will be.
 
     ``reasons``: why its threshold is that number, by the value of a label that has one of its own, "" for all others.
     ``not_provable``: why nothing of it can be told on this trace; "" where it can.
@@ -47,7 +47,6 @@ class PreviewedAlert:
     for_s: int
     keep_firing_s: int
     summary: str
-    description: str
     runbook: str  # its path or address
     reasons: tuple[tuple[str, str], ...]
     not_provable: str
@@ -123,7 +122,6 @@ def _previewed(rule: Rule, owner: Owner, not_provable: str) -> PreviewedAlert:
         for_s=rule.for_s,
         keep_firing_s=rule.keep_firing_s,
         summary=for_people(rule.summary),
-        description=for_people(rule.description),
         runbook=owner.runbook(rule),
         reasons=cases(rule.threshold_reason),
         not_provable=not_provable,

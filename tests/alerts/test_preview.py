@@ -18,7 +18,6 @@ from stallscope.alerts.backtest import timeline as timelines
 from stallscope.alerts.backtest.judge import GRACE_S, Answer, Outcome
 from stallscope.alerts.choices import Pack
 from stallscope.alerts.preview import Preview, PreviewedAlert, preview, trial
-from stallscope.alerts.texts import ByLabel, Found, Label, Percent, ShellWord, Since, Value, cases, for_people
 from stallscope.diagnosis.slo import parse_slo
 from stallscope.errors import UsageError
 from stallscope.watch.rehearsal import Rehearsal
@@ -266,28 +265,3 @@ def test_an_alert_has_what_a_page_shows_of_it() -> None:
     )
     assert page.expression.endswith("> 0.1")
     assert page.reasons[0][1].startswith("0.1 is the floor: ")
-
-
-def test_what_is_not_known_yet_has_its_name_in_a_text_for_people() -> None:
-    text = (
-        "{{ x }} ",
-        Label("tenant"),
-        ShellWord("--tenant", "tenant"),
-        " ",
-        Found("up", "", "victim", "nobody"),
-        " ",
-        Value(),
-        Percent(),
-        Since("up", "", "-20m"),
-    )
-    assert for_people(text) == "{{ x }} <tenant> --tenant=<tenant> <victim> <value><value><time>"
-
-
-@given(st.dictionaries(st.text(min_size=1), st.text()), st.text())
-def test_a_text_has_a_case_for_each_value_that_it_has_words_for_and_one_for_all_others(
-    texts: dict[str, str], otherwise: str
-) -> None:
-    said = cases(("why: ", ByLabel("culprit", texts, otherwise), "."))
-    assert dict(said) == {**{name: f"why: {text}." for name, text in texts.items()}, "": f"why: {otherwise}."}
-    assert len(said) == len(texts) + 1
-    assert cases((otherwise, ".")) == (("", f"{otherwise}."),)

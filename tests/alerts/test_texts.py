@@ -1,4 +1,4 @@
-"""What an alert says of amounts, rendered by Prometheus itself."""
+"""What an alert says: amounts as Prometheus itself renders them, and the text before there is anything to render."""
 
 from __future__ import annotations
 
@@ -10,7 +10,20 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from stallscope.alerts.texts import Found, Text, Value, for_grafana, for_prometheus
+from stallscope.alerts.texts import (
+    ByLabel,
+    Found,
+    Label,
+    Percent,
+    ShellWord,
+    Since,
+    Text,
+    Value,
+    cases,
+    for_grafana,
+    for_people,
+    for_prometheus,
+)
 from tests.alerts.unit_tests import UnitTest, needs_promtool
 
 amounts = st.floats(1e-4, 1e9) | st.integers(0, 10**9).map(float)
@@ -48,3 +61,28 @@ def test_an_amount_is_plain_digits_whatever_it_is(values: list[float]) -> None:
 def test_grafana_is_given_the_same_template_over_its_own_value_and_without_a_dollar_sign() -> None:
     assert for_grafana(SAID).replace(".Values.A.Value", ".Value") == for_prometheus(SAID)
     assert "$" not in for_grafana(SAID)
+
+
+def test_what_is_not_known_yet_has_its_name_in_a_text_for_people() -> None:
+    text = (
+        "{{ x }} ",
+        Label("tenant"),
+        ShellWord("--tenant", "tenant"),
+        " ",
+        Found("up", "", "victim", "nobody"),
+        " ",
+        Value(),
+        Percent(),
+        Since("up", "", "-20m"),
+    )
+    assert for_people(text) == "{{ x }} <tenant> --tenant=<tenant> <victim> <value><value><time>"
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text()), st.text())
+def test_a_text_has_a_case_for_each_value_that_it_has_words_for_and_one_for_all_others(
+    texts: dict[str, str], otherwise: str
+) -> None:
+    said = cases(("why: ", ByLabel("culprit", texts, otherwise), "."))
+    assert dict(said) == {**{name: f"why: {text}." for name, text in texts.items()}, "": f"why: {otherwise}."}
+    assert len(said) == len(texts) + 1
+    assert cases((otherwise, ".")) == (("", f"{otherwise}."),)
