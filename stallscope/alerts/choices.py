@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+TEAM, RUNBOOKS, FOLDER = "inference", "docs/runbooks", "spans"  # of who says nothing else
+
 
 class Format(StrEnum):
     """Who loads the rules."""

@@ -12,7 +12,7 @@ from stallscope.alerts.formats.grafana import provisioning
 from stallscope.alerts.formats.prometheus import prometheus_rule, rule_file
 from stallscope.alerts.plain_pack import plain_groups
 from stallscope.alerts.quantities import Quantity
-from stallscope.alerts.rules import Group, Owner
+from stallscope.alerts.rules import Group, Owner, Rule
 from stallscope.alerts.settings import Limit
 from stallscope.alerts.slo import objectives, slo_groups
 from stallscope.alerts.thresholds import NoTeacher, Teacher, Threshold
@@ -22,12 +22,13 @@ from stallscope.diagnosis.slo import Slo
 @dataclass(frozen=True)
 class Export:
     """``text`` in the format that was asked for; ``checkable``: the same rules as a rule file, for promtool; ``notes``
-    for the user; ``alerts``: how many there are."""
+    for the user; ``rules``: the alerts, in the order of the file; ``learned``: how many of their thresholds are."""
 
     text: str
     checkable: str
     notes: tuple[str, ...]
-    alerts: int
+    rules: tuple[Rule, ...]
+    learned: int
 
 
 _HEADING = "Alert rules of stallscope: written by `stallscope alerts export`, to be made anew rather than edited.\n"
@@ -71,4 +72,5 @@ def export(teacher: Teacher, slos: Sequence[Slo], owner: Owner, pack: Pack, form
         Format.PROMETHEUSRULE: lambda: prometheus_rule(groups, owner, _HEADING),
         Format.GRAFANA: lambda: provisioning(groups, owner, _HEADING),
     }
-    return Export(texts[format_](), written, tuple(notes), sum(len(group.rules) for group in groups))
+    rules = tuple(rule for group in groups for rule in group.rules)
+    return Export(texts[format_](), written, tuple(notes), rules, heard.learned)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stallscope.alerts import settings as s
 from stallscope.alerts.quantities import Counted
 from stallscope.alerts.texts import Found, Text
@@ -30,13 +32,18 @@ def lasting(label: str, rises: str) -> str:
     return f"and on ({label}) ({rises} >= {s.RISES})"
 
 
-def found(query: str, given: str, label: str, otherwise: str, form: str = "") -> Found:
-    return Found(f"sort_desc(topk(3, {query}))", given, label, otherwise, form=form)
+def found(query: str, given: str, label: str, otherwise: str) -> Found:
+    return Found(f"sort_desc(topk(3, {query}))", given, label, otherwise)
 
 
 def mechanism(query: str, given: str) -> Found:
     words = {name: MECHANISM_WORDS[name] for name in BLAMED}
     return Found(f"topk(1, {query})", given, "mechanism", "by what, the command tells", words)
+
+
+def amounts(query: str, given: str) -> Found:
+    """The mechanisms that a query has above a thousandth, and how much each."""
+    return replace(found(f"{query} > 0.001", given, "mechanism", "see the metric"), valued=True)
 
 
 def reason(threshold: Threshold, quantity: Counted) -> Text:

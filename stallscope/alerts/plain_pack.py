@@ -133,7 +133,7 @@ def _rules(engine: Engine, teacher: Teacher, owner: Owner, objectives: Sequence[
             "StallscopePlainQueue",
             queue,
             teacher.threshold(queue, s.PLAIN_QUEUE),
-            (Value("%.0f"), " requests have been waiting for a minute"),
+            (Value(), " requests have been waiting for a minute"),
             "Requests come faster than the engine admits them, or one keeps the others out.",
             owner,
         ),

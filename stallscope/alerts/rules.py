@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from stallscope.alerts.choices import FOLDER, RUNBOOKS, TEAM
 from stallscope.alerts.texts import Text
 
 
@@ -60,6 +61,9 @@ class Group:
 class Owner:
     """What a team adds to every rule: its name, where runbooks are, and the folder that ``collect`` writes."""
 
-    team: str
-    runbooks: str
-    folder: str
+    team: str = TEAM
+    runbooks: str = RUNBOOKS
+    folder: str = FOLDER
+
+    def runbook(self, rule: Rule) -> str:
+        return f"{self.runbooks.rstrip('/')}/{rule.name}.md"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from stallscope.alerts import settings as s
 from stallscope.alerts.commands import command
-from stallscope.alerts.parts import found, lasting, mechanism, reason
+from stallscope.alerts.parts import amounts, found, lasting, mechanism, reason
 from stallscope.alerts.promql import one_of, span
 from stallscope.alerts.quantities import Counted
 from stallscope.alerts.rules import Owner, RecordingRule, Rule, Severity
@@ -69,7 +69,7 @@ def _stalls_others(teacher: Teacher, owner: Owner, *, recorded: bool) -> Rule:
         ),
         evidence=(
             "By mechanism: ",
-            found(f"sum by (mechanism) ({PAIRS}{{culprit=%[1]q}})", "culprit", "mechanism", "see the metric", "%.3g"),
+            amounts(f"sum by (mechanism) ({PAIRS}{{culprit=%[1]q}})", "culprit"),
             f". {_BLAME}, summed by culprit, over {_PAGE}.",
         ),
         threshold_reason=reason(threshold, quantity),
@@ -83,7 +83,7 @@ def _stalls_others(teacher: Teacher, owner: Owner, *, recorded: bool) -> Rule:
 def _stalled_others(teacher: Teacher, owner: Owner) -> Rule:
     quantity = Counted(f.BLAME, ("culprit",), s.TICKET_WINDOW_S, whole=True)
     threshold = teacher.threshold(quantity, s.TICKET_STALLS)
-    of = f"(increase({_BLAME}{{culprit=%[1]q}}[{_TICKET}])) > 0"
+    of = f"(increase({_BLAME}{{culprit=%[1]q}}[{_TICKET}]))"
     return Rule(
         "StallscopeTenantStalledOthers",
         threshold.exceeded_by(quantity),
@@ -91,11 +91,11 @@ def _stalled_others(teacher: Teacher, owner: Owner) -> Rule:
         summary=(
             Label("culprit"),
             " stalled ",
-            found(f"sum by (victim) {of}", "culprit", "victim", "other tenants"),
+            found(f"sum by (victim) {of} > 0", "culprit", "victim", "other tenants"),
             " for ",
             Value(),
             f" s of waiting within {_TICKET}: ",
-            mechanism(f"sum by (mechanism) {of}", "culprit"),
+            mechanism(f"sum by (mechanism) {of} > 0", "culprit"),
             ".",
         ),
         description=(
@@ -104,7 +104,7 @@ def _stalled_others(teacher: Teacher, owner: Owner) -> Rule:
         ),
         evidence=(
             "By mechanism: ",
-            found(f"sum by (mechanism) {of}", "culprit", "mechanism", "see the metric", "%.3g"),
+            amounts(f"sum by (mechanism) {of}", "culprit"),
             f". Increase of {_BLAME}, summed by culprit, over {_TICKET}.",
         ),
         threshold_reason=reason(threshold, quantity),

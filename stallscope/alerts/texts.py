@@ -32,9 +32,7 @@ class ShellWord:
 
 @dataclass(frozen=True)
 class Value:
-    """The value of the alert's expression, by a format of printf."""
-
-    form: str = "%.3g"
+    """The value of the alert's expression, three digits of it and no exponent; it is to be 0, or 0.0001 at least."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class ByLabel:
 class Found:
     """What a query finds when the alert fires, highest first, joined by commas: a label of each, or words for it.
 
-    ``query`` has ``%[1]q`` where the value of the alert's label ``given`` belongs, quoted. ``form``: of the value after
-    each label, by printf; "" for none. ``otherwise`` where it finds nothing.
+    ``query`` has ``%[1]q`` where the value of the alert's label ``given`` belongs, quoted. ``valued``: with what it
+    found after each label, as ``Value`` has it. ``otherwise`` where it finds nothing.
     """
 
     query: str
@@ -64,7 +62,7 @@ class Found:
     label: str
     otherwise: str
     words: Mapping[str, str] = field(default_factory=dict)
-    form: str = ""
+    valued: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,38 @@ def for_grafana(text: Text) -> str:
     return "".join(map(_in_grafana, text))
 
 
+def for_people(text: Text) -> str:
+    """The text with the name of what is not known before the alert fires: ``<culprit>``, ``<value>``."""
+    return "".join(map(_in_words, text))
+
+
+def cases(text: Text) -> tuple[tuple[str, str], ...]:
+    """What the text says ``for_people``, for each value of the label that it has words by; "" for all others."""
+    by = next((part for part in text if isinstance(part, ByLabel)), None)
+    if by is None:
+        return (("", for_people(text)),)
+    return tuple(
+        (value, for_people(tuple(words if part is by else part for part in text)))
+        for value, words in (*by.texts.items(), ("", by.otherwise))
+    )
+
+
+def _in_words(part: Part) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, ShellWord):
+        return f" {part.option}=<{part.name}>"
+    if isinstance(part, Found):
+        return f"<{part.label}>"
+    if isinstance(part, Label | ByLabel):
+        return f"<{part.name}>"
+    return "<time>" if isinstance(part, Since) else "<value>"
+
+
 def _in_prometheus(part: Part) -> str:
     if isinstance(part, Found):
-        each = _worded(f"(label {quoted(part.label)} $e)", part.words) + _valued(part.form)
+        each = _worded(f"(label {quoted(part.label)} $e)", part.words)
+        each += f" {_number('(value $e)')}" if part.valued else ""
         return (
             f"{_do('with ' + _asked(part.query, part.given))}"
             f"{_do('range $i, $e := .')}{_do('if $i')}, {_do('end')}{each}{_do('end')}"
@@ -126,7 +153,7 @@ def _plain(part: str | Label | ShellWord | Value | Percent | ByLabel, value: str
         word = _do(f"{label} | reReplaceAll {quoted(_QUOTE)} {quoted(_QUOTE_WITHIN)}")
         return f"{_do(f'if not (or {nobody})')} {literal(part.option)}='{word}'{_do('end')}"
     if isinstance(part, Value):
-        return _do(f"printf {quoted(part.form)} {value}")
+        return _number(value)
     if isinstance(part, Percent):
         return _do(f"{value} | humanizePercentage")
     return _cases(f".Labels.{part.name}", part.texts, literal(part.otherwise), literal)
@@ -150,8 +177,10 @@ def _worded(what: str, words: Mapping[str, str]) -> str:
     return _cases(what, words, _do(what), _literal)
 
 
-def _valued(form: str) -> str:
-    return f" {_do(f'value $e | printf {quoted(form)}')}" if form else ""
+def _number(value: str) -> str:
+    """``%.3g`` alone would say 2.08e+03 of 2080."""
+    few, many = (_do(f"printf {quoted(form)} {value}") for form in ("%.3g", "%.0f"))
+    return f"{_do(f'if lt {value} 100.0')}{few}{_do('else')}{many}{_do('end')}"
 
 
 def _asked(query: str, given: str) -> str:

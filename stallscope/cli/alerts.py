@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stallscope.alerts.choices import Format, Pack
+from stallscope.alerts.choices import FOLDER, RUNBOOKS, TEAM, Format, Pack
 from stallscope.cli.backtesting import backtest
 from stallscope.cli.shared import check_new, progress, write
 from stallscope.errors import StallscopeError, UsageError
@@ -15,8 +15,6 @@ from stallscope.errors import StallscopeError, UsageError
 if TYPE_CHECKING:
     from stallscope.alerts.thresholds import Teacher
     from stallscope.diagnosis.slo import Slo
-
-RUNBOOKS = "docs/runbooks"
 
 app = typer.Typer(
     name="alerts",
@@ -55,10 +53,10 @@ def export(
     pack: Annotated[
         Pack, typer.Option(help="Rules on the collector's metrics, on those of vLLM and SGLang alone, or both.")
     ] = Pack.BLAME,
-    team: Annotated[str, typer.Option(help="The label team of every alert.")] = "inference",
+    team: Annotated[str, typer.Option(help="The label team of every alert.")] = TEAM,
     trace_folder: Annotated[
         str, typer.Option(metavar="FOLDER", help="Where collect writes: for the command that opens an incident.")
-    ] = "spans",
+    ] = FOLDER,
     runbooks: Annotated[str, typer.Option(metavar="URL", help="Where docs/runbooks/ can be read.")] = RUNBOOKS,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; by default, stdout.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT if it exists.")] = False,
@@ -90,7 +88,7 @@ def export(
         )
     for note in written.notes:
         typer.echo(f"note: {note}", err=True)
-    write(written.text, out, f"{written.alerts} alerts")
+    write(written.text, out, f"{len(written.rules)} alerts")
 
 
 def _teacher(calm: Path | None, from_prometheus: str | None, slos: list[Slo]) -> Teacher:
@@ -103,11 +101,11 @@ def _teacher(calm: Path | None, from_prometheus: str | None, slos: list[Slo]) ->
         return FromPrometheus(from_prometheus)
     if calm is None:
         return NoTeacher()
-    from stallscope.watch.rehearsal import rehearse
+    from stallscope.alerts.backtest.timeline import rehearsed
 
     with progress("watching it as it would have been") as advance:
-        rehearsal = rehearse(calm, slos=tuple(slos), progress=advance)
-    return FromSamples(rehearsal.samples, rehearsal.incidents)
+        timeline = rehearsed(str(calm), slos, advance)
+    return FromSamples(timeline.samples, timeline.incidents)
 
 
 def _text(option: str, text: str) -> str:

@@ -111,12 +111,10 @@ def _check_files(rules: Path, out: Path | None, tune: Path | None, tests: Path |
 
 
 def _rehearsed(trace: str, slos: Sequence[Slo]) -> Timeline:
-    from stallscope.alerts.backtest import Timeline
-    from stallscope.watch.rehearsal import rehearse
+    from stallscope.alerts.backtest.timeline import rehearsed
 
     with progress(f"rehearsing {Path(trace).name}") as advance:
-        rehearsal = rehearse(trace, slos=slos, progress=advance)
-    return Timeline(trace, rehearsal.samples, rehearsal.incidents)
+        return rehearsed(trace, slos, advance)
 
 
 def _rendered(result: Backtest, output: BacktestFormat, *, for_file: bool) -> str:

@@ -233,6 +233,21 @@ def test_a_ticket_says_whom_by_what_and_how_much(tmp_path: Path) -> None:
     test.passes(annotated(RULES, "summary"), tmp_path)
 
 
+@needs_promtool
+def test_an_hour_of_waiting_is_told_in_plain_seconds_and_a_thousandth_of_one_is_left_out(tmp_path: Path) -> None:
+    test = UnitTest()
+    blame(test, rising(104.0, 12, 14))
+    blame(test, rising(0.00004, 12, 14), by="decode_drag")
+    evidence = f"By mechanism: kv_pinning 2080. Increase of {f.BLAME.name}, summed by culprit, over 10m."
+    said = {
+        "summary": "hog stalled chat for 2080 s of waiting within 10m: its requests held the KV cache, and theirs did "
+        "not fit.",
+        "evidence": evidence,
+    }
+    test.saying(600, STALLED, [(HOG | TICKET, said)])
+    test.passes(annotated(RULES, "summary", "evidence"), tmp_path)
+
+
 def test_every_alert_carries_what_whoever_is_woken_needs() -> None:
     document = yaml.safe_load(export(NoTeacher(), [], OWNER, Pack.BOTH, Format.PROMETHEUS).text)
     alerts = [rule for group in document["groups"] for rule in group["rules"] if "alert" in rule]

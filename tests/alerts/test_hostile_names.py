@@ -109,7 +109,7 @@ def test_what_an_alert_says_has_the_names_as_they_are(tenants: list[str]) -> Non
     owner = Owner(tenants[0], tenants[0], tenants[0])
     text: dict[str, Text] = {
         "label": (Label("culprit"), " and ", tenants[0]),
-        "found": (Found("sum by (victim) (blame{culprit=%[1]q})", "culprit", "victim", "nobody", form="%.1f"),),
+        "found": (Found("sum by (victim) (blame{culprit=%[1]q})", "culprit", "victim", "nobody", valued=True),),
         "none": (Found("none{culprit=%[1]q}", "culprit", "victim", tenants[0]),),
         "by": (ByLabel("culprit", {name: f"of {name}" for name in tenants[::2]}, f"not {tenants[0]}"),),
         "command": command(owner, "culprit", "none{culprit=%[1]q}"),
@@ -124,7 +124,7 @@ def test_what_an_alert_says_has_the_names_as_they_are(tenants: list[str]) -> Non
         quoted = name.replace("'", "'\\''")
         said = {
             "label": f"{name} and {tenants[0]}",
-            "found": f"of {name} 2.0",
+            "found": f"of {name} 2",
             "none": tenants[0],
             "by": f"of {name}" if name in tenants[::2] else f"not {tenants[0]}",
             "command": f"stallscope analyze {shlex.quote(tenants[0])} --since -20m --tenant='{quoted}'",

@@ -43,7 +43,7 @@ def print_backtest(result: Backtest, console: Console) -> None:
     """Writes all of it; names from traces and rules are text on one line."""
     style = "bold red" if result.found else "bold green" if result.conclusive else "bold yellow"
     console.print(Text(headline(result), style=style), soft_wrap=True)
-    for line in _evidence(result):
+    for line in evidence(result):
         console.print(Text(line), soft_wrap=True)
     console.print()
     if not all(result.reason(alert) for alert in result.rules.alerts):
@@ -83,7 +83,7 @@ def to_json(result: Backtest) -> str:
     made = {
         "schema_version": SCHEMA_VERSION,
         "headline": headline(result),
-        "evidence": _evidence(result),
+        "evidence": evidence(result),
         "found": result.found,
         "conclusive": result.conclusive,
         "within_s": result.within_s,
@@ -195,7 +195,7 @@ def _rate(per_week: float) -> str:
     return f"{per_week:,.0f}" if per_week >= 10 else f"{per_week:.2g}"
 
 
-def _evidence(result: Backtest) -> list[str]:
+def evidence(result: Backtest) -> list[str]:
     """What the answer rests on, and how far chance goes."""
     runs = result.runs
     length = _hours(sum(run.grid.length_s for run in runs))

@@ -105,6 +105,11 @@ def read_rules(path: Path) -> RuleFile:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); give a file of Prometheus rules") from error
+    return parse_rules(text, path)
+
+
+def parse_rules(text: str, path: Path) -> RuleFile:
+    """The same of what a file at ``path`` has, or would have."""
     try:
         documents = [one for one in yaml.load_all(text, Loader=_AllText) if one not in (None, "")]
     except yaml.YAMLError as error:

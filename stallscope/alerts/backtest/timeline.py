@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from stallscope.diagnosis.model import Incident
+from stallscope.diagnosis.slo import Slo
 from stallscope.errors import InconclusiveError
 from stallscope.watch.families import LAST_SEEN
+from stallscope.watch.rehearsal import Progress, rehearse
 from stallscope.watch.samples import Samples
 
 
@@ -21,6 +24,12 @@ class Timeline:
     name: str
     samples: Samples
     incidents: tuple[Incident, ...]
+
+
+def rehearsed(trace: str, slos: Sequence[Slo] = (), progress: Progress | None = None) -> Timeline:
+    """The timeline of a trace: a file, a folder or a URL. Raises UsageError where there is nothing sound."""
+    found = rehearse(trace, slos=slos, progress=progress)
+    return Timeline(trace, found.samples, found.incidents)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def annotations_of(rule: Rule, owner: Owner, render: Render) -> dict[str, str]:
         "evidence": render(rule.evidence),
         "threshold_reason": render(rule.threshold_reason),
         "command": render(rule.command),
-        "runbook_url": render((f"{owner.runbooks.rstrip('/')}/{rule.name}.md",)),
+        "runbook_url": render((owner.runbook(rule),)),
         "catches": " ".join(rule.catches),
         "names": rule.names,
     }

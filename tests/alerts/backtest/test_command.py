@@ -14,8 +14,8 @@ import pytest
 
 from stallscope import cli
 from stallscope.alerts.backtest import Timeline
+from stallscope.alerts.backtest import timeline as timelines
 from stallscope.diagnosis.model import Incident
-from stallscope.watch import rehearsal
 from stallscope.watch.samples import Samples
 from tests.alerts.backtest.stories import PAGE, Stall, needs_promtool, timeline
 from tests.alerts.backtest.test_rulefile import RESOURCE
@@ -50,7 +50,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     def rehearse(path: str, *, slos: object = (), progress: object = None) -> Rehearsal:
         return Rehearsal(TRACES[path].samples, TRACES[path].incidents)
 
-    monkeypatch.setattr(rehearsal, "rehearse", rehearse)
+    monkeypatch.setattr(timelines, "rehearse", rehearse)
     (tmp_path / "rules.yaml").write_text(PAGE)
 
     def call(*arguments: str) -> tuple[int, str, str]:
