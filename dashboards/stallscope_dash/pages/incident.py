@@ -10,15 +10,18 @@ from dash import dcc, html
 from dash.development.base_component import Component
 
 from stallscope.diagnosis.model import Incident, Intervention, Quantile, Victim
+from stallscope.diagnosis.timeline import Ints
 from stallscope.reports.figures import Figure, percentiles_figure, resource_figure, swimlanes_figure
 from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.views import words
 from stallscope.views.blame import blame
+from stallscope.views.different import blamed_requests, different, stalled_requests
 from stallscope.views.hardest_hit import hardest_hit
 from stallscope.views.percentiles import SHOWN_METRICS, percentiles
 from stallscope.views.resources import Resource, resources
 from stallscope.views.swimlanes import swimlanes
 from stallscope_dash import parts
+from stallscope_dash.differences import differences
 from stallscope_dash.figures import framed, message
 from stallscope_dash.pages import Page, Part
 from stallscope_dash.recording import NotReadyError
@@ -87,6 +90,13 @@ def layout() -> Component:
             parts.card("Then, usually, and without", parts.place("percentiles-then", 120)),
             parts.card("Hit hardest", grid("hit", _HIT)),
             parts.card("Caused most", grid("caused", _CAUSED)),
+            html.Div(
+                [
+                    parts.card("What is different about those that were hit", parts.place("different-hit", 120)),
+                    parts.card("What is different about those that caused most", parts.place("different-caused", 120)),
+                ],
+                className="pairs",
+            ),
             parts.card("What would help", parts.place("remedies", 60)),
             parts.card("The same elsewhere", parts.place("commands", 60)),
         ]
@@ -293,6 +303,26 @@ def caused(scene: Scene) -> list[dict[str, object]]:
     ]
 
 
+def different_about_hit(scene: Scene) -> Component:
+    incident = _the_incident(scene)
+    if incident is None:
+        return parts.nothing("Nobody was hit.")
+    waits = scene.recording.waits(scene.replica_name)
+    return _different(scene, incident, stalled_requests(waits, incident.start_ns, incident.end_ns))
+
+
+def different_about_caused(scene: Scene) -> Component:
+    incident = _the_incident(scene)
+    if incident is None or not incident.culprits:
+        return parts.nothing("Nobody is blamed.")
+    return _different(scene, incident, blamed_requests(scene.replica, incident))
+
+
+def _different(scene: Scene, incident: Incident, chosen: Ints) -> Component:
+    unusual = [(one.start_ns, one.end_ns) for one in scene.incidents]
+    return differences(different(scene.replica, chosen, incident.start_ns, incident.end_ns, unusual))
+
+
 # --- what to do -----------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +376,8 @@ PAGE = Page(
         Part("percentiles-then", then),
         Part("hit", hit, "rowData"),
         Part("caused", caused, "rowData"),
+        Part("different-hit", different_about_hit),
+        Part("different-caused", different_about_caused),
         Part("remedies", remedies),
         Part("commands", commands),
     ),
