@@ -157,15 +157,14 @@ class Job(Generic[Result]):
         self._end(State.FAILED, error=StallscopeError(_why(process.exitcode)))
 
     def _listen(self, told: Connection) -> None:
+        """Hears what it says, until it has no more to say."""
         with suppress(EOFError, OSError):
-            while True:
-                message = told.recv()
-                if isinstance(message, Progress):
-                    self._progress = message
-                elif isinstance(message, StallscopeError):
-                    self._end(State.FAILED, error=message)
-                elif isinstance(message, _Answer):
-                    self._end(State.DONE, message.result)
+            while isinstance(message := told.recv(), Progress):
+                self._progress = message
+            if isinstance(message, StallscopeError):
+                self._end(State.FAILED, error=message)
+            elif isinstance(message, _Answer):
+                self._end(State.DONE, message.result)
 
 
 class Jobs:
@@ -181,9 +180,10 @@ class Jobs:
     def ask(
         self, function: Callable[[*Arguments, Stages], Result], *arguments: *Arguments, version: Hashable = None
     ) -> Job[Result]:
-        """The job of a question, which is begun as soon as may be, unless it was asked before and did not fail.
+        """The job of a question: begun as soon as may be, or the one of an earlier call that is going on or done.
 
-        ``version``: of what the function reads, such as a file's time; of another one, the question is another.
+        A question is a function and its arguments, all hashable, and the ``version`` of what it reads, such as the time
+        when a file was changed.
         """
         key = (function, arguments, version)
         with self._lock:

@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from stallscope.asking import Stages
+from stallscope.asking import Asked, Stages
+from stallscope.diagnosis import Diagnosis
 from stallscope.errors import InconclusiveError, UsageError
+from stallscope.fleet import plan
+from stallscope_dash.answers import diagnosed
 
 FOREVER_S = 600
 
@@ -59,9 +62,21 @@ def endless(pids: Path, deaf: bool, stages: Stages) -> None:
     if deaf:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     other = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({FOREVER_S})"])
-    written = pids.with_suffix(".part")
-    written.write_text(f"{os.getpid()} {other.pid}")
-    written.rename(pids)
+    _tell(pids, os.getpid(), other.pid)
     with stages("working"):
         while True:
             sum(range(1000))
+
+
+def diagnosed_hourly(dataset: Path, pid: Path, stages: Stages) -> Diagnosis:
+    """A dataset's diagnosis, of which every hour has enough requests to be a portion; the process's id is in a file."""
+    plan.ENOUGH_REQUESTS = 300
+    _tell(pid, os.getpid())
+    return diagnosed(dataset, Asked(replay=False), False, stages)
+
+
+def _tell(file: Path, *pids: int) -> None:
+    """Writes them, all at once."""
+    written = file.with_suffix(".part")
+    written.write_text(" ".join(map(str, pids)))
+    written.rename(file)

@@ -39,6 +39,10 @@ def pids_in(path: Path) -> list[int]:
     return [int(pid) for pid in path.read_text().split()]
 
 
+def threads_of_jobs() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "stallscope-job"]
+
+
 # --- one ----------------------------------------------------------------------------------------------------------
 
 
@@ -90,11 +94,11 @@ def test_what_is_killed_from_outside_has_failed_and_says_by_what() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_cannot_be_handed_over_is_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_handed_over_is_a_failure() -> None:
     job: Job[int] = Job(lambda stages: 1)
     job.start()
     assert str(failure(job)) == "it can't be run; the log says why"
-    capfd.readouterr()
+    assert eventually(lambda: not threads_of_jobs())
 
 
 # --- ended --------------------------------------------------------------------------------------------------------
@@ -322,4 +326,4 @@ def test_threads_of_jobs_end_with_them() -> None:
     asked = Jobs(most_at_once=3)
     for job in [asked.ask(errands.product, 2, number) for number in range(3)]:
         job.result()
-    assert eventually(lambda: not [one for one in threading.enumerate() if one.name == "stallscope-job"])
+    assert eventually(lambda: not threads_of_jobs())
