@@ -1,4 +1,4 @@
-"""The command ``analyze``: who stalled whom in a trace, in one go or portion by portion, and how that is written."""
+"""The command ``analyze``: who stalled whom in a trace, what diagnoses its portions, and how that is written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stallscope.cli.shared import FOUND, INCONCLUSIVE, TenantLog, check_new, console, progress, read, warn, write
+from stallscope import asking
+from stallscope.asking import Asked
+from stallscope.cli.shared import FOUND, INCONCLUSIVE, TenantLog, check_new, console, progress, warn, write
 from stallscope.errors import UsageError
 
 if TYPE_CHECKING:
     from stallscope.diagnosis import Diagnosis
-    from stallscope.diagnosis.slo import Slo
+    from stallscope.fleet.work import Scheduler
     from stallscope.trace import Trace
 
 
@@ -33,20 +35,6 @@ class SchedulerName(StrEnum):
 
     processes = "processes"
     dask = "dask"
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """All that a diagnosis depends on but the trace."""
-
-    since: str | None
-    until: str | None
-    replica: str | None
-    model: str | None
-    redact_for: str | None
-    slos: tuple[Slo, ...]
-    replay: bool
-    tenants: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -103,7 +91,7 @@ def analyze(
 
     _check_output(output, out, force)
     slos = tuple(parse_slo(text) for text in slo or ())
-    asked = _Asked(since, until, replica, model, redact_for, slos, not no_replay, tuple(tenants or ()))
+    asked = Asked(since, until, replica, model, redact_for, slos, not no_replay, tuple(tenants or ()))
     run = _Run(scheduler, jobs, address)
     diagnosis, selected = _diagnosis(trace, asked, run, out, save, with_trace=output is Format.html)
     if tenant is not None:
@@ -123,98 +111,49 @@ def _check_output(output: Format, out: Path | None, force: bool) -> None:
 
 
 def _diagnosis(
-    path: Path, asked: _Asked, run: _Run, out: Path | None, save: bool, *, with_trace: bool
+    path: Path, asked: Asked, run: _Run, out: Path | None, save: bool, *, with_trace: bool
 ) -> tuple[Diagnosis, Trace | None]:
-    """What was kept of an earlier call, or is found now; and the part of the trace that was asked for, where it was
-    read."""
-    from stallscope.reports.saved import Saved
-
-    saved = Saved(path, repr(asked), out, _logs(asked))
+    """What was kept of an earlier call, or is found now; and the part of the trace that was asked for, where a report
+    shows it."""
+    saved = asking.saved(path, asked, out)
     if save:
         saved.check()
     kept = saved.load()
     if kept is not None:
         diagnosis, place = kept
         typer.echo(f"diagnosed earlier: {place}", err=True)
-        return diagnosis, _selected(_read(path, asked), asked) if with_trace else None
+        return diagnosis, asking.selected(_read(path, asked), asked) if with_trace else None
     trace = _read(path, asked)
-    selected: Trace | None
-    if _in_portions(trace, asked, run):
-        diagnosis = _diagnosed_in_portions(trace, asked, run)
-        selected = _selected(trace, asked) if with_trace else None
-    else:
-        selected = _selected(trace, asked)
-        diagnosis = _diagnosed(selected, asked)
+    diagnosis = asking.diagnosed(trace, asked, progress, _scheduler(trace, asked, run))
     if save:
         typer.echo(f"kept: {saved.keep(diagnosis)}", err=True)
-    return diagnosis, selected
+    return diagnosis, asking.selected(trace, asked) if with_trace else None
 
 
-def _logs(asked: _Asked) -> list[Path]:
-    if not asked.tenants:
-        return []
-    from stallscope.trace.tenants import log_paths
-
-    return log_paths(asked.tenants)
-
-
-def _read(path: Path, asked: _Asked) -> Trace:
-    """The trace's replicas that were asked for."""
-    from stallscope.trace.select import select
-
-    trace = read(path, asked.tenants)
+def _read(path: Path, asked: Asked) -> Trace:
+    trace = asking.read(path, asked.tenants, progress)
     warn(trace)
-    return select(trace, replica=asked.replica, model=asked.model)
+    return trace
 
 
-def _selected(trace: Trace, asked: _Asked) -> Trace:
-    from stallscope.trace.rename import redacted
-    from stallscope.trace.select import select
-
-    trace = select(trace, since=asked.since, until=asked.until)
-    return trace if asked.redact_for is None else redacted(trace, asked.redact_for)
-
-
-def _in_portions(trace: Trace, asked: _Asked, run: _Run) -> bool:
-    """Whether a trace is diagnosed portion by portion: a dataset with several, as it is stored."""
+def _scheduler(trace: Trace, asked: Asked, run: _Run) -> Scheduler | None:
+    """What is to diagnose the portions of a dataset; None where nothing was said."""
+    if run == _Run(None, None, None):
+        return None
     if not trace.is_stored:
-        if run != _Run(None, None, None):
-            with_tenants = " with these tenants" if asked.tenants else ""
-            raise UsageError(f"{trace.source} is no dataset{with_tenants}; make one: stallscope convert TRACE FOLDER")
-        return False
-    if asked.redact_for is not None:
-        if run.scheduler is not None:
-            raise UsageError("--redact-for renames a whole trace; leave out --scheduler")
-        return False
-    from stallscope.fleet.plan import plan
+        with_tenants = " with these tenants" if asked.tenants else ""
+        raise UsageError(f"{trace.source} is no dataset{with_tenants}; make one: stallscope convert TRACE FOLDER")
+    if run.scheduler is not None and asked.redact_for is not None:
+        raise UsageError("--redact-for renames a whole trace; leave out --scheduler")
+    if run.address is not None:
+        from stallscope.fleet.cluster import DaskCluster
 
-    return run.scheduler is not None or len(plan(trace)) > 1
-
-
-def _diagnosed_in_portions(trace: Trace, asked: _Asked, run: _Run) -> Diagnosis:
-    from stallscope.diagnosis.diagnose import Options
-    from stallscope.fleet import diagnose_dataset
-    from stallscope.fleet.cluster import DaskCluster
-    from stallscope.fleet.plan import span
+        return DaskCluster(run.address)
+    if run.scheduler is None and not asking.in_portions(trace, asked):
+        return None
     from stallscope.fleet.processes import Processes
-    from stallscope.trace.select import time_range
 
-    start: int | None
-    end: int | None
-    start = end = None
-    if asked.since is not None or asked.until is not None:
-        start, end = time_range(trace.source, *span(trace), asked.since, asked.until)
-    scheduler = Processes(run.jobs) if run.address is None else DaskCluster(run.address)
-    options = Options(asked.slos, asked.replay, asked.replay)
-    with progress("looking for who did it") as advance:
-        return diagnose_dataset(trace, options, scheduler, start_ns=start, end_ns=end, progress=advance)
-
-
-def _diagnosed(trace: Trace, asked: _Asked) -> Diagnosis:
-    from stallscope.diagnosis import diagnose
-
-    with progress("looking for who did it") as advance:
-        return diagnose(trace, slos=asked.slos, replay=asked.replay, remedies=asked.replay, progress=advance)
+    return Processes(run.jobs)
 
 
 def _rendered(diagnosis: Diagnosis, trace: Trace | None, output: Format, out: Path | None) -> str:

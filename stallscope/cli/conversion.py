@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stallscope.cli.shared import TenantLog, check_new, console, progress, read, warn, with_logs
+from stallscope.asking import with_logs
+from stallscope.cli.shared import TenantLog, check_new, console, progress, read, warn
 from stallscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _mapped(path: Path, mapping: Path, tenants: Sequence[str] | None) -> Trace:
 
     with progress(f"reading {path.name}"):
         requests, findings = read_mapped(path, mapping)
-        return with_logs(trace_of_requests(requests, str(path), findings), tenants)
+        return with_logs(trace_of_requests(requests, str(path), findings), tenants or (), progress)
 
 
 def _selected(loaded: Trace, since: str | None, until: str | None, replica: str | None, anonymize: bool) -> Trace:

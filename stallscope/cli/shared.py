@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stallscope import asking
 from stallscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -118,21 +119,7 @@ def read(path: Path, tenants: Sequence[str] | None = None) -> Trace:
 
     What reading left out is for ``warn`` to say.
     """
-    from stallscope.trace import read_trace
-
-    with progress(f"reading {path.name}") as advance:
-        trace = read_trace(path, lambda done, total: advance(done / max(total, 1)))
-    return with_logs(trace, tenants)
-
-
-def with_logs(trace: Trace, tenants: Sequence[str] | None) -> Trace:
-    """The trace with tenants from gateways' logs, where there are any."""
-    if not tenants:
-        return trace
-    from stallscope.trace.tenants import read_tenant_logs, with_tenants
-
-    with progress("reading who sent what"):
-        return with_tenants(trace, read_tenant_logs(tenants))
+    return asking.read(path, tenants or (), progress)
 
 
 def warn(trace: Trace) -> None:

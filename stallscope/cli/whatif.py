@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from stallscope import asking
+from stallscope.asking import Asked
 from stallscope.cli.analysis import TableFormat
 from stallscope.cli.shared import TenantLog, console, progress, read, warn
 from stallscope.errors import UsageError
@@ -39,19 +41,19 @@ def whatif(
 
     Exit code 4: the recording can't be replayed well enough to say.
     """
-    from stallscope.diagnosis.whatif import ASK_ONE, Question, what_if
+    from stallscope.diagnosis.whatif import Question
     from stallscope.reports.json import to_json
     from stallscope.reports.whatif import print_what_if
-    from stallscope.trace.select import select
 
-    asked = (tuple(usual or ()), tuple(without or ()), tuple(without_request or ()))
-    question = Question(*asked, tuple(_setting(text) for text in settings or ()))
-    if sum(map(bool, (*asked, question.settings))) != 1:
-        raise UsageError(ASK_ONE)
-    selected = select(read(trace, tenants), since=since, until=until, replica=replica, model=None)
-    warn(selected)
-    with progress("replaying") as advance:
-        answer = what_if(selected, question, advance)
+    question = Question(
+        tuple(usual or ()),
+        tuple(without or ()),
+        tuple(without_request or ()),
+        tuple(_setting(text) for text in settings or ()),
+    )
+    part = asking.selected(read(trace, tenants), Asked(since, until, replica))
+    warn(part)
+    answer = asking.what_if(part, question, progress)
     if output is TableFormat.json:
         typer.echo(to_json(answer), nl=False)
     else:

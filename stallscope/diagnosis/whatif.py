@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 
@@ -11,25 +12,33 @@ from stallscope.diagnosis.changes import find_changes
 from stallscope.diagnosis.incidents import Window, find_episodes, find_windows, measure_waits, not_usual
 from stallscope.diagnosis.load import Loads
 from stallscope.diagnosis.model import Intervention, InterventionKind, ReplayCheck
-from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentReplays
+from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays
 from stallscope.diagnosis.replay.replayer import prepare_replay
+from stallscope.diagnosis.replay.run import Outcome
 from stallscope.diagnosis.replica import Replica, replicas
 from stallscope.diagnosis.suspects import healthy_waits
 from stallscope.errors import InconclusiveError, UsageError
 from stallscope.trace import Trace
 from stallscope_engine.config import EngineConfig
 
-ASK_ONE = "ask one thing: --usual TENANT, --without TENANT, --without-request ID, or --set NAME=VALUE"
-
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Tenants as usual, tenants or requests not there, or settings of the engine (name and text): one of the four."""
+    """Tenants as usual, tenants or requests not there, or settings of the engine (name and text): one of the four.
+
+    Raises UsageError where it is none of them, or several.
+    """
 
     usual: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     without_requests: tuple[str, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.usual, self.without, self.without_requests, self.settings))) != 1:
+            raise UsageError(
+                "ask one thing: --usual TENANT, --without TENANT, --without-request ID, or --set NAME=VALUE"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +50,10 @@ class WhatIf:
 
 
 def what_if(trace: Trace, question: Question, progress: Callable[[float], None] | None = None) -> WhatIf:
-    """Replays a trace of one replica with what the question changes.
+    """Replays a trace of one replica with what the question changes; its predictions are medians and tails.
 
-    Raises UsageError where the question is none for this trace, InconclusiveError where it can't be replayed.
+    ``progress`` hears the share of the replays that are done, in [0, 1]. Raises UsageError where the question is none
+    for this trace, InconclusiveError where it can't be replayed.
     """
     found = list(replicas(trace))
     if len(found) != 1:
@@ -54,14 +64,16 @@ def what_if(trace: Trace, question: Question, progress: Callable[[float], None] 
     tenants = [_tenant(replica, name) for name in (*question.usual, *question.without)]
     requests = [_request(replica, name) for name in question.without_requests]
     tenants += [int(replica.tenant_of_request[code]) for code in requests]
-    if progress is not None:
-        for done, draw in enumerate(DRAWS, start=1):
-            replays.stretch.unchanged(draw)
-            progress(done / (2 * len(DRAWS)))
-    kind, what, effect = _ask(replays, question, tenants, requests)
-    if progress is not None:
-        progress(1.0)
-    return WhatIf(replays.describe(kind, what, sorted(set(tenants)), effect), check)
+    kind, what, changed = _change(replays, question, tenants, requests)
+    outcomes = []
+    for done, draw in enumerate(DRAWS):
+        for half, replayed in enumerate((replays.stretch.unchanged, changed), start=1):
+            outcome = replayed(draw)
+            if progress is not None:
+                progress((done + half / 2) / len(DRAWS))
+        outcomes.append(outcome)
+    effect = replays.effect(outcomes, DRAWS, tenants)
+    return WhatIf(replays.describe(kind, what, sorted(set(tenants)), effect, medians=True), check)
 
 
 def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
@@ -77,32 +89,26 @@ def _prepare(replica: Replica) -> tuple[IncidentReplays, ReplayCheck]:
     return replayer.incidents([whole], waits, healthy, loads)[0], replayer.check
 
 
-def _ask(
+def _change(
     replays: IncidentReplays, question: Question, tenants: Sequence[int], requests: Sequence[int]
-) -> tuple[InterventionKind, str, Effect]:
+) -> tuple[InterventionKind, str, Callable[[int], Outcome]]:
+    """What the question changes, in words, and the replay of a draw with it."""
+    stretch = replays.stretch
     if question.usual:
         _check_usual(replays, tenants)
-        return InterventionKind.USUAL, f"{', '.join(question.usual)} as usual", replays.usual(tenants)
+        return InterventionKind.USUAL, f"{', '.join(question.usual)} as usual", partial(stretch.usual, tenants)
     if question.without:
-        return (
-            InterventionKind.WITHOUT_TENANT,
-            f"without {', '.join(question.without)}",
-            replays.without_tenants(tenants, DRAWS),
-        )
+        what = f"without {', '.join(question.without)}"
+        return InterventionKind.WITHOUT_TENANT, what, partial(stretch.without, tenants, ())
     if question.without_requests:
-        return (
-            InterventionKind.WITHOUT_REQUEST,
-            f"without {', '.join(question.without_requests)}",
-            replays.without_requests(requests, apart=tenants, draws=DRAWS),
-        )
-    if not question.settings:
-        raise UsageError(ASK_ONE)
+        what = f"without {', '.join(question.without_requests)}"
+        return InterventionKind.WITHOUT_REQUEST, what, partial(stretch.without, (), requests)
     config = _changed(replays.history.config, question.settings)
     what = ", ".join(f"{name}={value}" for name, value in question.settings)
     if rejected := replays.rejected_by(config):
-        total = len(replays.stretch.plan.requests)
+        total = len(stretch.plan.requests)
         raise UsageError(f"--set {what}: {rejected} of {total} recorded requests would be rejected; give more room")
-    return InterventionKind.REMEDY, what, replays.configured(config, draws=DRAWS)
+    return InterventionKind.REMEDY, what, partial(stretch.configured, config)
 
 
 def _check_usual(replays: IncidentReplays, tenants: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -49,6 +50,10 @@ class Saved:
         """Says before any work that a diagnosis can't be kept. Raises UsageError."""
         if not self._trace.exists():
             raise UsageError(f"{self._trace}: --save names a diagnosis by the bytes of a file or folder; leave it out")
+        if not os.access(self._folders[0], os.W_OK):
+            raise UsageError(
+                f"{self._folders[0]}: nothing can be kept there; give -o in a folder that may be written to"
+            )
 
     def keep(self, diagnosis: Diagnosis) -> Path:
         """Writes it to the first folder. Raises UsageError where that can't be written."""

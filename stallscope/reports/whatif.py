@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from stallscope.diagnosis.whatif import WhatIf
 from stallscope.reports.text import plain_table
 from stallscope.views import words
+from stallscope.views.whatif import side_by_side
 
 
 def print_what_if(answer: WhatIf, console: Console) -> None:
@@ -27,16 +29,17 @@ def print_what_if(answer: WhatIf, console: Console) -> None:
         ("predicted", "right"),
         ("draws", "left"),
     )
-    for row in one.predictions:
-        left = row.high_s > 0 or row.recorded_s <= 0  # answers of one token have no gaps
+    view = side_by_side(one)
+    for row, tenant in enumerate(view.tenants):
+        left = not np.isnan(view.predicted_s[row])
         table.add_row(
-            Text(words.printable(row.tenant)),
-            f"{words.METRIC_WORDS[row.metric]} p{row.quantile * 100:.0f}",
-            f"{row.requests:,}",
-            words.duration(row.recorded_s),
-            words.duration(row.replayed_s),
-            words.duration(row.predicted_s) if left else "none",
-            f"{words.duration(row.low_s)} to {words.duration(row.high_s)}" if left else "no request left",
+            Text(words.printable(tenant)),
+            f"{words.METRIC_WORDS[view.metrics[row]]} {words.quantile_name(view.quantile[row])}",
+            f"{view.requests[row]:,}",
+            words.duration(view.recorded_s[row]),
+            words.duration(view.replayed_s[row]),
+            words.duration(view.predicted_s[row]) if left else "none",
+            f"{words.duration(view.low_s[row])} to {words.duration(view.high_s[row])}" if left else "no request left",
         )
     console.print(table)
     console.print(Text(f"\noutput tokens in the same time: {one.throughput:.0%}", style="dim"))

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from stallscope.diagnosis.model import InterventionKind, Prediction
+from stallscope.diagnosis.replay.interventions import DRAWS, MEDIAN
 from stallscope.diagnosis.whatif import Question, WhatIf, what_if
 from stallscope.errors import InconclusiveError, UsageError
 from stallscope.trace import Trace
@@ -24,7 +25,11 @@ def answer(question: Question, text: str = CHAT + FLOOD) -> WhatIf:
 
 
 def ttft_of(answered: WhatIf, tenant: str) -> Prediction:
-    return next(one for one in answered.answer.predictions if (one.tenant, one.metric) == (tenant, "ttft"))
+    return next(
+        one
+        for one in answered.answer.predictions
+        if (one.tenant, one.metric) == (tenant, "ttft") and one.quantile != MEDIAN
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,6 @@ def test_the_recorded_settings_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("question", "says"),
     [
-        (Question(), "ask one thing"),
         (Question(usual=("bach",)), "no tenant 'bach' in the trace, but batch, chat, search"),
         (Question(settings=(("kv_blocs", "9"),)), "no setting 'kv_blocs'; there are max_num_seqs"),
         (Question(settings=(("model", "llama"),)), "no setting 'model'; there are max_num_seqs"),
@@ -96,6 +100,21 @@ def test_a_wrong_question_is_one_line(question: Question, says: str) -> None:
         answer(question)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("asked", [{}, {"usual": ("batch",), "without": ("chat",)}, {"usual": ()}])
+def test_a_question_is_one(asked: dict[str, tuple[str, ...]]) -> None:
+    with pytest.raises(UsageError, match="ask one thing"):
+        Question(**asked)
+
+
+def test_progress_is_told_from_the_first_replay_to_the_last() -> None:
+    told: list[float] = []
+    answered = what_if(recorded(CHAT + FLOOD), Question(without=("batch",)), told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    assert len(told) == 2 * len(DRAWS)
+    assert answered == answer(Question(without=("batch",)))
 
 
 def refusal(trace: Trace, question: Question) -> str:

@@ -6,7 +6,7 @@ them is what was changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,6 +40,7 @@ LEAD_NS = 15_000_000_000  # of a replay before the window, so that it has forgot
 MOST_LEAD_NS = 60_000_000_000
 TAIL_NS = 10_000_000_000
 DRAWS = (0, 1, 2)
+MEDIAN = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +175,11 @@ class IncidentReplays:
 
     def usual(self, tenants: Sequence[int], draws: Sequence[int] = DRAWS) -> Effect:
         """The effect of these tenants' return to their usual."""
-        return self._effect([self.stretch.usual(tenants, draw) for draw in draws], draws, tenants)
+        return self.effect([self.stretch.usual(tenants, draw) for draw in draws], draws, tenants)
 
     def without_faults(self, draws: Sequence[int] = DRAWS) -> Effect:
         """The effect of an engine without pauses and drops of its clocks."""
-        return self._effect([self.stretch.without_faults(draw) for draw in draws], draws, ())
+        return self.effect([self.stretch.without_faults(draw) for draw in draws], draws, ())
 
     def without_requests(
         self, requests: Sequence[int], apart: Sequence[int] | None = None, draws: Sequence[int] = DRAWS[:1]
@@ -186,15 +187,11 @@ class IncidentReplays:
         """The effect of some requests (codes) not being there, on tenants not ``apart`` (default: whose they are)."""
         tenants = np.unique(self.history.requests["tenant"].to_numpy()[list(requests)]).tolist()
         outcomes = [self.stretch.without((), requests, draw) for draw in draws]
-        return self._effect(outcomes, draws, tenants if apart is None else apart)
-
-    def without_tenants(self, tenants: Sequence[int], draws: Sequence[int] = DRAWS[:1]) -> Effect:
-        """The effect of some tenants not being there."""
-        return self._effect([self.stretch.without(tenants, (), draw) for draw in draws], draws, tenants)
+        return self.effect(outcomes, draws, tenants if apart is None else apart)
 
     def configured(self, config: EngineConfig, apart: Sequence[int] = (), draws: Sequence[int] = DRAWS[:1]) -> Effect:
         """The effect of another configuration on tenants not ``apart``."""
-        return self._effect([self.stretch.configured(config, draw) for draw in draws], draws, apart)
+        return self.effect([self.stretch.configured(config, draw) for draw in draws], draws, apart)
 
     def rejected_by(self, config: EngineConfig) -> int:
         """How many of the stretch's requests another configuration would not take: their absence is no cure."""
@@ -202,12 +199,22 @@ class IncidentReplays:
 
     def relaxed(self, relaxation: Relaxation, apart: Sequence[int]) -> Effect:
         """The effect of one resource being endless or free, on tenants not ``apart``."""
-        return self._effect([self.stretch.relaxed(relaxation, DRAWS[0])], DRAWS[:1], apart)
+        return self.effect([self.stretch.relaxed(relaxation, DRAWS[0])], DRAWS[:1], apart)
 
     def capped(self, most_at_once: Mapping[int, int], draws: Sequence[int] = DRAWS) -> Effect:
         """The effect of so many requests of some tenants in the engine at once."""
         outcomes = [self.stretch.capped(most_at_once, draw) for draw in draws]
-        return self._effect(outcomes, draws, list(most_at_once))
+        return self.effect(outcomes, draws, list(most_at_once))
+
+    def effect(self, outcomes: Sequence[Outcome], draws: Sequence[int], tenants: Sequence[int]) -> Effect:
+        """The effect of what these outcomes, one a draw, are of, on tenants other than these, whom it changes."""
+        restored = []
+        for draw, outcome in zip(draws, outcomes, strict=True):
+            there = np.intersect1d(self._scope, outcome.requests["code"].to_numpy(np.int64))
+            before = self._excess(self.stretch.unchanged(draw).requests, tenants, there)
+            after = self._excess(outcome.requests, tenants, there)
+            restored.append(1.0 - after / before if before > 0 else 0.0)
+        return Effect(tuple(restored), self._own(outcomes, draws, tenants), tuple(outcomes))
 
     def harm(self, effect: Effect, apart: Sequence[int] = ()) -> Harm | None:
         """What that which the effect undoes had done to the worst hit percentile of tenants not ``apart``."""
@@ -246,15 +253,6 @@ class IncidentReplays:
         """Seconds of the unchanged replay's excess that are these tenants' own."""
         return self.replayed_excess - self._excess(self.stretch.unchanged(DRAWS[0]).requests, tenants)
 
-    def _effect(self, outcomes: Sequence[Outcome], draws: Sequence[int], tenants: Sequence[int]) -> Effect:
-        restored = []
-        for draw, outcome in zip(draws, outcomes, strict=True):
-            there = np.intersect1d(self._scope, outcome.requests["code"].to_numpy(np.int64))
-            before = self._excess(self.stretch.unchanged(draw).requests, tenants, there)
-            after = self._excess(outcome.requests, tenants, there)
-            restored.append(1.0 - after / before if before > 0 else 0.0)
-        return Effect(tuple(restored), self._own(outcomes, draws, tenants), tuple(outcomes))
-
     def _own(self, outcomes: Sequence[Outcome], draws: Sequence[int], tenants: Sequence[int]) -> float:
         """Share of the tenants' own excess a request, in the window, that their return to usual restores."""
         before = [self._each(self.stretch.unchanged(draw).requests, tenants) for draw in draws]
@@ -271,9 +269,16 @@ class IncidentReplays:
     # --- for people -------------------------------------------------------------------------------------------
 
     def describe(
-        self, kind: InterventionKind, what: str, tenants: Sequence[int], effect: Effect, how: str = ""
+        self,
+        kind: InterventionKind,
+        what: str,
+        tenants: Sequence[int],
+        effect: Effect,
+        how: str = "",
+        *,
+        medians: bool = False,
     ) -> Intervention:
-        """An effect as reports show it, with the percentiles of all tenants that met the incident."""
+        """An effect as reports show it, with a tail, and a median if wanted, of all tenants that met the incident."""
         names = self.history.replica.tenants
         pairs = list(zip(self._unchanged(effect.outcomes), effect.outcomes, strict=True))
         made = float(np.mean([_throughput(before, after) for before, after in pairs]))
@@ -285,7 +290,7 @@ class IncidentReplays:
             restored=effect.mean,
             restored_low=min(effect.restored),
             restored_high=max(effect.restored),
-            predictions=tuple(self._predictions(effect.outcomes)),
+            predictions=tuple(self._predictions(effect.outcomes, medians)),
             throughput=made,
             tonight=False,
             unseen=float(np.mean([one.unseen for one in effect.outcomes])),
@@ -295,30 +300,29 @@ class IncidentReplays:
         """As many unchanged replays, by the same draws."""
         return [self.stretch.unchanged(draw) for draw in DRAWS[: len(outcomes)]]
 
-    def _predictions(self, outcomes: Sequence[Outcome]) -> list[Prediction]:
-        found = []
-        for tenant in range(len(self.history.replica.tenants)):
-            for metric, name in ((TTFT, METRICS[TTFT]), (ITL, METRICS[ITL])):
+    def _predictions(self, outcomes: Sequence[Outcome], medians: bool) -> Iterator[Prediction]:
+        unchanged = self._unchanged(outcomes)
+        for tenant, name in enumerate(self.history.replica.tenants):
+            for metric in (TTFT, ITL):
                 recorded = self._waits(self._recorded, tenant, metric)
                 if not len(recorded):
                     continue
-                quantile = 0.99 if len(recorded) >= TAIL_REQUESTS else 0.9
-                before = [self._waits(one.requests, tenant, metric) for one in self._unchanged(outcomes)]
-                after = [_quantile(self._waits(one.requests, tenant, metric), quantile) for one in outcomes]
-                found.append(
-                    Prediction(
-                        self.history.replica.tenants[tenant],
+                before = [self._waits(one.requests, tenant, metric) for one in unchanged]
+                after = [self._waits(one.requests, tenant, metric) for one in outcomes]
+                tail = 0.99 if len(recorded) >= TAIL_REQUESTS else 0.9
+                for quantile in (MEDIAN, tail) if medians else (tail,):
+                    predicted = [_quantile(waits, quantile) for waits in after]
+                    yield Prediction(
                         name,
+                        METRICS[metric],
                         quantile,
                         len(recorded),
                         _quantile(recorded, quantile),
                         float(np.mean([_quantile(waits, quantile) for waits in before])),
-                        float(np.mean(after)),
-                        min(after),
-                        max(after),
+                        float(np.mean(predicted)),
+                        min(predicted),
+                        max(predicted),
                     )
-                )
-        return found
 
     def _waits(self, outcomes: pd.DataFrame, tenant: int, metric: int) -> Floats:
         """Of the tenant's requests that arrived in the window."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from stallscope.diagnosis.model import InterventionKind
-from stallscope.diagnosis.replay.interventions import DRAWS, IncidentReplays
+from stallscope.diagnosis.replay.interventions import DRAWS, MEDIAN, Effect, IncidentReplays
 from stallscope.diagnosis.replay.relaxations import relaxations
 from tests.diagnosis.replay.recorded import CHAT, FLOOD, PINNED, SMALL_CACHE, only_incident
 
@@ -32,6 +34,10 @@ def test_the_culprits_return_to_usual_restores_all_and_a_bystanders_nothing(
     assert abs(replays.usual(codes(replays, "search")).mean) < 0.3
 
 
+def without(replays: IncidentReplays, tenants: Sequence[int]) -> Effect:
+    return replays.effect([replays.stretch.without(tenants, (), DRAWS[0])], DRAWS[:1], tenants)
+
+
 def test_what_is_restored_is_of_the_others_not_of_who_was_changed() -> None:
     replays = only_incident(CHAT + FLOOD)
     chat, search = (replays.excess_of(codes(replays, name)) for name in ("chat", "search"))
@@ -39,14 +45,14 @@ def test_what_is_restored_is_of_the_others_not_of_who_was_changed() -> None:
     everybody = codes(replays, "chat", "search", "batch")
     assert replays.excess_of(everybody) == pytest.approx(replays.replayed_excess)
     # Where nobody is left to be restored, nothing is.
-    assert replays.without_tenants(everybody).restored == (0.0,)
+    assert without(replays, everybody).restored == (0.0,)
 
 
 def test_without_its_requests_is_without_the_tenant() -> None:
     replays = only_incident(CHAT + FLOOD)
     (culprit,) = codes(replays, "batch")
     its = np.flatnonzero(replays.history.requests["tenant"] == culprit)
-    assert replays.without_requests(its.tolist()).restored == replays.without_tenants([culprit]).restored
+    assert replays.without_requests(its.tolist()).restored == without(replays, [culprit]).restored
 
 
 def test_the_same_settings_restore_nothing() -> None:
@@ -97,9 +103,8 @@ def test_a_described_effect_has_the_percentiles_of_all_who_were_there() -> None:
     shown = replays.describe(InterventionKind.USUAL, "batch as usual", tenants, replays.usual(tenants))
     assert (shown.kind, shown.what, shown.tenants) == (InterventionKind.USUAL, "batch as usual", ("batch",))
     assert shown.restored_low <= shown.restored <= shown.restored_high
-    assert {(one.tenant, one.metric) for one in shown.predictions} == {
-        (tenant, metric) for tenant in ("chat", "search", "batch") for metric in ("ttft", "itl")
-    }
+    everything = [(tenant, metric) for tenant in ("batch", "chat", "search") for metric in ("itl", "ttft")]
+    assert sorted((one.tenant, one.metric) for one in shown.predictions) == everything
     chat = next(one for one in shown.predictions if (one.tenant, one.metric) == ("chat", "ttft"))
     assert chat.replayed_s == pytest.approx(chat.recorded_s, rel=0.3)
     assert chat.low_s <= chat.predicted_s <= chat.high_s < 0.3 * chat.recorded_s
@@ -107,3 +112,21 @@ def test_a_described_effect_has_the_percentiles_of_all_who_were_there() -> None:
     gone = next(one for one in shown.predictions if (one.tenant, one.metric) == ("batch", "ttft"))
     assert (gone.predicted_s, gone.high_s) == (0.0, 0.0)
     assert shown.throughput == pytest.approx(1.0, abs=0.05)
+
+
+def test_medians_are_described_where_they_are_wanted_beside_the_same_tails() -> None:
+    replays = only_incident(CHAT + FLOOD)
+    effect = replays.usual(codes(replays, "batch"))
+    tails, both = (
+        replays.describe(InterventionKind.USUAL, "batch as usual", (), effect, medians=medians).predictions
+        for medians in (False, True)
+    )
+    assert tuple(one for one in both if one.quantile != MEDIAN) == tails
+    medians = [one for one in both if one.quantile == MEDIAN]
+    assert [(one.tenant, one.metric, one.requests) for one in medians] == [
+        (one.tenant, one.metric, one.requests) for one in tails
+    ]
+    for median, tail in zip(medians, tails, strict=True):
+        for name in ("recorded_s", "replayed_s", "predicted_s", "low_s", "high_s"):
+            assert getattr(median, name) <= getattr(tail, name)
+    assert sum(median.recorded_s < tail.recorded_s for median, tail in zip(medians, tails, strict=True)) > 3
