@@ -102,6 +102,23 @@ def test_tokens_are_all_there_whatever_the_width(width: int) -> None:
     assert view.output_tokens_per_s @ lengths == pytest.approx(r.requests["output_tokens"].sum())
 
 
+def test_two_windows_that_meet_hold_what_the_whole_holds() -> None:
+    r = replica()
+    start, end = int(r.timeline.before[0]), int(r.timeline.end[-1])
+    middle = int(r.requests["first_token"].iloc[len(r.requests) // 2])
+    parts, total = (
+        sum(engine_load(r, low, high, 1).output_tokens_per_s[0] * (high - low) for low, high in pairwise(edges))
+        for edges in ((start, middle, end), (start, end))
+    )
+    assert parts == pytest.approx(total)
+
+
+def test_a_step_is_in_no_bin_that_begins_where_it_ends() -> None:
+    r = only_replica(read(scripted_lines([("chat", 0, 100, 20), ("batch", 1_000, 100, 20)])))
+    over = int(r.timeline.idle.begin[0])
+    assert engine_load(r, over, over + 100 * MS, 1).running.tolist() == [0]
+
+
 def test_bins_are_of_a_length_that_people_count_in() -> None:
     r = replica()
     start = int(r.timeline.before[0])

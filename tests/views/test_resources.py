@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -162,15 +164,27 @@ def test_only_the_kv_cache_has_blocks_of_finished_requests() -> None:
     assert not whole(r, Resource.SLOTS, 10).cached.any()
 
 
+def test_what_is_cached_while_the_engine_is_idle_is_what_the_next_step_finds() -> None:
+    trace = read(scripted_lines([("chat", 0, 100, 20), ("batch", 1_000, 100, 20)]))
+    column, number = trace.steps.column_names.index("kv_cached"), np.arange(len(trace.steps))
+    steps = trace.steps.set_column(column, "kv_cached", pa.array(number))
+    r = only_replica(replace(trace, tables={**trace.tables, "steps": steps}))
+    view = whole(r, Resource.KV, 30)
+    pause = int(np.searchsorted(view.time_ns, r.timeline.idle.begin[0]))
+    assert view.total[pause] == 0
+    assert view.cached[pause] == np.searchsorted(r.timeline.start, r.timeline.idle.end[0])
+
+
 @pytest.mark.parametrize("resource", [Resource.TOKENS, Resource.KV, Resource.SLOTS])
 def test_an_idle_engine_holds_nothing(resource: Resource) -> None:
     r = only_replica(read(scripted_lines([("chat", 0, 100, 20), ("batch", 1_000, 100, 20)])))
     view = whole(r, resource, 100)
     assert at(view, START_NS + 500 * MS).tolist() == [0, 0]
     assert sorted((at(view, START_NS + 5 * MS) > 0).tolist()) == [False, True]
-    pause = resources(r, resource, START_NS + 200 * MS, START_NS + 800 * MS, 10)
-    assert (pause.tenants, pause.total.tolist()) == ((), [0, 0])
-    assert pause.time_ns.tolist() == [START_NS + 200 * MS, START_NS + 800 * MS]
+    for start in (START_NS + 200 * MS, int(r.timeline.idle.begin[0])):
+        pause = resources(r, resource, start, START_NS + 800 * MS, 10)
+        assert (pause.tenants, pause.total.tolist()) == ((), [0, 0])
+        assert pause.time_ns.tolist() == [start, START_NS + 800 * MS]
 
 
 def test_where_nobody_saw_the_engine_nothing_is_told() -> None:
