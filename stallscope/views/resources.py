@@ -20,7 +20,7 @@ class Resource(StrEnum):
 
     TOKENS = "tokens"  # computed in a step
     KV = "kv"  # blocks of the KV cache
-    SLOTS = "slots"  # requests in the batch
+    SLOTS = "slots"  # requests in the batch, paused ones included
     QUEUE = "queue"  # requests that wait, preempted ones included
 
 
@@ -30,11 +30,12 @@ class Stack:
 
     In each bin of time it is the step with the highest ``total[k]``, so that no peak is lost: the engine's own count,
     shared out by what each tenant's requests hold (of the KV cache, by their tokens; 0 where nobody is known). Where
-    the engine went idle for longer than a bin all is 0 from then on, and NaN where nobody saw it for so long. The last
-    moment is where the picture ends, and repeats the one before.
+    the engine goes idle for longer than a bin a moment more says that nothing is held, and where nobody saw it for so
+    long it says NaN. The last moment is where the picture ends, and repeats the one before.
 
     ``tenants``: by what they held in all the steps of the window, "(others)" last. ``capacity``: 0 where the trace does
-    not say, and of the queue. ``cached[k]``: of the KV cache, blocks of finished requests, taken when needed; else 0.
+    not say, and of the queue. ``cached[k]``: of the KV cache, blocks of finished requests, taken when needed (while the
+    engine is idle, what the next step finds); else 0.
     """
 
     replica: str

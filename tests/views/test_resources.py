@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from stallscope.diagnosis.replica import Replica, replicas
@@ -72,6 +74,7 @@ def test_each_moment_is_the_highest_step_of_its_bin_by_a_plain_reading(
 ) -> None:
     rng = random.Random(seed)
     lines = random_run(seed).recording.step_lines()
+    assume(lines)
     r = only_replica(read([line for line in lines[1:] if rng.random() >= lost] + lines[:1]))
     first, length = int(r.timeline.before[0]), r.timeline_ns
     start, end = (first + int(share * length) for share in sorted(window))
@@ -97,18 +100,17 @@ def test_each_moment_is_the_highest_step_of_its_bin_by_a_plain_reading(
             known = sum(mine.values())
             values = [mine[one] * total / known if known else 0.0 for one in view.tenants[:2]]
             rest = [total - sum(values) if known else 0.0] * len(view.tenants[2:])
-            expected.append([time, total, *values, *rest])
+            expected.append([time - start, total, *values, *rest])
     for spans, nothing in ((r.timeline.idle, 0.0), (r.timeline.unobserved, np.nan)):
         for begin, over in zip(spans.begin.tolist(), spans.end.tolist(), strict=True):
-            begin, over = max(begin, start), min(over, end)
-            if over > begin and (over - begin) * width >= end - start:
-                expected.append([begin, *[nothing] * (1 + len(view.tenants))])
+            length = min(over, end) - max(begin, start)
+            if length > 0 and length * width >= end - start:
+                expected.append([max(begin - start, 0), *[nothing] * (1 + len(view.tenants))])
     expected.sort(key=lambda row: row[0])
     if expected:
-        expected.append([min(end, int(r.timeline.end[-1])), *expected[-1][1:]])
+        expected.append([min(end, int(r.timeline.end[-1])) - start, *expected[-1][1:]])
     found = np.vstack([view.time_ns - start, view.total, view.values]).T
-    wanted = np.array(expected).reshape(-1, found.shape[1]) - [start, *[0] * (found.shape[1] - 1)]
-    assert found == pytest.approx(wanted, abs=1e-6, nan_ok=True)
+    assert found == pytest.approx(np.array(expected).reshape(-1, found.shape[1]), abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("resource", Resource)
@@ -162,15 +164,27 @@ def test_only_the_kv_cache_has_blocks_of_finished_requests() -> None:
     assert not whole(r, Resource.SLOTS, 10).cached.any()
 
 
+def test_what_is_cached_while_the_engine_is_idle_is_what_the_next_step_finds() -> None:
+    trace = read(scripted_lines([("chat", 0, 100, 20), ("batch", 1_000, 100, 20)]))
+    column, number = trace.steps.column_names.index("kv_cached"), np.arange(len(trace.steps))
+    steps = trace.steps.set_column(column, "kv_cached", pa.array(number))
+    r = only_replica(replace(trace, tables={**trace.tables, "steps": steps}))
+    view = whole(r, Resource.KV, 30)
+    pause = int(np.searchsorted(view.time_ns, r.timeline.idle.begin[0]))
+    assert view.total[pause] == 0
+    assert view.cached[pause] == np.searchsorted(r.timeline.start, r.timeline.idle.end[0])
+
+
 @pytest.mark.parametrize("resource", [Resource.TOKENS, Resource.KV, Resource.SLOTS])
 def test_an_idle_engine_holds_nothing(resource: Resource) -> None:
     r = only_replica(read(scripted_lines([("chat", 0, 100, 20), ("batch", 1_000, 100, 20)])))
     view = whole(r, resource, 100)
     assert at(view, START_NS + 500 * MS).tolist() == [0, 0]
     assert sorted((at(view, START_NS + 5 * MS) > 0).tolist()) == [False, True]
-    pause = resources(r, resource, START_NS + 200 * MS, START_NS + 800 * MS, 10)
-    assert (pause.tenants, pause.total.tolist()) == ((), [0, 0])
-    assert pause.time_ns.tolist() == [START_NS + 200 * MS, START_NS + 800 * MS]
+    for start in (START_NS + 200 * MS, int(r.timeline.idle.begin[0])):
+        pause = resources(r, resource, start, START_NS + 800 * MS, 10)
+        assert (pause.tenants, pause.total.tolist()) == ((), [0, 0])
+        assert pause.time_ns.tolist() == [start, START_NS + 800 * MS]
 
 
 def test_where_nobody_saw_the_engine_nothing_is_told() -> None:
@@ -200,12 +214,11 @@ def test_a_window_without_steps_is_empty(resource: Resource) -> None:
 
 
 def test_each_replica_of_a_trace_shows_its_own() -> None:
-    runs = [random_run(seed).recording for seed in (3, 4)]
-    both = read([line for run, name in zip(runs, ("r0", "r1"), strict=True) for line in run.lines(name)])
-    for run, name, mine in zip(runs, ("r0", "r1"), replicas(both), strict=True):
-        alone = only_replica(read(run.lines(name)))
+    recordings = {name: random_run(seed).recording for name, seed in (("r0", 3), ("r1", 4))}
+    both = read([line for name, one in recordings.items() for line in one.lines(name)])
+    for mine in replicas(both):
+        alone = only_replica(read(recordings[mine.name].lines(mine.name)))
         for resource in Resource:
             view, expected = whole(mine, resource, 20), whole(alone, resource, 20)
-            assert view.replica == name
-            assert (view.tenants, view.capacity) == (expected.tenants, expected.capacity)
+            assert (view.replica, view.tenants, view.capacity) == (mine.name, expected.tenants, expected.capacity)
             assert view.values.tolist() == expected.values.tolist()
