@@ -1,5 +1,4 @@
-"""What is different about some requests, as bars: of each attribute the shares among them, and among those they are held
-against."""
+"""What is different about some requests, as bars: of each attribute the shares among these and among the others."""
 
 from __future__ import annotations
 

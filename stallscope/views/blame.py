@@ -13,8 +13,8 @@ from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats
 from stallscope.views.waterfall import holder_name
+from stallscope.views.words import OTHERS
 
-OTHERS = "(others)"
 _OWN_WORK = MECHANISMS.index(Mechanism.OWN_WORK)
 _FIRST = int(min(Party))  # code of the first holder
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from stallscope.diagnosis.replica import OTHER, UNKNOWN
-from stallscope.views.blame import OTHERS
 from stallscope.views.waterfall import ENGINE, FRONTEND, OWN, TELEMETRY
+from stallscope.views.words import OTHERS
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from stallscope.diagnosis.incidents import Waits
 from stallscope.diagnosis.model import Incident
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Mask
-from stallscope.views.blame import OTHERS
+from stallscope.views.words import OTHERS
 
 NONE = "(none)"
 CHANCE = 0.01  # probability that anything is shown where nothing is different

@@ -11,8 +11,7 @@ import numpy as np
 from stallscope.diagnosis.ledger import Ledger, Lines
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Intervals, Ints
-
-OTHERS = "(others)"
+from stallscope.views.words import OTHERS
 
 
 class Resource(StrEnum):

@@ -8,8 +8,8 @@ import numpy as np
 
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Mask, Places, at, expand, running_total
-from stallscope.views.blame import OTHERS
 from stallscope.views.percentiles import bin_length
+from stallscope.views.words import OTHERS
 
 
 @dataclass(frozen=True, eq=False)

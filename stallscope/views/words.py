@@ -49,6 +49,7 @@ MECHANISM_WORDS = {
 }
 METRIC_WORDS = dict(zip(METRICS, IN_WORDS, strict=True)) | {END_TO_END: "end to end"}
 NO_REPLAY = "no replay"
+OTHERS = "(others)"  # those that are not shown one by one
 WORST_UNSEEN = 0.05  # share of a replay's steps beyond anything recorded from which on that is said
 
 

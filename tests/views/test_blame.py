@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism
-from stallscope.views.blame import OTHERS, Blame, blame, blame_balance
+from stallscope.views.blame import Blame, blame, blame_balance
+from stallscope.views.words import OTHERS
 from tests.views.recordings import diagnosed, replica, waits
 
 

@@ -20,7 +20,6 @@ from stallscope.diagnosis import Diagnosis, diagnose
 from stallscope.diagnosis.incidents import measure_waits
 from stallscope.diagnosis.replica import Replica
 from stallscope.trace import read_trace
-from stallscope.views.blame import OTHERS
 from stallscope.views.different import (
     NONE,
     Difference,
@@ -34,6 +33,7 @@ from stallscope.views.different import (
     distance_of_numbers,
     stalled_requests,
 )
+from stallscope.views.words import OTHERS
 from tests.diagnosis.runs import only_replica
 from tests.views.recordings import diagnosed, replica, waits
 

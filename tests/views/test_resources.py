@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from stallscope.diagnosis.replica import Replica, replicas
 from stallscope.diagnosis.timeline import Floats
-from stallscope.views.resources import OTHERS, Resource, Stack, resources
+from stallscope.views.resources import Resource, Stack, resources
+from stallscope.views.words import OTHERS
 from stallscope_engine.config import EngineConfig
 from tests.diagnosis.runs import MS, only_replica, random_run, scripted_lines
 from tests.trace.recording import START_NS, Arrival, Workload, read, run

@@ -13,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stallscope.diagnosis.replica import Replica
-from stallscope.views.blame import OTHERS
 from stallscope.views.shares import Shares, shares
+from stallscope.views.words import OTHERS
 from stallscope_engine.config import EngineConfig
 from tests.diagnosis.runs import MS, only_replica, random_run, scripted_lines
 from tests.trace.recording import START_NS, read
