@@ -14,7 +14,8 @@ class Address:
     """State of a page; what is empty or None is left to the page.
 
     ``incident``: its number from 1, by harm. ``since`` and ``until``: the window that charts show, ns since the epoch
-    (to a microsecond). ``quantile``: p50, p95, p99.
+    (to a microsecond). ``quantile``: p50, p95, p99. ``question``: what is asked beyond that, as its
+    page has it.
     """
 
     replica: str = ""
@@ -22,6 +23,7 @@ class Address:
     request: str = ""
     tenant: str = ""
     quantile: str = ""
+    question: str = ""
     since: int | None = None
     until: int | None = None
 
@@ -33,7 +35,9 @@ class Address:
         since, until = (_time(given.get(name, "")) for name in ("since", "until"))
         if since is not None and until is not None and since >= until:
             since = until = None
-        texts = {name: given[name] for name in ("replica", "request", "tenant", "quantile") if name in given}
+        texts = {
+            name: given[name] for name in ("replica", "request", "tenant", "quantile", "question") if name in given
+        }
         incident = int(number) if number.isascii() and number.isdigit() and len(number) < 9 else 0
         return Address(**texts, incident=incident, since=since, until=until)
 

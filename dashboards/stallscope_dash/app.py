@@ -15,14 +15,21 @@ from stallscope.errors import StallscopeError
 from stallscope.views import words
 from stallscope_dash import figures, parts
 from stallscope_dash.address import Address
-from stallscope_dash.pages import Page, Part, incident, overview, request, tenants
+from stallscope_dash.pages import Page, Part, alerts, incident, overview, request, tenants, whatif
 from stallscope_dash.recording import NotReadyError, Recording, Stage
 from stallscope_dash.scene import Scene
 
 log = logging.getLogger(__name__)
 
-PAGES: tuple[Page, ...] = (overview.PAGE, incident.PAGE, request.PAGE, tenants.PAGE)
-_PULSE_MS = 400  # between two looks whether the recording has got further
+PAGES: tuple[Page, ...] = (
+    overview.PAGE,
+    incident.PAGE,
+    request.PAGE,
+    tenants.PAGE,
+    whatif.PAGE,
+    alerts.PAGE,
+)
+_BUSY_MS, _IDLE_MS = 400, 2000  # between two looks whether there is news
 _ZOOMS = ("xaxis.range[0]", "xaxis.range[1]")
 
 
@@ -59,7 +66,7 @@ def _shell(recording: Recording) -> Component:
         [
             dcc.Location(id="url", refresh="callback-nav"),
             dcc.Store(id="version", data=""),
-            dcc.Interval(id="pulse", interval=_PULSE_MS),
+            dcc.Interval(id="pulse", interval=_BUSY_MS),
             html.A("To the content", href="#page", className="skip"),
             html.Header(
                 [
@@ -97,14 +104,38 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
     @app.callback(
         Output("version", "data"),
         Output("progress", "children"),
-        Output("pulse", "disabled"),
+        Output("pulse", "interval"),
         Input("pulse", "n_intervals"),
         State("version", "data"),
+        State("pulse", "interval"),
     )
-    def follow(_: int, version: str) -> tuple[object, Component | None, bool]:
-        progress = recording.progress
-        new = no_update if progress.stage == version else str(progress.stage)
-        return new, _progress(recording), progress.stage in (Stage.VERDICT, Stage.FAILED)
+    def follow(_: int, known: str, interval: int) -> tuple[object, object, object]:
+        version = f"{recording.progress.stage} {recording.jobs.ended}"
+        told = _progress(recording)
+        wanted = _BUSY_MS if told else _IDLE_MS
+        busy_before = interval == _BUSY_MS
+        return (
+            no_update if version == known else version,
+            told if told or busy_before else no_update,
+            no_update if wanted == interval else wanted,
+        )
+
+    @app.callback(
+        Output("progress", "children", allow_duplicate=True),
+        Output("pulse", "interval", allow_duplicate=True),
+        Input({"type": "cancel", "name": ALL}, "n_clicks"),
+        prevent_initial_call=True,
+    )
+    def cancel(clicks: list[int | None]) -> tuple[object, object]:
+        if not any(clicks):
+            return no_update, no_update
+        for job in recording.jobs.unfinished():
+            job.cancel()
+        return [], _BUSY_MS
+
+    @app.callback(Output("pulse", "interval", allow_duplicate=True), Input("url", "search"), prevent_initial_call=True)
+    def hurry(_: str | None) -> int:
+        return _BUSY_MS  # something may have been asked
 
     @app.callback(
         Output("url", "search"),
@@ -131,15 +162,26 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
         return request.PAGE.path, Address.of(search or "").search(request=wanted.strip())
 
 
-def _progress(recording: Recording) -> Component | None:
+def _progress(recording: Recording) -> list[Component]:
+    """What is being worked at, and how far it is; what went wrong with the recording."""
     progress = recording.progress
+    told = []
     if progress.stage is Stage.FAILED:
-        return parts.trouble(progress.error)
-    if progress.stage is Stage.VERDICT:
-        return None
-    what = "Reading the trace" if progress.stage is Stage.READING else "Looking for who did it"
-    bar = html.Progress(value=str(round(progress.share, 3)), max="1", **parts.attributes(aria_label=what))
-    return html.P([f"{what}: {progress.share:.0%} ", bar], className="dim")
+        told.append(parts.trouble(words.printable(progress.error)))
+    elif progress.stage is not Stage.DONE:
+        what = "by replay: " if progress.stage is Stage.VERDICT else ""
+        told.append(_bar(f"{what}{progress.doing or 'reading'}", progress.share))
+    own = progress.stage in (Stage.CHARTS, Stage.VERDICT)  # the first job is the recording's
+    jobs = recording.jobs.unfinished()[1 if own else 0 :]
+    told += [_bar(job.progress.stage or "starting", job.progress.share) for job in jobs]
+    if jobs:
+        told.append(html.Button("Cancel", id={"type": "cancel", "name": "jobs"}))
+    return told
+
+
+def _bar(doing: str, share: float) -> Component:
+    bar = html.Progress(value=str(round(share, 3)), max="1", **parts.attributes(aria_label=doing))
+    return html.P([f"{words.printable(doing)}: {share:.0%} ", bar], className="dim")
 
 
 def _zoomed_to(told: Mapping[str, object]) -> tuple[int | None, int | None] | None:

@@ -1,4 +1,4 @@
-"""The command ``dashboard``: reads a recording and serves the app on it."""
+"""The command ``dashboard``: what is asked of a recording, and where the app on it listens."""
 
 from __future__ import annotations
 
@@ -8,11 +8,27 @@ from typing import Annotated
 
 import typer
 
+from stallscope.cli.shared import TenantLog
 from stallscope.errors import UsageError
 
 
 def dashboard(
     trace: Annotated[Path, typer.Argument(help="A trace: file, folder, glob or URL.")],
+    since: Annotated[str | None, typer.Option(help="From when on, as for analyze.")] = None,
+    until: Annotated[str | None, typer.Option(help="Until when; as --since.")] = None,
+    replica: Annotated[str | None, typer.Option(help="Only this replica.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only replicas that serve this model.")] = None,
+    tenants: TenantLog = None,
+    slo: Annotated[
+        list[str] | None, typer.Option(help="ttft=500ms@p99, or chat:itl=100ms@p99; may be given again.")
+    ] = None,
+    redact_for: Annotated[
+        str | None, typer.Option(help="Name nobody but this tenant: others become tenant-1, tenant-2 ...")
+    ] = None,
+    no_replay: Annotated[bool, typer.Option("--no-replay", help="Faster, and less sure: charges alone.")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the diagnosis beside the trace, for analyze and for the next time.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Where to listen; anywhere but on loopback, a token is asked for.")] = (
         "127.0.0.1"
     ),
@@ -25,6 +41,10 @@ def dashboard(
     for module in ("dash", "dash_ag_grid", "waitress"):
         if importlib.util.find_spec(module) is None:
             raise UsageError(f"{module} is not installed; pip install 'stallscope[dashboard]'")
+    from stallscope.asking import Asked
+    from stallscope.diagnosis.slo import parse_slo
     from stallscope_dash.serving import serve
 
-    serve(trace, host=host, port=port, token=token)
+    slos = tuple(parse_slo(text) for text in slo or ())
+    asked = Asked(since, until, replica, model, redact_for, slos, not no_replay, tuple(tenants or ()))
+    serve(trace, asked, save=save, host=host, port=port, token=token)

@@ -197,6 +197,11 @@ class Jobs:
                 self._start_waiting()
         return job
 
+    def unfinished(self) -> list[Job[Any]]:
+        """Those that run or wait, in the order in which they were asked for."""
+        with self._lock:
+            return [job for job in self._jobs.values() if not job.state.is_final]
+
     def _start_waiting(self) -> None:
         for job in self._jobs.values():
             if self._running < self._most_at_once and job.start(self._ended):

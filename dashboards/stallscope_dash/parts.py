@@ -94,6 +94,11 @@ def code(text: str) -> Component:
     return html.Code(words.printable(text))
 
 
+def code_lines(text: str) -> Component:
+    """The same of several lines."""
+    return html.Code("\n".join(words.printable(line) if line else "" for line in text.splitlines()))
+
+
 def verdict(found: Verdict) -> Component:
     return html.Span(str(found).replace("_", " ").upper(), className=f"verdict {found}")
 

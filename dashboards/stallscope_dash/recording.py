@@ -4,43 +4,56 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stallscope.asking import Asked
 from stallscope.diagnosis.incidents import Waits, measure_waits
 from stallscope.diagnosis.model import Diagnosis
 from stallscope.diagnosis.replica import Replica, replica_of
 from stallscope.errors import StallscopeError, UsageError
-from stallscope.trace import Trace, read_trace
+from stallscope.trace import Trace
 from stallscope.views.waterfall import find_request
+from stallscope_dash.jobs import Jobs
 
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
+Advance = Callable[[str, float], None]  # is told what is done, and the share of it that is done, in [0, 1]
+Diagnose = Callable[[Trace, Advance], Diagnosis]
+
 _REPLICAS_KEPT = 4  # tables of a million steps take some 200 MB
 _VIEWS_KEPT = 256
 _OURS = "an error of stallscope's own; the terminal that the dashboard was started from says more"
 
 
 class Stage(StrEnum):
-    """How far a recording has got: charts can be drawn from ``CHARTS`` on, the verdict is there with ``VERDICT``."""
+    """How far a recording has got: charts can be drawn from ``CHARTS`` on, a verdict is there from ``VERDICT`` on, and
+    with ``DONE`` it is the last word."""
 
     READING = "reading"
     CHARTS = "charts"
     VERDICT = "verdict"
+    DONE = "done"
     FAILED = "failed"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (Stage.DONE, Stage.FAILED)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The stage, the share done of what leads to the next one (0..1), and what went wrong ("" where nothing did)."""
+    """The stage, what is being done and the share of it (0..1), and what went wrong ("" where nothing did)."""
 
     stage: Stage
+    doing: str = ""
     share: float = 0.0
     error: str = ""
 
@@ -78,19 +91,20 @@ class Kept:
 class Recording:
     """A trace, its replicas, and its diagnosis.
 
-    ``opened`` reads the trace, and ``diagnosed`` says what was wrong in it; both run in a thread, one after the other,
-    and are told whom to tell the share done.
+    ``opened`` reads the trace, then each of ``diagnoses`` says what was wrong in it, surer than the one before; all run
+    in a thread. ``asked``: which part of the trace it is; ``jobs`` answers what takes longer than a look.
     """
 
     def __init__(
         self,
         path: Path,
-        opened: Callable[[Callable[[float], None]], Trace],
-        diagnosed: Callable[[Trace, Callable[[float], None]], Diagnosis],
+        asked: Asked,
+        jobs: Jobs,
+        opened: Callable[[Advance], Trace],
+        diagnoses: Sequence[Diagnose],
     ) -> None:
-        self.path = path
-        self._opened = opened
-        self._diagnosed = diagnosed
+        self.path, self.asked, self.jobs = path, asked, jobs
+        self._opened, self._diagnoses = opened, diagnoses
         self._progress = Progress(Stage.READING)
         self._trace: Trace | None = None
         self._names: tuple[str, ...] = ()
@@ -132,7 +146,7 @@ class Recording:
     def waits(self, name: str) -> Waits:
         """All waits of a replica's requests, and their charges."""
         replica = self.replica(name)
-        return self._views.get(("waits", name), lambda: measure_waits(replica))
+        return self._views.get(("waits", name), lambda: measure_waits(replica, self.asked.slos))
 
     def view(self, make: Callable[Given, Made], *given: Given.args, **named: Given.kwargs) -> Made:
         """What ``make`` makes of these arguments, a replica the first of them: once, and then kept."""
@@ -145,24 +159,22 @@ class Recording:
         return self._views.get(("request", request), lambda: find_request(trace, request))
 
     def _open(self) -> None:
+        stage = Stage.READING
         try:
-            trace = self._opened(lambda share: self._tell(Stage.READING, share))
+            trace = self._opened(partial(self._tell, stage))
             column = trace.columns("steps", ["replica"])["replica"].cast(pa.string())
             self._names = tuple(sorted(pc.unique(column).drop_null().to_pylist()))
             self._trace = trace
-            self._tell(Stage.CHARTS)
-            self._diagnosis = self._diagnosed(trace, lambda share: self._tell(Stage.CHARTS, share))
-            self._tell(Stage.VERDICT)
+            stage = Stage.CHARTS
+            for diagnose in self._diagnoses:
+                self._diagnosis = diagnose(trace, partial(self._tell, stage))
+                stage = Stage.VERDICT
+            self._tell(Stage.DONE)
         except StallscopeError as error:
             self._progress = Progress(Stage.FAILED, error=str(error))
         finally:
-            if self._progress.stage not in (Stage.VERDICT, Stage.FAILED):
+            if not self._progress.stage.is_final:
                 self._progress = Progress(Stage.FAILED, error=f"{self.path}: {_OURS}")
 
-    def _tell(self, stage: Stage, share: float = 0.0) -> None:
-        self._progress = Progress(stage, share)
-
-
-def opened(path: Path) -> Callable[[Callable[[float], None]], Trace]:
-    """Reads a trace as it is."""
-    return lambda advance: read_trace(path, lambda done, total: advance(done / max(total, 1)))
+    def _tell(self, stage: Stage, doing: str = "", share: float = 0.0) -> None:
+        self._progress = Progress(stage, doing, share)

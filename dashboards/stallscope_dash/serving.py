@@ -4,38 +4,87 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 import typer
 import waitress
 
-from stallscope.diagnosis import diagnose
+from stallscope import asking
+from stallscope.asking import Asked, Stages
+from stallscope.diagnosis.model import Diagnosis
 from stallscope.errors import UsageError
+from stallscope.trace import Trace
+from stallscope_dash.answers import diagnosed
 from stallscope_dash.app import make_app
-from stallscope_dash.recording import Recording, opened
+from stallscope_dash.jobs import Job, Jobs
+from stallscope_dash.recording import Advance, Recording
 from stallscope_dash.security import is_loopback, new_token, protect
 
 _THREADS = 8  # a page asks for all its parts at once
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LOOK_S = 0.2  # between two looks at a job's progress
 
 
-def serve(trace: Path, *, host: str, port: int, token: str | None) -> None:
+def serve(trace: Path, asked: Asked, *, save: bool, host: str, port: int, token: str | None) -> None:
     """Listens before anything is read, and says where. Raises UsageError where it can't listen."""
     local = is_loopback(host)
     if token is None and not local:
         token = new_token()
+    if save:
+        asking.saved(trace, asked).check()
     listening = _listen(host, port)
-    recording = Recording(
-        trace, opened(trace), lambda read, advance: diagnose(read, replay=False, remedies=False, progress=advance)
-    )
-    app = make_app(recording)
+    app = make_app(recording_at(trace, asked, save))
     protect(app.server, app.csp_hashes(), token, _LOOPBACK if local else ())
     shown = f"[{host}]" if ":" in host else host
     link = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={quote(token)}" if token else "")
     typer.echo(f"{trace.name}: {link}  (Ctrl-C ends it)", err=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a page asks for more at once than there are threads
     waitress.serve(app.server, sockets=[listening], threads=_THREADS, ident=None)
+
+
+def recording_at(path: Path, asked: Asked, save: bool) -> Recording:
+    """The recording at a path: diagnosed at once where that was kept, else by charges, and then by replay."""
+    jobs = Jobs()
+
+    def opened(advance: Advance) -> Trace:
+        return asking.selected(asking.read(path, asked.tenants, _stages(advance)), asked)
+
+    def kept_or_by_charges(trace: Trace, advance: Advance) -> Diagnosis:
+        kept = asking.saved(path, asked).load()
+        if kept is not None:
+            return kept[0]
+        quick = replace(asked, replay=False)
+        return _followed(jobs.ask(diagnosed, path, quick, save and not asked.replay), advance)
+
+    def kept_or_replayed(trace: Trace, advance: Advance) -> Diagnosis:
+        kept = asking.saved(path, asked).load()
+        return kept[0] if kept is not None else _followed(jobs.ask(diagnosed, path, asked, save), advance)
+
+    diagnoses = (kept_or_by_charges, kept_or_replayed) if asked.replay else (kept_or_by_charges,)
+    return Recording(path, asked, jobs, opened, diagnoses)
+
+
+def _followed(job: Job[Diagnosis], advance: Advance) -> Diagnosis:
+    """What a job finds; its progress is passed on. Raises StallscopeError where it finds nothing."""
+    while not job.state.is_final:
+        advance(job.progress.stage, job.progress.share)
+        time.sleep(_LOOK_S)
+    return job.result()
+
+
+def _stages(advance: Advance) -> Stages:
+    @contextmanager
+    def begin(stage: str) -> Iterator[Callable[[float], None]]:
+        advance(stage, 0.0)
+        yield partial(advance, stage)
+
+    return begin
 
 
 def _listen(host: str, port: int) -> socket.socket:

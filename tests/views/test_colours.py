@@ -69,7 +69,8 @@ def contrast(one: str, other: str) -> float:
 def pages() -> list[str]:
     """Backgrounds of the report, light and dark."""
     style = (files("stallscope.reports") / "page" / "page.css").read_text(encoding="utf-8")
-    return re.findall(r"--(?:ground|raised): (#[0-9a-f]{6})", style)
+    found = re.findall(r"--(?:ground|raised): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\)", style)
+    return [page for pair in found for page in pair]
 
 
 # --- which tenant looks how ---------------------------------------------------------------------------------------

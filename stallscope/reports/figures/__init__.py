@@ -4,10 +4,12 @@ Categories are numbers with tick texts, never names: Plotly would merge equal la
 that depend on a light or dark page are left to the page.
 """
 
+from stallscope.reports.figures.alerts import firings_figure
 from stallscope.reports.figures.batch import swimlanes_figure
 from stallscope.reports.figures.engine import engine_load_figure, fairness_figure, resource_figure, shares_figure
 from stallscope.reports.figures.frame import Figure, Looks, Span
 from stallscope.reports.figures.waits import percentiles_figure
+from stallscope.reports.figures.whatif import what_if_figure
 
 __all__ = [
     "Figure",
@@ -15,8 +17,10 @@ __all__ = [
     "Span",
     "engine_load_figure",
     "fairness_figure",
+    "firings_figure",
     "percentiles_figure",
     "resource_figure",
     "shares_figure",
     "swimlanes_figure",
+    "what_if_figure",
 ]

@@ -58,7 +58,7 @@ def percentiles_figure(
         "height": _ROW_PX * len(metrics) + _ROWS_FRAME_PX,
         "grid": {"rows": len(metrics), "columns": 1, "pattern": "coupled", "roworder": "top to bottom", "ygap": 0.12},
         "xaxis": {"type": "date", "anchor": axes[metrics[-1]], "range": [when_of(time) for time in span]},
-        **{axis.replace("y", "yaxis"): _seconds_axis(words.METRIC_WORDS[metric]) for metric, axis in axes.items()},
+        **{axis.replace("y", "yaxis"): seconds_axis(words.METRIC_WORDS[metric]) for metric, axis in axes.items()},
         "shapes": [*bands(span, incidents), *_limits(slos, axes, looks)],
         "annotations": numbers(span, incidents),
         "hovermode": "closest",
@@ -128,7 +128,7 @@ def _limits(slos: Sequence[Slo], axes: Mapping[str, str], looks: Looks) -> list[
     return found
 
 
-def _seconds_axis(title: str) -> Figure:
+def seconds_axis(title: str) -> Figure:
     ticks = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
     names = ["1 ms", "10 ms", "100 ms", "1 s", "10 s", "100 s", "1000 s"]
     return {"type": "log", "title": {"text": title}, "tickvals": ticks, "ticktext": names, "zeroline": False}
