@@ -161,6 +161,19 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
             return no_update, no_update
         return request.PAGE.path, Address.of(search or "").search(request=wanted.strip())
 
+    @app.callback(
+        Output("url", "search", allow_duplicate=True),
+        Input({"type": "ask", "name": ALL}, "n_submit"),
+        State({"type": "ask", "name": ALL}, "value"),
+        State("url", "search"),
+        prevent_initial_call=True,
+    )
+    def ask(submitted: list[int | None], written: list[str | None], search: str | None) -> object:
+        if not any(submitted) or not written[0] or not written[0].strip():
+            return no_update
+        kind = ctx.triggered_id["name"]
+        return Address.of(search or "").search(question=f"{kind}:{written[0].strip()}")
+
 
 def _progress(recording: Recording) -> list[Component]:
     """What is being worked at, and how far it is; what went wrong with the recording."""

@@ -176,6 +176,7 @@ class Jobs:
         self._lock = threading.Lock()
         self._jobs: dict[Hashable, Job[Any]] = {}
         self._running = 0  # processes, though their jobs may have been cancelled
+        self._ended_so_far = 0
 
     def ask(
         self, function: Callable[[*Arguments, Stages], Result], *arguments: *Arguments, version: Hashable = None
@@ -197,6 +198,11 @@ class Jobs:
                 self._start_waiting()
         return job
 
+    @property
+    def ended(self) -> int:
+        """How many have ended so far: where it has grown, there is news."""
+        return self._ended_so_far
+
     def unfinished(self) -> list[Job[Any]]:
         """Those that run or wait, in the order in which they were asked for."""
         with self._lock:
@@ -209,6 +215,7 @@ class Jobs:
 
     def _ended(self) -> None:
         with self._lock:
+            self._ended_so_far += 1
             self._running -= 1
             self._start_waiting()
 

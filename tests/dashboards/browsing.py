@@ -13,9 +13,11 @@ import pytest
 import waitress
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from stallscope.asking import Asked
 from stallscope.diagnosis import Diagnosis, diagnose
 from stallscope.trace import Trace
 from stallscope_dash.app import make_app
+from stallscope_dash.jobs import Jobs
 from stallscope_dash.recording import Recording
 from stallscope_dash.security import protect
 
@@ -44,7 +46,7 @@ def serving(
 def recording_of(trace: Trace, diagnosed: Callable[[Trace], Diagnosis] | None = None) -> Recording:
     """A recording that is read already, and diagnosed without replay unless said otherwise."""
     made = diagnosed or (lambda read: diagnose(read, replay=False, remedies=False))
-    return Recording(Path(trace.source), lambda _: trace, lambda read, _: made(read))
+    return Recording(Path(trace.source), Asked(), Jobs(), lambda _: trace, [lambda read, _: made(read)])
 
 
 @dataclass

@@ -36,7 +36,7 @@ _SHOWN = 24  # tenants to choose from
 
 def layout() -> Component:
     own = dcc.Input(
-        id="whatif-own", type="text", debounce=True, n_submit=0, className="search", placeholder="NAME=VALUE",
+        id={"type": "ask", "name": "set"}, type="text", debounce=True, n_submit=0, className="search", placeholder="NAME=VALUE",
         autoComplete="off",
     )  # fmt: skip
     return html.Div(
@@ -81,7 +81,10 @@ def choices(scene: Scene) -> Component:
 
 
 def _separated(links: Sequence[Component]) -> list[parts.Child]:
-    return [piece for at, link in enumerate(links) for piece in ([", ", link] if at else [link])]
+    found: list[parts.Child] = []
+    for link in links:
+        found += [", ", link] if found else [link]
+    return found
 
 
 def asked(scene: Scene) -> Question | None:

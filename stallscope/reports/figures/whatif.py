@@ -32,7 +32,7 @@ def what_if_figure(view: SideBySide, looks: Looks) -> Figure:
         {
             "type": "scatter", "mode": "markers", "name": name, "x": np.maximum(values, 1e-4), "y": rows,
             "marker": {"symbol": symbol, "size": 11, "color": colours, "line": {"width": 2, "color": colours}},
-            "hovertext": [f"{name} {words.duration(value)}" if not np.isnan(value) else "" for value in values.tolist()],
+            "hovertext": [f"{name} {words.duration(one)}" if not np.isnan(one) else "" for one in values.tolist()],
             "hoverinfo": "text", **extra,
         }
         for name, values, symbol, extra in shown
