@@ -36,7 +36,8 @@ _SHOWN = 24  # tenants to choose from
 
 def layout() -> Component:
     own = dcc.Input(
-        id={"type": "ask", "name": "set"}, type="text", debounce=True, n_submit=0, className="search", placeholder="NAME=VALUE",
+        id={"type": "ask", "name": "set"}, type="text", debounce=True, n_submit=0, className="search",
+        placeholder="NAME=VALUE",
         autoComplete="off",
     )  # fmt: skip
     return html.Div(
