@@ -110,13 +110,12 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
         State("pulse", "interval"),
     )
     def follow(_: int, known: str, interval: int) -> tuple[object, object, object]:
-        version = f"{recording.progress.stage} {recording.jobs.ended}"
-        told = _progress(recording)
-        wanted = _BUSY_MS if told else _IDLE_MS
-        busy_before = interval == _BUSY_MS
+        version = recording.version
+        busy = not recording.progress.stage.is_final or recording.jobs.unfinished()
+        wanted = _BUSY_MS if busy else _IDLE_MS
         return (
             no_update if version == known else version,
-            told if told or busy_before else no_update,
+            _progress(recording),
             no_update if wanted == interval else wanted,
         )
 
@@ -181,6 +180,8 @@ def _progress(recording: Recording) -> list[Component]:
     told = []
     if progress.stage is Stage.FAILED:
         told.append(parts.trouble(words.printable(progress.error)))
+    elif recording.renew_s is not None and progress.stage is Stage.DONE:
+        told.append(html.P(f"live, up to {words.clock(recording.end_ns, zone=True)}", className="dim"))
     elif progress.stage is not Stage.DONE:
         what = "by replay: " if progress.stage is Stage.VERDICT else ""
         told.append(_bar(f"{what}{progress.doing or 'reading'}", progress.share))

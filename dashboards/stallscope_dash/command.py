@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stallscope.cli.shared import TenantLog
+from stallscope.cli.shared import TenantLog, length_s
 from stallscope.errors import UsageError
 
 
@@ -29,6 +29,10 @@ def dashboard(
     save: Annotated[
         bool, typer.Option("--save", help="Keep the diagnosis beside the trace, for analyze and for the next time.")
     ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Follow a folder that is being written to, as `stallscope collect` does.")
+    ] = False,
+    last: Annotated[str, typer.Option(help="How much of it --live shows: 90s, 10m, 1h.")] = "10m",
     host: Annotated[str, typer.Option(help="Where to listen; anywhere but on loopback, a token is asked for.")] = (
         "127.0.0.1"
     ),
@@ -45,6 +49,7 @@ def dashboard(
     from stallscope.diagnosis.slo import parse_slo
     from stallscope_dash.serving import serve
 
+    last_s = length_s("--last", last) if live else None
     slos = tuple(parse_slo(text) for text in slo or ())
     asked = Asked(since, until, replica, model, redact_for, slos, not no_replay, tuple(tenants or ()))
-    serve(trace, asked, save=save, host=host, port=port, token=token)
+    serve(trace, asked, save=save, last_s=last_s, host=host, port=port, token=token)

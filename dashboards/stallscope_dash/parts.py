@@ -36,7 +36,9 @@ def time_chart(name: str) -> dict[str, str]:
 def chart(identity: Identity, title: str, about: Children, height: int, *, tools: Children = None) -> Component:
     """A card with a place for a figure, of so many pixels so that nothing moves when it comes."""
     name = identity["name"] if isinstance(identity, dict) else identity
-    graph = dcc.Graph(id=identity, figure=_empty(height), config=_CHART, className="picture", style={"height": height})
+    graph = dcc.Graph(
+        id=identity, figure=_empty(height), config=_CHART, className="picture", style={"minHeight": height}
+    )
     return card(
         title,
         html.Figcaption(about, className="dim"),

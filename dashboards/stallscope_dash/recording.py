@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from stallscope.diagnosis.model import Diagnosis
 from stallscope.diagnosis.replica import Replica, replica_of
 from stallscope.errors import StallscopeError, UsageError
 from stallscope.trace import Trace
+from stallscope.trace.select import span
 from stallscope.views.waterfall import find_request
 from stallscope_dash.jobs import Jobs
 
@@ -30,6 +32,7 @@ Diagnose = Callable[[Trace, Advance], Diagnosis]
 
 _REPLICAS_KEPT = 4  # tables of a million steps take some 200 MB
 _VIEWS_KEPT = 256
+_REST = 2.0  # times as long as it took to read a growing recording again, nothing is done
 _OURS = "an error of stallscope's own; the terminal that the dashboard was started from says more"
 
 
@@ -88,11 +91,28 @@ class Kept:
             return made
 
 
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A trace as it was read once, and what has been made of it since."""
+
+    trace: Trace
+    names: tuple[str, ...]
+    replicas: Kept
+    views: Kept
+
+    @staticmethod
+    def of(trace: Trace) -> _Read:
+        column = trace.columns("steps", ["replica"])["replica"].cast(pa.string())
+        names = tuple(sorted(pc.unique(column).drop_null().to_pylist()))
+        return _Read(trace, names, Kept(_REPLICAS_KEPT), Kept(_VIEWS_KEPT))
+
+
 class Recording:
     """A trace, its replicas, and its diagnosis.
 
     ``opened`` reads the trace, then each of ``diagnoses`` says what was wrong in it, surer than the one before; all run
-    in a thread. ``asked``: which part of the trace it is; ``jobs`` answers what takes longer than a look.
+    in a thread. ``asked``: which part of the trace it is; ``jobs`` answers what takes longer than a look. Of a
+    recording that grows, all is done again ``renew_s`` after it was done, or later where it takes long.
     """
 
     def __init__(
@@ -102,34 +122,39 @@ class Recording:
         jobs: Jobs,
         opened: Callable[[Advance], Trace],
         diagnoses: Sequence[Diagnose],
+        renew_s: float | None = None,
     ) -> None:
-        self.path, self.asked, self.jobs = path, asked, jobs
+        self.path, self.asked, self.jobs, self.renew_s = path, asked, jobs, renew_s
         self._opened, self._diagnoses = opened, diagnoses
         self._progress = Progress(Stage.READING)
-        self._trace: Trace | None = None
-        self._names: tuple[str, ...] = ()
+        self._read: _Read | None = None
         self._diagnosis: Diagnosis | None = None
-        self._replicas = Kept(_REPLICAS_KEPT)
-        self._views = Kept(_VIEWS_KEPT)
-        threading.Thread(target=self._open, name="opening", daemon=True).start()
+        self._times_read = 0
+        threading.Thread(target=self._run, name="opening", daemon=True).start()
 
     @property
     def progress(self) -> Progress:
         return self._progress
 
     @property
+    def version(self) -> str:
+        """Another one whenever there is something new to show."""
+        return f"{self._progress.stage} {self._times_read} {self.jobs.ended}"
+
+    @property
     def trace(self) -> Trace:
         """Raises NotReadyError while it is being read, UsageError where it can't be."""
-        if self._trace is None:
-            if self._progress.stage is Stage.FAILED:
-                raise UsageError(self._progress.error)
-            raise NotReadyError(f"{self.path}: still being read")
-        return self._trace
+        return self._what_was_read().trace
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the replicas that have steps."""
-        return self._names
+        return self._what_was_read().names
+
+    @property
+    def end_ns(self) -> int:
+        """When the last step was ready."""
+        return span(self._what_was_read().trace)[1]
 
     @property
     def diagnosis(self) -> Diagnosis | None:
@@ -138,38 +163,55 @@ class Recording:
 
     def replica(self, name: str) -> Replica:
         """Raises UsageError where there is none of this name."""
-        trace = self.trace
-        if name not in self._names:
-            raise UsageError(f"{trace.source}: no replica {name!r}; it has {', '.join(self._names[:5]) or 'none'}")
-        return self._replicas.get(name, lambda: replica_of(trace, name))
+        read = self._what_was_read()
+        if name not in read.names:
+            known = ", ".join(read.names[:5]) or "none"
+            raise UsageError(f"{read.trace.source}: no replica {name!r}; it has {known}")
+        return read.replicas.get(name, lambda: replica_of(read.trace, name))
 
     def waits(self, name: str) -> Waits:
         """All waits of a replica's requests, and their charges."""
         replica = self.replica(name)
-        return self._views.get(("waits", name), lambda: measure_waits(replica, self.asked.slos))
+        return self._what_was_read().views.get(("waits", name), lambda: measure_waits(replica, self.asked.slos))
 
     def view(self, make: Callable[Given, Made], *given: Given.args, **named: Given.kwargs) -> Made:
         """What ``make`` makes of these arguments, a replica the first of them: once, and then kept."""
         key = (make, *(one.name if isinstance(one, Replica) else one for one in given), *named.items())
-        return self._views.get(key, lambda: make(*given, **named))
+        return self._what_was_read().views.get(key, lambda: make(*given, **named))
 
     def holder_of(self, request: str) -> str:
         """The replica that had a request. Raises UsageError where none had."""
-        trace = self.trace
-        return self._views.get(("request", request), lambda: find_request(trace, request))
+        read = self._what_was_read()
+        return read.views.get(("request", request), lambda: find_request(read.trace, request))
+
+    def _what_was_read(self) -> _Read:
+        if self._read is None:
+            if self._progress.stage is Stage.FAILED:
+                raise UsageError(self._progress.error)
+            raise NotReadyError(f"{self.path}: still being read")
+        return self._read
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            begun = time.monotonic()
+            self._open()
+            if self.renew_s is None:
+                return
+            time.sleep(max(self.renew_s, _REST * (time.monotonic() - begun)))
 
     def _open(self) -> None:
         stage = Stage.READING
         try:
-            trace = self._opened(partial(self._tell, stage))
-            column = trace.columns("steps", ["replica"])["replica"].cast(pa.string())
-            self._names = tuple(sorted(pc.unique(column).drop_null().to_pylist()))
-            self._trace = trace
-            stage = Stage.CHARTS
+            read = _Read.of(self._opened(partial(self._tell, stage)))
+            if self.renew_s is None:
+                self._read, stage = read, Stage.CHARTS
             for diagnose in self._diagnoses:
-                self._diagnosis = diagnose(trace, partial(self._tell, stage))
-                stage = Stage.VERDICT
-            self._tell(Stage.DONE)
+                found = diagnose(read.trace, partial(self._tell, stage))
+                self._read, self._diagnosis, stage = read, found, Stage.VERDICT
+            self._times_read += 1
+            self._progress = Progress(Stage.DONE)
         except StallscopeError as error:
             self._progress = Progress(Stage.FAILED, error=str(error))
         finally:
@@ -177,4 +219,5 @@ class Recording:
                 self._progress = Progress(Stage.FAILED, error=f"{self.path}: {_OURS}")
 
     def _tell(self, stage: Stage, doing: str = "", share: float = 0.0) -> None:
-        self._progress = Progress(stage, doing, share)
+        if not self._times_read:  # when it is read again, what was seen before stays
+            self._progress = Progress(stage, doing, share)

@@ -17,9 +17,11 @@ import waitress
 
 from stallscope import asking
 from stallscope.asking import Asked, Stages
+from stallscope.diagnosis import diagnose
 from stallscope.diagnosis.model import Diagnosis
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
+from stallscope.trace.read import read_recent
 from stallscope_dash.answers import diagnosed
 from stallscope_dash.app import make_app
 from stallscope_dash.jobs import Job, Jobs
@@ -28,10 +30,13 @@ from stallscope_dash.security import is_loopback, new_token, protect
 
 _THREADS = 8  # a page asks for all its parts at once
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_RENEW_S = 5.0  # from one look at a folder that grows to the next
 _LOOK_S = 0.2  # between two looks at a job's progress
 
 
-def serve(trace: Path, asked: Asked, *, save: bool, host: str, port: int, token: str | None) -> None:
+def serve(
+    trace: Path, asked: Asked, *, save: bool, last_s: float | None, host: str, port: int, token: str | None
+) -> None:
     """Listens before anything is read, and says where. Raises UsageError where it can't listen."""
     local = is_loopback(host)
     if token is None and not local:
@@ -39,7 +44,7 @@ def serve(trace: Path, asked: Asked, *, save: bool, host: str, port: int, token:
     if save:
         asking.saved(trace, asked).check()
     listening = _listen(host, port)
-    app = make_app(recording_at(trace, asked, save))
+    app = make_app(recording_at(trace, asked, save) if last_s is None else live_at(trace, asked, last_s))
     protect(app.server, app.csp_hashes(), token, _LOOPBACK if local else ())
     shown = f"[{host}]" if ":" in host else host
     link = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={quote(token)}" if token else "")
@@ -68,6 +73,19 @@ def recording_at(path: Path, asked: Asked, save: bool) -> Recording:
 
     diagnoses = (kept_or_by_charges, kept_or_replayed) if asked.replay else (kept_or_by_charges,)
     return Recording(path, asked, jobs, opened, diagnoses)
+
+
+def live_at(folder: Path, asked: Asked, last_s: float) -> Recording:
+    """The last seconds of a folder that is being written to, again and again; diagnosed by charges alone."""
+
+    def opened(_: Advance) -> Trace:
+        recent = asking.with_logs(read_recent(folder, last_s), asked.tenants, _stages(lambda _doing, _share: None))
+        return asking.selected(recent, asked)
+
+    def by_charges(trace: Trace, _: Advance) -> Diagnosis:
+        return diagnose(trace, slos=asked.slos, replay=False, remedies=False)
+
+    return Recording(folder, asked, Jobs(), opened, [by_charges], _RENEW_S)
 
 
 def _followed(job: Job[Diagnosis], advance: Advance) -> Diagnosis:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stallscope.cli.shared import length_s
 from stallscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B", re.IGNORECASE)
 _PREFIXES = ("", "K", "M", "G", "T")
-_AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _LEAST_SEGMENTS = 3  # one that is written, one that is compressed, one that is kept
 _LEAST_BODIES = 2  # a compressed body is there twice
 
@@ -61,7 +60,7 @@ def collect(
         raise UsageError(f"the collector needs {error.name}: pip install 'stallscope[collect]'") from error
     limits = Limits(
         rotate_bytes=_bytes("--rotate-size", rotate_size),
-        rotate_s=_seconds("--rotate-age", rotate_age),
+        rotate_s=length_s("--rotate-age", rotate_age),
         disk_bytes=_bytes("--disk-budget", disk_budget),
         message_bytes=_bytes("--max-body", max_body),
     )
@@ -123,13 +122,6 @@ def _bytes(option: str, text: str) -> int:
     thousand = 1024 if found[3] else 1000
     size: float = float(found[1]) * thousand ** _PREFIXES.index(found[2].upper())
     return round(size)
-
-
-def _seconds(option: str, text: str) -> float:
-    found = _AGE.fullmatch(text.strip())
-    if found is None or not float(found[1]):
-        raise UsageError(f"{option} {text}: give a time such as 90s, 15m, 1h or 1d")
-    return float(found[1]) * _SECONDS[found[2]]
 
 
 def _endpoint(option: str, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 PIPE_WIDTH = 120
 FOUND = 3
 INCONCLUSIVE = 4
+_LENGTH = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 INTERRUPTED = 130  # as a shell says it of SIGINT
 
 TenantLog = Annotated[
@@ -46,6 +49,14 @@ class ExecutorChoice(StrEnum):
     auto = "auto"
     torch = "torch"
     virtual = "virtual"
+
+
+def length_s(option: str, text: str) -> float:
+    """A length of time such as 15m, in s. Raises UsageError where it is none."""
+    found = _LENGTH.fullmatch(text.strip())
+    if found is None or not float(found[1]):
+        raise UsageError(f"{option} {text}: give a time such as 90s, 15m, 1h or 1d")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def console(*, for_file: bool = False) -> Console:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,13 +41,14 @@ from stallscope.trace.gaps import (
 )
 from stallscope.trace.gpu import gpu_table
 from stallscope.trace.model import Trace
-from stallscope.trace.otlp import Progress, Reader, Resource, find_sources, shown
+from stallscope.trace.otlp import Progress, Reader, Resource, Source, find_sources, recent_sources, shown
 from stallscope.trace.plain_spans import engine_of
 from stallscope.trace.rebuild import Rebuilt, rebuild
 from stallscope.trace.reconstruct import known_clock, reconstruct
 from stallscope.trace.requests import KnownRequest, StepTimes, match_requests, request_table, told_stations
 from stallscope.trace.residency import ResidencyColumns, residency_columns, residency_table
 from stallscope.trace.schema import TABLES
+from stallscope.trace.select import between, span
 from stallscope.trace.tables import Column, encode, names_at, plain_table, same
 from stallscope.trace.validate import check_times
 from stallscope_telemetry import names
@@ -66,7 +68,21 @@ def read_trace(path: str | Path, progress: Progress | None = None) -> Trace:
     if parquet.is_trace_folder(Path(path)):
         return parquet.read_parquet(Path(path))
     with _no_garbage_collection():
-        return _read_sources(path, progress)
+        return _read_sources(find_sources(path), shown(path), progress)
+
+
+def read_recent(folder: Path, last_s: float) -> Trace:
+    """The last seconds of a folder that spans are being written to, up to the last step in it.
+
+    Raises UsageError where nothing came for so long.
+    """
+    if parquet.is_trace_folder(folder):
+        trace = parquet.read_parquet(folder)
+    else:
+        with _no_garbage_collection():
+            trace = _read_sources(recent_sources(folder, time.time() - last_s), str(folder), None)
+    _, end = span(trace)
+    return between(trace, end - int(last_s * 1e9), end)
 
 
 @contextmanager
@@ -81,10 +97,10 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read_sources(trace: str | Path, progress: Progress | None) -> Trace:
-    findings, path = Findings(), shown(trace)
+def _read_sources(sources: Sequence[Source], path: str, progress: Progress | None) -> Trace:
+    findings = Findings()
     reader = Reader(findings, progress)
-    collected = collect(reader.read(find_sources(trace)), findings)
+    collected = collect(reader.read(sources), findings)
     if not reader.saw_otlp:
         damaged = (one.text for one in findings.all() if one.kind in ("damaged_file", "unreadable_file"))
         damage = next((f" ({text.partition(';')[0]})" for text in damaged), "")

@@ -63,7 +63,7 @@ def layout() -> Component:
     return html.Div(
         [
             parts.place("incident-head", 240),
-            parts.chart(LATENCY, "Around it", "What each tenant waited; drag to zoom, double-click for all.", 400),
+            parts.chart(LATENCY, "Around it", "What each tenant waited; drag to zoom, double-click for all.", 430),
             parts.chart(
                 "swimlanes",
                 "Who was in the batch around the worst step",

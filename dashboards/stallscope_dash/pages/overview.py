@@ -19,7 +19,8 @@ from stallscope_dash.recording import NotReadyError, Stage
 from stallscope_dash.scene import Scene
 
 _BINS = 90
-_SHOWN = 50
+_SHOWN, _AT_ONCE = 50, 5  # incidents: in all, and without being asked
+_REPLICAS = 50  # to choose from
 _QUANTILES = {"p50": MEDIAN, "p95": P95, "p99": P99}
 LATENCY, ENGINE = parts.time_chart("latency"), parts.time_chart("engine")
 
@@ -27,14 +28,15 @@ LATENCY, ENGINE = parts.time_chart("latency"), parts.time_chart("engine")
 def layout() -> Component:
     return html.Div(
         [
-            parts.place("answer", 170),
+            parts.place("answer", 130),
+            parts.card("Incidents", parts.place("incidents", 60)),
             html.Div(id="overview-window"),
             parts.chart(
                 LATENCY,
                 "What each tenant waited",
                 "Requests by arrival; incidents are shaded and numbered. A bin with too few requests for a percentile "
                 "shows the highest it can bear. Drag to zoom, double-click for all.",
-                560,
+                615,
                 tools=html.Div(id="quantiles"),
             ),
             parts.chart(
@@ -43,7 +45,6 @@ def layout() -> Component:
                 "The same time, not broken down by who shared the batch: in a stall, most of this looks fine.",
                 430,
             ),
-            parts.card("Incidents", parts.place("incidents", 60)),
         ]
     )
 
@@ -90,7 +91,7 @@ def window(scene: Scene) -> Component | None:
     here = scene.replica_name
     shown: list[Component] = []
     if len(names) > 1:
-        links = {one: scene.address.search(replica=one, since=None, until=None) or "?" for one in names[:_SHOWN]}
+        links = {one: scene.address.search(replica=one, since=None, until=None) or "?" for one in names[:_REPLICAS]}
         shown.append(parts.choice("Replica", links, here))
     if (start, end) != scene.span:
         said = f"{words.clock(start)} to {words.clock(end, zone=True)} ({words.duration((end - start) / 1e9)})"
@@ -124,10 +125,14 @@ def incidents(scene: Scene) -> Component:
     found = scene.diagnosis.incidents
     if not found:
         return parts.nothing("None: no tenant waited far longer than it usually does. The charts show what is usual.")
-    listed = [_row(scene, number, one) for number, one in enumerate(found[:_SHOWN], start=1)]
-    more = len(found) - len(listed)
+    rows = [_row(scene, number, one) for number, one in enumerate(found[:_SHOWN], start=1)]
+    worst, others = rows[:_AT_ONCE], rows[_AT_ONCE:]
+    more = len(found) - len(rows)
     rest = [html.P(f"and {words.counted(more, 'smaller incident')}", className="dim")] if more else []
-    return html.Div([html.Ol(listed, className="incidents"), *rest])
+    lesser = [
+        html.Details([html.Summary(f"{len(found) - len(worst)} more"), html.Ol(others, className="incidents"), *rest])
+    ]
+    return html.Div([html.Ol(worst, className="incidents"), *(lesser if others else [])])
 
 
 def _row(scene: Scene, number: int, one: Incident) -> Component:

@@ -7,7 +7,19 @@
 """
 
 from stallscope.trace.otlp.reader import Progress, Reader
-from stallscope.trace.otlp.sources import find_sources, shown
+from stallscope.trace.otlp.sources import Source, find_sources, recent_sources, shown
 from stallscope.trace.otlp.spans import Attributes, Resource, Span, SpanGroup, Value
 
-__all__ = ["Attributes", "Progress", "Reader", "Resource", "Span", "SpanGroup", "Value", "find_sources", "shown"]
+__all__ = [
+    "Attributes",
+    "Progress",
+    "Reader",
+    "Resource",
+    "Source",
+    "Span",
+    "SpanGroup",
+    "Value",
+    "find_sources",
+    "recent_sources",
+    "shown",
+]

@@ -59,6 +59,15 @@ def shown(trace: str | Path) -> str:
     return "stdin" if where == STDIN else _USER.sub("", where)
 
 
+def recent_sources(folder: Path, changed_since: float) -> list[Source]:
+    """The files of a folder that were written to since a time (s since the epoch): what is in the others is older.
+    Raises UsageError where there is none."""
+    found = [one for one in _within(folder) if one.stat().st_mtime >= changed_since] if folder.is_dir() else []
+    if not found:
+        raise UsageError(f"{folder}: no trace file in it was written to lately; is `stallscope collect` running?")
+    return [_file(one) for one in found]
+
+
 def find_sources(trace: str | Path) -> list[Source]:
     """All that ``trace`` names, files in the order of their names. Raises UsageError where there is none."""
     where = address(trace)
