@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.resources import files
+from typing import Any
 
 import dash
 from dash import ALL, Input, Output, State, ctx, dcc, html, no_update
 from dash.development.base_component import Component
 
 from stallscope.errors import StallscopeError
+from stallscope.reports.markup import Html, element, joined
 from stallscope.views import words
 from stallscope_dash import figures, parts
 from stallscope_dash.address import Address
+from stallscope_dash.jobs import Job
+from stallscope_dash.markup import Markup
 from stallscope_dash.pages import Page, Part, alerts, incident, overview, request, tenants, whatif
 from stallscope_dash.recording import NotReadyError, Recording, Stage
 from stallscope_dash.scene import Scene
@@ -72,13 +76,13 @@ def _shell(recording: Recording) -> Component:
                 [
                     html.Strong("stallscope"),
                     html.Span(words.shortened(recording.path.name, 40), className="dim", title=str(recording.path)),
-                    html.Nav(id="nav", className="nav", **parts.attributes(aria_label="Pages")),
+                    html.Nav(Markup(Html(""), id="nav", className="nav"), **parts.attributes(aria_label="Pages")),
                     html.Label([html.Span("Find a request", className="hidden"), search]),
                     html.Button("◐", id="theme", title="Light or dark", **parts.attributes(aria_label="Light or dark")),
                 ],
                 className="bar",
             ),
-            html.Div(id="progress", role="status"),
+            html.Div([Markup(Html(""), id="progress"), html.Button("Cancel", id="cancel", hidden=True)], role="status"),
             html.Main(id="page", tabIndex=-1),
         ]
     )
@@ -91,46 +95,44 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
     def show(path: str) -> Component:
         page = by_path.get(path)
         if page is None:
-            return parts.card("No such page", html.P([f"There is nothing at {path}. ", dcc.Link("Overview", href="/")]))
+            where = element("p", f"There is nothing at {path}. ", parts.link("Overview", "/"))
+            return parts.card("No such page", Markup(where))
         return page.layout()
 
-    @app.callback(Output("nav", "children"), Input("url", "pathname"), Input("url", "search"))
-    def navigate(path: str, search: str | None) -> list[Component]:
-        return [
-            dcc.Link(page.title, href=f"{page.path}{search or ''}", className="here" if page.path == path else "")
+    @app.callback(Output("nav", "html"), Input("url", "pathname"), Input("url", "search"))
+    def navigate(path: str, search: str | None) -> Html:
+        return joined(
+            parts.link(page.title, f"{page.path}{search or ''}", class_="here" if page.path == path else "")
             for page in PAGES
-        ]
+        )
 
     @app.callback(
         Output("version", "data"),
-        Output("progress", "children"),
+        Output("progress", "html"),
+        Output("cancel", "hidden"),
         Output("pulse", "interval"),
         Input("pulse", "n_intervals"),
         State("version", "data"),
         State("pulse", "interval"),
     )
-    def follow(_: int, known: str, interval: int) -> tuple[object, object, object]:
+    def follow(_: int, known: str, interval: int) -> tuple[object, Html, bool, object]:
         version = recording.version
         busy = not recording.progress.stage.is_final or recording.jobs.unfinished()
         wanted = _BUSY_MS if busy else _IDLE_MS
         return (
             no_update if version == known else version,
-            _progress(recording),
+            joined(_progress(recording)),
+            not _asked_for(recording),
             no_update if wanted == interval else wanted,
         )
 
     @app.callback(
-        Output("progress", "children", allow_duplicate=True),
-        Output("pulse", "interval", allow_duplicate=True),
-        Input({"type": "cancel", "name": ALL}, "n_clicks"),
-        prevent_initial_call=True,
+        Output("cancel", "hidden", allow_duplicate=True), Input("cancel", "n_clicks"), prevent_initial_call=True
     )
-    def cancel(clicks: list[int | None]) -> tuple[object, object]:
-        if not any(clicks):
-            return no_update, no_update
-        for job in recording.jobs.unfinished():
+    def cancel(_: int | None) -> bool:
+        for job in _asked_for(recording):
             job.cancel()
-        return [], _BUSY_MS
+        return True
 
     @app.callback(Output("pulse", "interval", allow_duplicate=True), Input("url", "search"), prevent_initial_call=True)
     def hurry(_: str | None) -> int:
@@ -174,28 +176,29 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
         return Address.of(search or "").search(question=f"{kind}:{written[0].strip()}")
 
 
-def _progress(recording: Recording) -> list[Component]:
+def _asked_for(recording: Recording) -> list[Job[Any]]:
+    """Unfinished jobs that somebody asked for: the first may be the recording's own."""
+    own = recording.progress.stage in (Stage.CHARTS, Stage.VERDICT)
+    return recording.jobs.unfinished()[1 if own else 0 :]
+
+
+def _progress(recording: Recording) -> Iterator[Html]:
     """What is being worked at, and how far it is; what went wrong with the recording."""
     progress = recording.progress
-    told = []
     if progress.stage is Stage.FAILED:
-        told.append(parts.trouble(words.printable(progress.error)))
-    elif recording.renew_s is not None and progress.stage is Stage.DONE:
-        told.append(html.P(f"live, up to {words.clock(recording.end_ns, zone=True)}", className="dim"))
-    elif progress.stage is not Stage.DONE:
+        yield parts.trouble(progress.error)
+    elif not progress.stage.is_final:
         what = "by replay: " if progress.stage is Stage.VERDICT else ""
-        told.append(_bar(f"{what}{progress.doing or 'reading'}", progress.share))
-    own = progress.stage in (Stage.CHARTS, Stage.VERDICT)  # the first job is the recording's
-    jobs = recording.jobs.unfinished()[1 if own else 0 :]
-    told += [_bar(job.progress.stage or "starting", job.progress.share) for job in jobs]
-    if jobs:
-        told.append(html.Button("Cancel", id={"type": "cancel", "name": "jobs"}))
-    return told
+        yield _bar(f"{what}{progress.doing or 'reading'}", progress.share)
+    elif recording.renew_s is not None:
+        yield element("p", f"live, up to {words.clock(recording.end_ns, zone=True)}", class_="dim")
+    for job in _asked_for(recording):
+        yield _bar(job.progress.stage or "starting", job.progress.share)
 
 
-def _bar(doing: str, share: float) -> Component:
-    bar = html.Progress(value=str(round(share, 3)), max="1", **parts.attributes(aria_label=doing))
-    return html.P([f"{words.printable(doing)}: {share:.0%} ", bar], className="dim")
+def _bar(doing: str, share: float) -> Html:
+    bar = element("progress", value=f"{share:.3f}", max="1", aria_label=doing)
+    return element("p", f"{doing}: {share:.0%} ", bar, class_="dim")
 
 
 def _zoomed_to(told: Mapping[str, object]) -> tuple[int | None, int | None] | None:
@@ -236,6 +239,6 @@ def _drawn(recording: Recording, page: Page, part: Part) -> Callable[[str | None
             return no_update
         except StallscopeError as error:
             text = words.printable(str(error))
-            return {"figure": figures.message(text), "children": parts.trouble(text)}.get(part.prop, no_update)
+            return {"figure": figures.message(text), "html": parts.trouble(text)}.get(part.prop, no_update)
 
     return draw

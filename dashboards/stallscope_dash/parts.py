@@ -1,26 +1,27 @@
-"""Pieces that pages are made of: cards, charts with their tools, names, tables, and what is said where nothing is."""
+"""Pieces that pages are made of: cards, charts, places for parts, links, and what is said where there is nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from dash import dcc, html
 from dash.development.base_component import Component
 
-from stallscope.diagnosis.model import Verdict
-from stallscope.views import words
+from stallscope.reports.markup import Html, element
+from stallscope_dash.markup import Markup
 
-Child = str | Component | None
-Children = Child | Sequence[Child]
 Identity = str | dict[str, str]
-_LONGEST_NAME = 64
 _CHART: dcc.Graph.Config = {
     "displaylogo": False,
     "responsive": True,
     "doubleClick": False,  # the whole trace is an address like any other: ``zoomed`` leads there
     "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d", "toImage"],
 }
+_LOADING = element("p", "Loading …", class_="dim loading", role="status")
+
+
+# --- what stands in a layout ----------------------------------------------------------------------------------------
 
 
 def attributes(**given: str) -> dict[str, Any]:
@@ -33,27 +34,26 @@ def time_chart(name: str) -> dict[str, str]:
     return {"type": "time", "name": name}
 
 
-def chart(identity: Identity, title: str, about: Children, height: int, *, tools: Children = None) -> Component:
-    """A card with a place for a figure, of so many pixels so that nothing moves when it comes."""
+def chart(identity: Identity, title: str, about: str, height: int, *, tools: str = "") -> Component:
+    """A card with a place for a figure, of so many pixels so that nothing moves when it comes, and with one for
+    ``tools``, if they have an identity."""
     name = identity["name"] if isinstance(identity, dict) else identity
     graph = dcc.Graph(
         id=identity, figure=_empty(height), config=_CHART, className="picture", style={"minHeight": height}
     )
-    return card(
-        title,
-        html.Figcaption(about, className="dim"),
-        html.Div(tools, className="tools") if tools is not None else None,  # a component without children is falsy
+    buttons = [
+        element(
+            "button", kind.upper(), class_="save", data_save=kind, data_name=name, aria_label=f"Save {title} as {kind}"
+        )
+        for kind in ("png", "svg")
+    ]
+    shown = [
+        Markup(element("p", about, class_="dim")),
+        place(tools) if tools else None,
         html.Figure(graph, **attributes(aria_label=title)),
-        html.Div(
-            [
-                html.Button(
-                    kind.upper(), className="save", **attributes(data_save=kind, data_name=name, aria_label=said)
-                )
-                for kind, said in (("png", f"Save {title} as PNG"), ("svg", f"Save {title} as SVG"))
-            ],
-            className="saves",
-        ),
-    )
+        Markup(element("div", *buttons, class_="saves")),
+    ]
+    return card(title, *shown)
 
 
 def _empty(height: int) -> dict[str, object]:
@@ -65,69 +65,46 @@ def _empty(height: int) -> dict[str, object]:
     }
 
 
-def card(title: Children, *content: Child, classes: str = "") -> Component:
+def card(title: str, *content: Component | None) -> Component:
     """A section of a page."""
-    return html.Section([html.H2(title), *(one for one in content if one is not None)], className=f"card {classes}")
+    return html.Section([html.H2(title), *(one for one in content if one is not None)], className="card")
+
+
+def said(text: str) -> Component:
+    """A sentence under a heading."""
+    return Markup(element("p", text, class_="dim"))
 
 
 def place(identity: str, height: int = 0) -> Component:
-    """Where a part will draw components; says that it is loading until then."""
-    waiting = html.P("Loading …", className="dim loading", role="status")
-    return html.Div(waiting, id=identity, style={"minHeight": height} if height else {})
+    """Where a part will put its HTML; says that it is loading until then."""
+    return Markup(_LOADING, id=identity, style={"minHeight": height})
 
 
-def trouble(text: str) -> Component:
+# --- what parts put there ---------------------------------------------------------------------------------------------
+
+
+def trouble(text: str) -> Html:
     """What went wrong, in a line that says what to do."""
-    return html.P(text, className="trouble", role="alert")
+    return element("p", text, class_="trouble", role="alert")
 
 
-def nothing(text: str) -> Component:
+def nothing(text: str) -> Html:
     """What there is not, and what to do about that."""
-    return html.P(text, className="dim nothing")
+    return element("p", text, class_="dim nothing")
 
 
-def name(text: str, kind: str = "") -> Component:
-    """A name from the trace; in full where one points at it."""
-    shown = words.shortened(words.printable(text), _LONGEST_NAME)
-    return html.Span(shown, className=kind or None, title=text if len(text) > _LONGEST_NAME else None)
+def link(text: str, href: str, **attributes: str) -> Html:
+    """To another address of ours."""
+    return element("a", text, href=href or "?", **attributes)
 
 
-def code(text: str) -> Component:
-    return html.Code(words.printable(text))
-
-
-def code_lines(text: str) -> Component:
-    """The same of several lines."""
-    return html.Code("\n".join(words.printable(line) if line else "" for line in text.splitlines()))
-
-
-def verdict(found: Verdict) -> Component:
-    return html.Span(str(found).replace("_", " ").upper(), className=f"verdict {found}")
-
-
-def choice(label: str, links: Mapping[str, str], chosen: str) -> Component:
+def choice(label: str, links: Mapping[str, str], chosen: str) -> Html:
     """Links of which one is chosen: a choice that is kept in the address."""
-    shown = [dcc.Link(text, href=href, className="chosen" if text == chosen else "") for text, href in links.items()]
-    return html.Nav(shown, className="choice", **attributes(aria_label=label))
+    shown = [link(text, href, class_="chosen" if text == chosen else "") for text, href in links.items()]
+    return element("nav", *shown, class_="choice", aria_label=label)
 
 
-def table(
-    headings: Sequence[str], rows: Sequence[Sequence[Children]], *, names: int = 1, text: Sequence[int] = ()
-) -> Component:
-    """A small table whose first ``names`` columns are names, those at ``text`` sentences, and the others numbers; on a
-    narrow page a row is a card, and each cell says what it is."""
-
-    def kind(at: int) -> str:
-        return "name" if at < names else "text" if at in text else "number"
-
-    head = html.Tr([html.Th(one, className=kind(at), scope="col") for at, one in enumerate(headings)])
-    body = [
-        html.Tr(
-            [
-                html.Td(html.Div(cell), className=kind(at), **attributes(data_label=headings[at]))
-                for at, cell in enumerate(row)
-            ]
-        )
-        for row in rows
-    ]
-    return html.Div(html.Table([html.Thead(head), html.Tbody(body)], className="cards"), className="scroll", tabIndex=0)
+def command(line: str) -> Html:
+    """What can be typed, with a button that copies it."""
+    copy = element("button", "copy", class_="save", data_copy=line, aria_label="Copy the command")
+    return element("p", element("code", line), " ", copy)

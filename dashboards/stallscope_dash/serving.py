@@ -29,6 +29,7 @@ from stallscope_dash.recording import Advance, Recording
 from stallscope_dash.security import is_loopback, new_token, protect
 
 _THREADS = 8  # a page asks for all its parts at once
+_BACKLOG = 64
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RENEW_S = 5.0  # from one look at a folder that grows to the next
 _LOOK_S = 0.2  # between two looks at a job's progress
@@ -106,12 +107,13 @@ def _stages(advance: Advance) -> Stages:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound there."""
+    """A socket that listens there."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
+        listening.listen(_BACKLOG)  # who comes before the app is there, waits for it
     except OSError as error:
         where = f"--host {host} --port {port}"
         raise UsageError(f"{where}: cannot listen there ({error.strerror}); --port 0 takes a free one") from error

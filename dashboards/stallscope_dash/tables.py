@@ -9,8 +9,9 @@ import dash_ag_grid as ag
 from dash import html
 from dash.development.base_component import Component
 
+from stallscope.reports.markup import element
 from stallscope.views import words
-from stallscope_dash import parts
+from stallscope_dash.markup import Markup
 
 _ROW_PX, _ROWS_A_PAGE = 34, 10
 # In the colours of the page, light or dark.
@@ -66,9 +67,7 @@ def grid(identity: str, columns: Sequence[Column]) -> Component:
                 csvExportParams={"fileName": f"{identity}.csv"},
                 style={"height": None},
             ),
-            html.Button(
-                "CSV", className="save", **parts.attributes(data_csv=identity, aria_label="Save the table as CSV")
-            ),
+            Markup(element("button", "CSV", class_="save", data_csv=identity, aria_label="Save the table as CSV")),
         ]
     )
 

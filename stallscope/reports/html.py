@@ -14,7 +14,7 @@ from importlib.resources import files
 from stallscope import __version__
 from stallscope.diagnosis.incidents import measure_waits
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
-from stallscope.diagnosis.model import Diagnosis, Incident, Intervention, Verdict
+from stallscope.diagnosis.model import Diagnosis, Incident
 from stallscope.diagnosis.replica import Replica, replicas
 from stallscope.reports.figures import (
     Figure,
@@ -24,7 +24,22 @@ from stallscope.reports.figures import (
     resource_figure,
     swimlanes_figure,
 )
-from stallscope.reports.markup import Html, data_block, element, joined
+from stallscope.reports.markup import Html, data_block, element
+from stallscope.reports.pieces import (
+    about_request,
+    answer,
+    blame_matrix,
+    charges,
+    code,
+    falls,
+    incident_facts,
+    interventions,
+    name,
+    remedies,
+    table,
+    verdict_words,
+    victims,
+)
 from stallscope.trace import Trace
 from stallscope.views import words
 from stallscope.views.blame import Blame, blame
@@ -33,13 +48,11 @@ from stallscope.views.focus import around
 from stallscope.views.percentiles import percentiles
 from stallscope.views.resources import Resource, resources
 from stallscope.views.swimlanes import Swimlanes, swimlanes
-from stallscope.views.waterfall import OWN, Waterfall, waterfall_of
+from stallscope.views.waterfall import Waterfall, waterfall_of
 
 SHOWN_INCIDENTS = 20
 _METRICS = (METRICS[TTFT], METRICS[ITL])
 _POINTS, _MOMENTS = 90, 400  # widths of the pictures: bins of percentiles, moments of the KV cache
-_ROWS = 30  # of a waterfall, the longest
-_LONGEST_NAME = 64
 
 
 def to_html(diagnosis: Diagnosis, trace: Trace) -> str:
@@ -47,11 +60,11 @@ def to_html(diagnosis: Diagnosis, trace: Trace) -> str:
     replica = _replica_to_show(diagnosis, trace)
     incidents = diagnosis.incidents[:SHOWN_INCIDENTS]
     pictures: dict[str, Figure] = {}
-    body = [*_head(diagnosis), *_incidents(diagnosis)]
+    body = [*answer(diagnosis), *_incidents(diagnosis)]
     if replica is not None:
         body += _pictures(diagnosis, replica, pictures)
     body += [*_what_if(incidents), *_tenants(diagnosis), _footer(diagnosis)]
-    return _page(f"{_verdict(diagnosis.verdict)}: {diagnosis.source}", body, pictures)
+    return _page(f"{verdict_words(diagnosis.verdict)}: {diagnosis.source}", body, pictures)
 
 
 def _replica_to_show(diagnosis: Diagnosis, trace: Trace) -> Replica | None:
@@ -93,58 +106,6 @@ def _hashes(scripts: Sequence[str]) -> str:
 # --- the answer ---------------------------------------------------------------------------------------------------
 
 
-def _head(diagnosis: Diagnosis) -> Iterable[Html]:
-    length = words.duration((diagnosis.end_ns - diagnosis.start_ns) / 1e9)
-    when = f"{words.day(diagnosis.start_ns)} {words.clock(diagnosis.start_ns, zone=True)}, {length}"
-    yield element(
-        "header",
-        element("span", _verdict(diagnosis.verdict), class_=f"verdict {diagnosis.verdict}"),
-        element("span", f"  {diagnosis.source} · {when}", class_="dim"),
-        element("h1", words.headline(diagnosis)),
-        element("ul", *_facts(diagnosis), class_="facts"),
-    )
-    for check in diagnosis.replays:
-        yield element("p", f"replay of {words.replay_line(check)}", class_="dim" if check.trusted else "note")
-    for note in diagnosis.notes:
-        yield element("p", f"note: {note}", class_="note")
-    yield from _do_now(diagnosis)
-
-
-def _facts(diagnosis: Diagnosis) -> Iterable[Html]:
-    first, *rest = words.evidence(diagnosis).split(" · ")
-    yield element("li", first, class_="sure")
-    c = diagnosis.coverage
-    doubts = c.steps_lost or c.records_dropped or c.requests_lost or c.known_tenant_share < 0.9 or c.fidelity < 3
-    for fact in rest:
-        yield element("li", fact, class_="doubt" if doubts and _is_doubtful(fact, diagnosis) else "")
-
-
-def _is_doubtful(fact: str, diagnosis: Diagnosis) -> bool:
-    """Whether a fact is one that makes the answer less sure."""
-    c = diagnosis.coverage
-    if fact.startswith("fidelity"):
-        return c.fidelity < 3
-    if "of known tenant" in fact:
-        return c.known_tenant_share < 0.9
-    return ("lost" in fact and "none lost" not in fact) or "dropped" in fact
-
-
-def _do_now(diagnosis: Diagnosis) -> Iterable[Html]:
-    """The first remedy that needs no change of the engine, where a replay predicts one that helps."""
-    best = words.tonight(diagnosis)
-    if best is None:
-        return
-    rest = f": by replay, {words.restored(best)} of what the victims lost would be gone"
-    yield element(
-        "p",
-        element("b", "Tonight: "),
-        best.what,
-        rest,
-        *([Html("<br>"), element("code", best.how)] if best.how else []),
-        class_="now",
-    )
-
-
 # --- incidents ----------------------------------------------------------------------------------------------------
 
 
@@ -165,63 +126,9 @@ def _incidents(diagnosis: Diagnosis) -> Iterable[Html]:
 
 
 def _incident(incident: Incident) -> Iterable[Html]:
-    rows: list[tuple[str, Html]] = []
-    for culprit in incident.culprits:
-        rows.append(("culprit", joined([_name(culprit.tenant, "culprit"), words.culprit_line(culprit, incident)])))
-        shown = [one for one in culprit.requests if one.share >= 0.05][:3] or list(culprit.requests[:1])
-        for request in shown:
-            what = (
-                f": {request.prompt_tokens:,} prompt and {request.output_tokens:,} output tokens, "
-                f"arrived {words.clock(request.arrival_ns)}, cost them {words.duration(request.caused_s)} "
-                f"({request.share:.0%} of what its tenant did)"
-            )
-            kind = "request" if request.request == culprit.dominating_request else "one of"
-            rows.append((kind, joined([_code(request.request), what])))
-    if incident.group:
-        rows.append(("alike", joined([incident.group])))
-    rows += [("because", joined([reason])) for reason in incident.reasons]
-    rows.append(("confidence", joined([str(incident.confidence)])))
-    if incident.mechanism and not incident.culprits:
-        rows.append(("mechanism", joined([f"{incident.mechanism}: {words.mechanism(incident.mechanism)}"])))
-    if incident.runner_up:
-        rows.append(("runner-up", joined([_name(incident.runner_up), f", {incident.runner_up_share:.0%}"])))
-    yield element("dl", *(joined([element("dt", name), element("dd", text)]) for name, text in rows))
-    yield _victims(incident)
-    yield _charges(incident)
-
-
-def _victims(incident: Incident) -> Html:
-    headings = ["victim", "stalled", "lost", "TTFT", "usually", "longest gap", "usually"]
-    rows = [
-        [
-            _name(victim.tenant),
-            f"{victim.stalled_requests:,} of {victim.requests:,}",
-            words.duration(victim.lost_s),
-            *(
-                next((words.quantile(one) for one in quantiles if one.metric == metric), "-")
-                for metric in ("ttft", "itl")
-                for quantiles in (victim.during, victim.usual)
-            ),
-        ]
-        for victim in incident.victims
-    ]
-    return _table(headings, rows, names=1)
-
-
-def _charges(incident: Incident) -> Html:
-    shown = [charge for charge in incident.charges if charge.share >= 0.01][:12]
-    rows = [
-        [
-            joined([_name(charge.holder), " (itself)" if charge.own else ""]),
-            charge.mechanism,
-            words.duration(charge.seconds),
-            f"{charge.share:.0%}",
-        ]
-        for charge in shown
-    ]
-    table = _table(["charged to", "by", "seconds", "share"], rows, names=2)
-    title = f"Where the {words.duration(incident.lost_s)} went"
-    return element("details", element("summary", title), table)
+    yield incident_facts(incident)
+    yield victims(incident)
+    yield charges(incident)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -303,68 +210,15 @@ def _swimlanes_caption(view: Swimlanes) -> str:
 def _blame_section(view: Blame) -> Iterable[Html]:
     if not view.victims:
         return
-    most = float(view.seconds.max())
-    head = element("tr", element("th", "victim"), *(element("th", _name(holder)) for holder in view.holders))
-    rows = []
-    for victim, stalled, seconds, mechanisms in zip(
-        view.victims, view.stalled, view.seconds, view.mechanisms, strict=True
-    ):
-        hit = element("small", words.counted(stalled, "stalled request"), class_="dim")
-        cells = (
-            _heat(float(amount), float(amount) / most, name) for amount, name in zip(seconds, mechanisms, strict=True)
-        )
-        rows.append(element("tr", element("th", _name(victim), Html("<br>"), hit), *cells))
-    table = element("table", element("thead", head), element("tbody", *rows), class_="heat")
     about = (
         "Seconds that stalled waits of each victim (rows) are charged to each holder (columns), by what mostly; "
         "own work is left out, and a tenant's own other requests count as its own."
     )
-    yield _section("Who waited for whom", about, element("div", table, class_="scroll"))
-
-
-def _heat(seconds: float, share: float, mechanism: str) -> Html:
-    if seconds <= 0:
-        return element("td", "", class_="cell")
-    style = f"background: rgba(var(--heat), {0.06 + 0.74 * share:.2f})"
-    kind = "cell hot" if share > 0.4 else "cell"
-    return element("td", words.duration(seconds), element("small", mechanism), class_=kind, style=style)
+    yield _section("Who waited for whom", about, blame_matrix(view))
 
 
 def _waterfall(view: Waterfall) -> Html:
-    shown = sorted(sorted(view.rows, key=lambda row: -row.length_s)[:_ROWS], key=lambda row: row.offset_s)
-    rows = []
-    for row in shown:
-        left = f"{100 * row.offset_s / view.length_s:.2f}%"
-        width = f"{100 * row.length_s / view.length_s:.2f}%"
-        bar = element("div", element("span", style=f"left: {left}; width: {width}"), class_="track")
-        parts = [part for part in row.parts if part.seconds >= 0.1 * row.length_s][:3]
-        who: list[str] = []
-        for part in parts:
-            who += [", " if who else "", _name(part.holder), f" {part.mechanism} {words.duration(part.seconds)}"]
-        cells = [
-            element("td", words.duration(row.offset_s), class_="number"),
-            element("td", words.duration(row.length_s), class_="number"),
-            element("td", bar),
-            element("td", f"{row.doing}, stalled" if row.stalled else row.doing),
-            element("td", *who, class_="text"),
-        ]
-        rows.append(element("tr", *cells, class_="stalled" if row.stalled else ""))
-    headings = [element("th", name, class_="number") for name in ("after", "for")]
-    headings += [element("th", name) for name in ("", "doing", "charged to")]
-    table = element("table", element("thead", element("tr", *headings)), element("tbody", *rows), class_="falls")
-    others = sum(part.seconds for part in view.parts if part.holder != OWN)
-    first = "no token yet" if view.ttft_s is None else f"first token after {words.duration(view.ttft_s)}"
-    about = joined(
-        [
-            _code(view.request),
-            " of ",
-            _name(view.tenant),
-            f" took {words.duration(view.length_s)}, {words.duration(others)} of it not its own work; {first}; "
-            f"{view.prompt_tokens:,} prompt and {view.output_tokens:,} output tokens.",
-            f" {words.counted(len(view.rows) - len(shown), 'shorter row')} left out." if len(view.rows) > _ROWS else "",
-        ]
-    )
-    return _section("The worst request's time", about, element("div", table, class_="scroll"))
+    return _section("The worst request's time", about_request(view), falls(view))
 
 
 # --- what if ------------------------------------------------------------------------------------------------------
@@ -376,32 +230,14 @@ def _what_if(incidents: Sequence[Incident]) -> Iterable[Html]:
             continue
         which = "" if len(incidents) == 1 else f" in incident {number}"
         if incident.interventions:
-            rows = [_intervention(one) for one in incident.interventions]
-            headings = ["replayed with", "excess gone", "victims and culprits", "throughput"]
             about = "The recorded arrivals run again, with one thing changed; blame rests on these."
-            yield _section(f"What would have been{which}", about, _table(headings, rows, names=1, text=(2,)))
+            yield _section(f"What would have been{which}", about, interventions(incident.interventions))
         if incident.remedies:
-            rows = [
-                ["tonight" if one.tonight else "engine change", *_intervention(one)[:1], _code(one.how) if one.how else
-                 "", *_intervention(one)[1:]]
-                for one in incident.remedies
-            ]  # fmt: skip
-            headings = ["when", "remedy", "how", "excess gone", "victims and culprits", "throughput"]
             about = "What can be done tonight first, then what needs a change of the engine."
-            yield _section(f"What would help{which}", about, _table(headings, rows, names=2, text=(2, 4)))
+            yield _section(f"What would help{which}", about, remedies(incident.remedies))
     if incidents and not any(one.interventions or one.remedies for one in incidents):
         about = "No replay was made: nothing is predicted here, and no confidence is higher than medium."
         yield _section("What would have been", about)
-
-
-def _intervention(one: Intervention) -> list[str]:
-    """Cells: what was changed, what it restores, whom it changes how, and throughput."""
-    caveat = words.caveat(one)
-    lines: list[str] = []
-    for prediction in words.predictions(one):
-        lines += [*([Html("<br>")] if lines else []), prediction]
-    what = joined([one.what, *([Html("<br>"), element("span", caveat, class_="note")] if caveat else [])])
-    return [what, words.restored(one), joined(lines), f"{one.throughput:.0%}"]
 
 
 # --- the whole trace ----------------------------------------------------------------------------------------------
@@ -416,7 +252,7 @@ def _tenants(diagnosis: Diagnosis) -> Iterable[Html]:
         shares = (tenant.token_share, tenant.step_time_share, tenant.kv_share)
         rows.append(
             [
-                _name(tenant.tenant),
+                name(tenant.tenant),
                 f"{tenant.requests:,}",
                 values.get("ttft", "-"),
                 values.get("itl", "-"),
@@ -425,7 +261,7 @@ def _tenants(diagnosis: Diagnosis) -> Iterable[Html]:
         )
     headings = ["tenant", "requests", "TTFT", "longest gap", "tokens", "step time", "KV cache"]
     about = "Percentiles, and shares of what the engine spent, over the whole trace."
-    yield _section("All tenants", about, _table(headings, rows, names=1))
+    yield _section("All tenants", about, table(headings, rows, names=1))
 
 
 def _footer(diagnosis: Diagnosis) -> Html:
@@ -433,40 +269,5 @@ def _footer(diagnosis: Diagnosis) -> Html:
     return element(
         "footer",
         element("p", f"stallscope {__version__}, schema of the diagnosis {diagnosis.schema_version}."),
-        *([element("p", "One request in full: ", _code(command))] if command else []),
+        *([element("p", "One request in full: ", code(command))] if command else []),
     )
-
-
-# --- pieces -------------------------------------------------------------------------------------------------------
-
-
-def _verdict(verdict: Verdict) -> str:
-    return str(verdict).replace("_", " ").upper()
-
-
-def _name(name: str, kind: str = "") -> Html:
-    """A name from the trace; in full where one points at it."""
-    shown = words.shortened(words.printable(name), _LONGEST_NAME)
-    return element("span", shown, class_=kind, title=name if len(name) > _LONGEST_NAME else "")
-
-
-def _code(text: str) -> Html:
-    return element("code", words.printable(text))
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, names: int, text: Sequence[int] = ()) -> Html:
-    """A table whose first ``names`` columns are names, those at ``text`` sentences, and the others numbers."""
-
-    def kind(column: int) -> str:
-        return "name" if column < names else "text" if column in text else "number"
-
-    def cells(row: Sequence[str]) -> Iterable[Html]:
-        # On a narrow page a row becomes a card, and each cell says what it is.
-        return (
-            element("td", element("div", cell), class_=kind(at), data_label=headings[at]) for at, cell in enumerate(row)
-        )
-
-    head = element("tr", *(element("th", name, class_=kind(at)) for at, name in enumerate(headings)))
-    body = (element("tr", *cells(row)) for row in rows)
-    table = element("table", element("thead", head), element("tbody", *body), class_="cards")
-    return element("div", table, class_="scroll")

@@ -11,15 +11,23 @@ const goTo = (href) => {
 window.dashAgGridComponentFunctions = window.dashAgGridComponentFunctions || {};
 window.dashAgGridComponentFunctions.StallscopeLink = (props) => {
   const cell = (props.data || {})[props.colDef.field] || {};
-  const follow = (event) => {
-    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
-    event.preventDefault();
-    goTo(cell.href);
-  };
-  return React.createElement("a", { href: cell.href, onClick: follow }, cell.text);
+  return React.createElement("a", { href: cell.href }, cell.text);
+};
+
+// HTML that came escaped from the server.
+window.stallscope_dash = {
+  Markup: ({ id, html, className, style }) =>
+    React.createElement("div", { id, className, style, dangerouslySetInnerHTML: { __html: html } }),
 };
 
 document.addEventListener("click", (event) => {
+  const link = event.target.closest("a");
+  if (link && link.origin === window.location.origin && !link.getAttribute("href").startsWith("#")
+      && !(event.ctrlKey || event.metaKey || event.shiftKey || event.defaultPrevented)) {
+    event.preventDefault();
+    goTo(link.href);
+    return;
+  }
   const button = event.target.closest("button");
   if (!button) return;
   if (button.dataset.save) {
@@ -30,6 +38,8 @@ document.addEventListener("click", (event) => {
     }
   } else if (button.dataset.csv) {
     window.dash_ag_grid.getApi(button.dataset.csv).exportDataAsCsv({ fileName: `${button.dataset.csv}.csv` });
+  } else if (button.dataset.copy) {
+    navigator.clipboard.writeText(button.dataset.copy).then(() => { button.textContent = "copied"; });
   } else if (button.id === "theme") {
     const dark = getComputedStyle(document.documentElement).colorScheme === "dark"
       || (!document.documentElement.dataset.theme && window.matchMedia("(prefers-color-scheme: dark)").matches);

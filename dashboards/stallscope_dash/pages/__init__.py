@@ -17,7 +17,7 @@ class Part:
 
     identity: Identity
     draw: Callable[[Scene], object]
-    prop: str = "children"
+    prop: str = "html"
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 
-from dash import dcc, html
+from dash import html
 from dash.development.base_component import Component
 
 from stallscope.alerts.preview import PreviewedAlert, Trial
 from stallscope.reports.figures import Figure, firings_figure
-from stallscope.views import words
+from stallscope.reports.markup import Html, element, joined
 from stallscope_dash import parts
 from stallscope_dash.answers import TriedAlerts, tried_alerts
 from stallscope_dash.figures import framed, message
@@ -49,28 +49,25 @@ def _answer(scene: Scene) -> TriedAlerts | None:
     return job.result()
 
 
-def head(scene: Scene) -> Component:
+def head(scene: Scene) -> Html:
     job = _job(scene)
     if scene.recording.asked.redact_for is not None:
-        return parts.card("Alerts", parts.nothing("Rules name tenants, and this view may not: open it unredacted."))
+        return parts.nothing("Rules name tenants, and this view may not: open it unredacted.")
     if job is None or job.state is State.CANCELLED:
-        ask = dcc.Link("Make the rules and try them", href=scene.address.search(question=_TRY), className="ask")
-        said = "The whole trace is watched as a collector would watch it: seconds to minutes."
-        return parts.card("Alert rules for this endpoint", html.P([ask, html.Br(), said], className="dim"))
+        ask = parts.link("Make the rules and try them", scene.address.search(question=_TRY), class_="ask")
+        about = "The whole trace is watched as a collector would watch it: seconds to minutes."
+        return joined([element("h1", "Alert rules for this endpoint"), element("p", ask, Html("<br>"), about)])
     if not job.state.is_final:
-        return html.P("Working; how far it is stands at the top of the page.", className="dim", role="status")
+        return element("p", "Working; how far it is stands at the top of the page.", class_="dim", role="status")
     found = job.result()
     lines = [found.trial.headline, *found.trial.evidence] if found.trial is not None else [found.missing]
-    export = shlex.join(
-        ["stallscope", "alerts", "export", "--from", str(scene.recording.path), "-o", "stallscope.rules.yml"]
-    )
-    return html.Header(
-        [
-            html.H1(words.printable(lines[0])),
-            html.Ul([html.Li(words.printable(line)) for line in lines[1:]], className="facts"),
-            *(html.P(f"note: {words.printable(note)}", className="note") for note in found.notes),
-            html.P([parts.code(export), dcc.Clipboard(content=export, title="copy", className="copy")]),
-        ]
+    export = ["stallscope", "alerts", "export", "--from", str(scene.recording.path), "-o", "stallscope.rules.yml"]
+    return element(
+        "header",
+        element("h1", lines[0]),
+        element("ul", *(element("li", line) for line in lines[1:]), class_="facts"),
+        *(element("p", f"note: {note}", class_="note") for note in found.notes),
+        parts.command(shlex.join(export)),
     )
 
 
@@ -91,36 +88,35 @@ def firings(scene: Scene) -> Figure:
     return framed(firings_figure(names, severities, fired, scene.window, scene.incidents))
 
 
-def rules(scene: Scene) -> Component:
+def rules(scene: Scene) -> Html:
     found = _answer(scene)
     if found is None:
         return parts.nothing("None yet.")
-    return html.Div([_rule(number, alert, found.trial) for number, alert in enumerate(found.alerts)], className="rules")
+    shown = (_rule(number, alert, found.trial) for number, alert in enumerate(found.alerts))
+    return element("div", *shown, class_="rules")
 
 
-def _rule(number: int, alert: PreviewedAlert, trial: Trial | None) -> Component:
+def _rule(number: int, alert: PreviewedAlert, trial: Trial | None) -> Html:
     """An alert in a line, which opens to all there is to say of it."""
     fired = [one for one in trial.firings if one.firing.alert == number] if trial is not None else []
     state = f"fired {len(fired)} times" if len(fired) > 1 else "fired once" if fired else alert.not_provable or "quiet"
-    facts: list[tuple[str, parts.Children]] = [("says", words.printable(alert.summary))]
-    facts += [(f"threshold {label}".strip(), words.printable(why)) for label, why in alert.reasons]
+    facts: list[tuple[str, str]] = [("says", alert.summary)]
+    facts += [(f"threshold {label}".strip(), why) for label, why in alert.reasons]
     facts += [
         ("for", f"{alert.for_s} s; keeps firing for {alert.keep_firing_s} s"),
-        ("expression", html.Pre(parts.code_lines(alert.expression))),
+        ("expression", element("pre", *(element("code", f"{line} ") for line in alert.expression.splitlines()))),
         ("runbook", alert.runbook),
     ]
-    return html.Details(
-        [
-            html.Summary(
-                [
-                    html.Span(str(alert.severity).upper(), className=f"severity {alert.severity}"),
-                    html.B(alert.name),
-                    html.Span(words.printable(state), className="dim"),
-                ]
-            ),
-            html.Dl([piece for name, said in facts for piece in (html.Dt(name), html.Dd(said))]),
-        ],
-        className="incident",
+    return element(
+        "details",
+        element(
+            "summary",
+            element("span", str(alert.severity).upper(), class_=f"severity {alert.severity}"),
+            element("b", alert.name),
+            element("span", state, class_="dim"),
+        ),
+        element("dl", *(joined([element("dt", title), element("dd", text)]) for title, text in facts)),
+        class_="incident",
     )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
-from dash import dcc, html
+from dash import html
 from dash.development.base_component import Component
 
 from stallscope.diagnosis.model import Incident, Intervention, Quantile, Victim
 from stallscope.diagnosis.timeline import Ints
+from stallscope.reports import pieces
 from stallscope.reports.figures import Figure, percentiles_figure, resource_figure, swimlanes_figure
+from stallscope.reports.markup import Html, element, joined
 from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.views import words
 from stallscope.views.blame import blame
@@ -80,10 +82,9 @@ def layout() -> Component:
             ),
             parts.card(
                 "Who waited for whom",
-                html.P(
+                parts.said(
                     "Seconds that stalled waits of each victim (rows) are charged to each holder (columns), by what "
-                    "mostly; own work is left out.",
-                    className="dim",
+                    "mostly; own work is left out."
                 ),
                 parts.place("blame", 120),
             ),
@@ -117,55 +118,35 @@ def _the_incident(scene: Scene) -> Incident | None:
 # --- what it was ----------------------------------------------------------------------------------------------------
 
 
-def head(scene: Scene) -> Component:
+def head(scene: Scene) -> Html:
     """The incident in words: verdict, culprits, mechanism, confidence, runner-up; and the way to its neighbours."""
     incident = _the_incident(scene)
     if incident is None:
-        return parts.card("No incident", parts.nothing("No tenant waited far longer than it usually does."))
+        return parts.nothing("No incident: no tenant waited far longer than it usually does.")
     count = len(scene.diagnosis.incidents) if scene.diagnosis is not None else 0
     steps = {
         text: f"/incident{scene.address.search(incident=number, replica='', since=None, until=None)}"
         for text, number in (("← worse", scene.number - 1), ("lesser →", scene.number + 1))
         if 1 <= number <= count
     }
-    return html.Header(
-        [
-            html.P(
-                [f"Incident {scene.number} of {count} ", parts.choice("Other incidents", steps, "") if steps else None],
-                className="dim",
-            ),
-            html.H1([parts.verdict(incident.verdict), " ", *_who(incident)]),
-            html.P(words.printable(words.incident_when(incident)), className="dim"),
-            html.Dl([piece for title, text in _facts(incident) for piece in (html.Dt(title), html.Dd(text))]),
-        ],
-        className="incident",
+    others = parts.choice("Other incidents", steps, "") if steps else ""
+    return element(
+        "header",
+        element("p", f"Incident {scene.number} of {count} ", others, class_="dim"),
+        element("h1", pieces.verdict(incident.verdict), " ", *_who(incident)),
+        element("p", words.incident_when(incident), class_="dim"),
+        pieces.incident_facts(incident),
+        class_="incident",
     )
 
 
-def _who(incident: Incident) -> Iterator[parts.Child]:
+def _who(incident: Incident) -> Iterator[str]:
     victims = words.listed([words.shortened(words.printable(one.tenant), 40) for one in incident.victims[:3]])
     for at, culprit in enumerate(incident.culprits):
         yield ", " if at else ""
-        yield parts.name(culprit.tenant, "culprit")
+        yield pieces.name(culprit.tenant, "culprit")
     yield f" stalled {victims}" if incident.culprits else f"{victims} waited"
     yield f": {words.duration(incident.lost_s)} lost"
-
-
-def _facts(incident: Incident) -> Iterator[tuple[str, parts.Children]]:
-    for culprit in incident.culprits:
-        said = words.printable(words.culprit_line(culprit, incident))
-        yield "culprit", [parts.name(culprit.tenant, "culprit"), said]
-        load = f"{culprit.load:.0%} of the engine's {culprit.load_of}, usually {culprit.usual_load:.0%}"
-        yield "its load", load
-    if incident.group:
-        yield "alike", words.printable(incident.group)
-    for reason in incident.reasons:
-        yield "because", words.printable(reason)
-    yield "confidence", str(incident.confidence)
-    if incident.mechanism and not incident.culprits:
-        yield "mechanism", f"{incident.mechanism}: {words.mechanism(incident.mechanism)}"
-    if incident.runner_up:
-        yield "runner-up", [parts.name(incident.runner_up), f", {incident.runner_up_share:.0%} of what was charged"]
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -196,45 +177,19 @@ def batch(scene: Scene) -> Figure:
     return framed(swimlanes_figure(view, scene.incidents, scene.looks))
 
 
-def who_for_whom(scene: Scene) -> Component:
+def who_for_whom(scene: Scene) -> Html:
     """The matrix of blame: rows are victims, columns are who is charged."""
     incident = _the_incident(scene)
     if incident is None:
         return parts.nothing("Nobody waited for long.")
-    waits = scene.recording.waits(scene.replica_name)
-    view = blame(scene.replica, waits, [(incident.start_ns, incident.end_ns)])
-    if not view.victims:
-        return parts.nothing("Nothing is charged to anybody here.")
-    most = float(view.seconds.max())
-    head = html.Tr([html.Th("victim"), *(html.Th(parts.name(holder), scope="col") for holder in view.holders)])
-    rows = [
-        html.Tr(
-            [
-                html.Th(
-                    [parts.name(victim), html.Br(), html.Small(words.counted(stalled, "stalled request"))], scope="row"
-                ),
-                *(_heat(float(s), float(s) / most, by) for s, by in zip(seconds, mechanisms, strict=True)),
-            ]
-        )
-        for victim, stalled, seconds, mechanisms in zip(
-            view.victims, view.stalled, view.seconds, view.mechanisms, strict=True
-        )
-    ]
-    return html.Div(html.Table([html.Thead(head), html.Tbody(rows)], className="heat"), className="scroll", tabIndex=0)
-
-
-def _heat(seconds: float, share: float, mechanism: str) -> Component:
-    if seconds <= 0:
-        return html.Td("", className="cell")
-    style = {"background": f"rgba(var(--heat), {0.06 + 0.74 * share:.2f})"}
-    kind = "cell hot" if share > 0.4 else "cell"
-    return html.Td([words.duration(seconds), html.Small(mechanism)], className=kind, style=style)
+    view = blame(scene.replica, scene.recording.waits(scene.replica_name), [(incident.start_ns, incident.end_ns)])
+    return pieces.blame_matrix(view) if view.victims else parts.nothing("Nothing is charged to anybody here.")
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def then(scene: Scene) -> Component:
+def then(scene: Scene) -> Html:
     """Each victim's percentiles in the incident, usually, and as replayed with the culprits as usual."""
     incident = _the_incident(scene)
     if incident is None:
@@ -242,21 +197,23 @@ def then(scene: Scene) -> Component:
     best = incident.interventions[0] if incident.interventions else None
     rows = [_percentile(victim, during, best) for victim in incident.victims for during in victim.during]
     without = words.printable(best.what) if best is not None else "without (no replay)"
-    return parts.table(["victim", "of", "then", "usually", without, "requests"], rows, names=2)
+    return pieces.table(["victim", "of", "then", "usually", without, "requests"], rows, names=2)
 
 
-def _percentile(victim: Victim, during: Quantile, best: Intervention | None) -> list[parts.Children]:
+def _percentile(victim: Victim, during: Quantile, best: Intervention | None) -> list[str]:
     usual = next((one for one in victim.usual if one.metric == during.metric), None)
     told = (
         (one for one in best.predictions if (one.tenant, one.metric) == (victim.tenant, during.metric)) if best else ()
     )
     predicted = next(iter(told), None)
     said = "-"
-    if predicted is not None:
+    if predicted is not None and predicted.high_s <= 0 < predicted.recorded_s:
+        said = "no request left"
+    elif predicted is not None:
         spread = f" ({words.duration(predicted.low_s)} to {words.duration(predicted.high_s)})"
         said = words.duration(predicted.predicted_s) + (spread if predicted.low_s != predicted.high_s else "")
     return [
-        parts.name(victim.tenant),
+        pieces.name(victim.tenant),
         f"{words.METRIC_WORDS.get(during.metric, during.metric)} {words.quantile_name(during.quantile)}",
         words.duration(during.value_s),
         words.quantile(usual) if usual is not None else "-",
@@ -303,7 +260,7 @@ def caused(scene: Scene) -> list[dict[str, object]]:
     ]
 
 
-def different_about_hit(scene: Scene) -> Component:
+def different_about_hit(scene: Scene) -> Html:
     incident = _the_incident(scene)
     if incident is None:
         return parts.nothing("Nobody was hit.")
@@ -311,14 +268,14 @@ def different_about_hit(scene: Scene) -> Component:
     return _different(scene, incident, stalled_requests(waits, incident.start_ns, incident.end_ns))
 
 
-def different_about_caused(scene: Scene) -> Component:
+def different_about_caused(scene: Scene) -> Html:
     incident = _the_incident(scene)
     if incident is None or not incident.culprits:
         return parts.nothing("Nobody is blamed.")
     return _different(scene, incident, blamed_requests(scene.replica, incident))
 
 
-def _different(scene: Scene, incident: Incident, chosen: Ints) -> Component:
+def _different(scene: Scene, incident: Incident, chosen: Ints) -> Html:
     unusual = [(one.start_ns, one.end_ns) for one in scene.incidents]
     return differences(different(scene.replica, chosen, incident.start_ns, incident.end_ns, unusual))
 
@@ -326,41 +283,29 @@ def _different(scene: Scene, incident: Incident, chosen: Ints) -> Component:
 # --- what to do -----------------------------------------------------------------------------------------------------
 
 
-def remedies(scene: Scene) -> Component:
+def remedies(scene: Scene) -> Html:
     incident = _the_incident(scene)
     if incident is None:
         return parts.nothing("There is nothing to mend.")
     if not incident.remedies:
-        return parts.nothing("No replay was made, so nothing is predicted. `stallscope whatif` can be asked for more.")
-    rows: list[Sequence[parts.Children]] = [
-        [
-            "tonight" if one.tonight else "engine change",
-            words.printable(one.what),
-            parts.code(one.how) if one.how else "",
-            words.restored(one),
-            html.Ul([html.Li(words.printable(line)) for line in words.predictions(one)]),
-            f"{one.throughput:.0%}",
-        ]
-        for one in incident.remedies
-    ]
-    headings = ["when", "remedy", "how", "excess gone", "victims and culprits", "throughput"]
-    return parts.table(headings, rows, names=2, text=(2, 4))
+        ask = parts.link("ask what if", f"/whatif{scene.address.search()}")
+        return element("p", "Without a replay nothing is predicted here; ", ask, ".", class_="dim nothing")
+    return pieces.remedies(incident.remedies)
 
 
-def commands(scene: Scene) -> Component:
+def commands(scene: Scene) -> Html:
     """What reproduces this page: its link, and what to type."""
     incident = _the_incident(scene)
-    if incident is None or scene.diagnosis is None or scene.diagnosis.source == REDACTED_SOURCE:
+    if incident is None or scene.diagnosis is None:
         return parts.nothing("There is nothing to reproduce.")
-    source = scene.diagnosis.source
-    lines = [shlex.join(["stallscope", "analyze", source, "--replica", incident.replica])]
-    if incident.victims:
-        lines.append(shlex.join(["stallscope", "explain", source, incident.victims[0].worst_request]))
     link = f"/incident{scene.address.search(incident=scene.number)}"
-    return html.Div(
-        [html.P(["This view: ", dcc.Link(words.shortened(link, 100), href=link)])]
-        + [html.P([parts.code(line), dcc.Clipboard(content=line, title="copy", className="copy")]) for line in lines]
-    )
+    here = element("p", "This view: ", parts.link(words.shortened(link, 100), link))
+    source = scene.diagnosis.source
+    if source == REDACTED_SOURCE:
+        return here
+    lines = [["stallscope", "analyze", source, "--replica", incident.replica]]
+    lines += [["stallscope", "explain", source, victim.worst_request] for victim in incident.victims[:1]]
+    return joined([here, *(parts.command(shlex.join(line)) for line in lines)])
 
 
 PAGE = Page(

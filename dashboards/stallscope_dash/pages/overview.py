@@ -1,14 +1,14 @@
-"""Overview: the answer in words, then what tenants waited, beside what ordinary panels show, and the incidents."""
+"""Overview: the answer in words and the incidents, then what tenants waited, beside what ordinary panels show."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from dash import dcc, html
+from dash import html
 from dash.development.base_component import Component
 
-from stallscope.diagnosis.model import Diagnosis, Incident
+from stallscope.diagnosis.model import Incident
+from stallscope.reports import pieces
 from stallscope.reports.figures import Figure, engine_load_figure, percentiles_figure
+from stallscope.reports.markup import Html, element, joined
 from stallscope.views import words
 from stallscope.views.engine_load import engine_load
 from stallscope.views.percentiles import MEDIAN, P95, P99, SHOWN_METRICS, percentiles
@@ -30,14 +30,14 @@ def layout() -> Component:
         [
             parts.place("answer", 130),
             parts.card("Incidents", parts.place("incidents", 60)),
-            html.Div(id="overview-window"),
+            parts.place("overview-window"),
             parts.chart(
                 LATENCY,
                 "What each tenant waited",
                 "Requests by arrival; incidents are shaded and numbered. A bin with too few requests for a percentile "
                 "shows the highest it can bear. Drag to zoom, double-click for all.",
                 615,
-                tools=html.Div(id="quantiles"),
+                tools="quantiles",
             ),
             parts.chart(
                 ENGINE,
@@ -49,61 +49,77 @@ def layout() -> Component:
     )
 
 
-def answer(scene: Scene) -> Component:
+def answer(scene: Scene) -> Html:
     """The verdict in words, how sure it is, and what can be done tonight."""
-    diagnosis = scene.diagnosis
-    if diagnosis is None:
-        if scene.recording.progress.stage is Stage.FAILED:
-            return html.Div()
-        return html.Div(
-            [
-                html.H1("Looking for who did it …"),
-                html.P("The charts below are of the whole recording already.", className="dim"),
-            ]
-        )
-    length = words.duration((diagnosis.end_ns - diagnosis.start_ns) / 1e9)
-    when = f"{words.day(diagnosis.start_ns)} {words.clock(diagnosis.start_ns, zone=True)}, {length}"
-    return html.Header(
-        [
-            parts.verdict(diagnosis.verdict),
-            html.Span(f"  {words.printable(diagnosis.source)} · {when}", className="dim"),
-            html.H1(words.printable(words.headline(diagnosis))),
-            html.Ul([html.Li(fact) for fact in words.evidence(diagnosis).split(" · ")], className="facts"),
-            *tonight(diagnosis),
-            *(html.P(f"note: {words.printable(note)}", className="note") for note in diagnosis.notes),
-        ]
+    if scene.diagnosis is not None:
+        return joined(pieces.answer(scene.diagnosis))
+    if scene.recording.progress.stage is Stage.FAILED:
+        return Html("")
+    about = "The charts below are of the whole recording already."
+    return joined([element("h1", "Looking for who did it …"), element("p", about, class_="dim")])
+
+
+def incidents(scene: Scene) -> Html:
+    if scene.diagnosis is None:
+        raise NotReadyError("no diagnosis yet")
+    found = scene.diagnosis.incidents
+    if not found:
+        return parts.nothing("None: no tenant waited far longer than it usually does. The charts show what is usual.")
+    rows = [_row(scene, number, one) for number, one in enumerate(found[:_SHOWN], start=1)]
+    worst = element("ol", *rows[:_AT_ONCE], class_="incidents")
+    if len(rows) <= _AT_ONCE:
+        return worst
+    more = len(found) - len(rows)
+    rest = [element("p", f"and {words.counted(more, 'smaller incident')}", class_="dim")] if more else []
+    lesser = element("ol", *rows[_AT_ONCE:], class_="incidents")
+    return joined([worst, element("details", element("summary", f"{len(found) - _AT_ONCE} more"), lesser, *rest)])
+
+
+def _row(scene: Scene, number: int, one: Incident) -> Html:
+    """A link to the incident: when it was, what, who did it to whom, and what it cost."""
+    culprits = [pieces.name(culprit.tenant, "culprit") for culprit in one.culprits[:3]]
+    victims = words.listed([words.shortened(words.printable(victim.tenant), 40) for victim in one.victims[:3]])
+    who = [text for culprit in culprits for text in (", ", culprit)][1:]
+    did = [*who, f" stalled {victims}"] if who else [f"{victims} waited"]
+    return element(
+        "li",
+        element(
+            "a",
+            element("span", str(number), class_="number"),
+            element("span", pieces.verdict(one.verdict), " ", *did, class_="what"),
+            element("span", f"{words.duration(one.lost_s)} lost", class_="lost"),
+            element("span", words.incident_when(one), class_="dim when"),
+            href=f"/incident{scene.address.search(incident=number, replica='', since=None, until=None)}",
+        ),
     )
 
 
-def tonight(diagnosis: Diagnosis) -> Iterator[Component]:
-    """The first remedy that needs no change of the engine, where a replay predicts one that helps."""
-    best = words.tonight(diagnosis)
-    if best is not None:
-        how = [html.Br(), parts.code(best.how)] if best.how else []
-        rest = f": by replay, {words.restored(best)} of what the victims lost would be gone"
-        yield html.P([html.B("Tonight: "), words.printable(best.what), rest, *how], className="now")
-
-
-def window(scene: Scene) -> Component | None:
+def window(scene: Scene) -> Html:
     """Which replica and which stretch of time the charts show, and the way back to all of it."""
     start, end = scene.window
-    names = scene.recording.names
-    here = scene.replica_name
-    shown: list[Component] = []
+    shown: list[Html] = []
+    names = scene.recording.names[:_REPLICAS]
     if len(names) > 1:
-        links = {one: scene.address.search(replica=one, since=None, until=None) or "?" for one in names[:_REPLICAS]}
-        shown.append(parts.choice("Replica", links, here))
+        links = {one: scene.address.search(replica=one, since=None, until=None) for one in names}
+        shown.append(parts.choice("Replica", links, scene.replica_name))
     if (start, end) != scene.span:
-        said = f"{words.clock(start)} to {words.clock(end, zone=True)} ({words.duration((end - start) / 1e9)})"
-        back = dcc.Link("show all", href=scene.address.search(since=None, until=None) or "?")
-        shown.append(html.P([f"Zoomed to {said}: ", back], className="dim zoomed"))
-    return html.Div(shown) if shown else None
+        stretch = f"{words.clock(start)} to {words.clock(end, zone=True)} ({words.duration((end - start) / 1e9)})"
+        back = parts.link("show all", scene.address.search(since=None, until=None))
+        shown.append(element("p", f"Zoomed to {stretch}: ", back, class_="dim zoomed"))
+    return joined(shown)
+
+
+def quantiles(scene: Scene) -> Html:
+    """Which percentile is drawn."""
+    links = {one: scene.address.search(quantile=one) for one in _QUANTILES}
+    return parts.choice("Percentile", links, scene.address.quantile if scene.address.quantile in links else "p99")
 
 
 def latency(scene: Scene) -> Figure:
     view = scene.recording.view(percentiles, scene.replica, *scene.window, _BINS)
     quantile = _QUANTILES.get(scene.address.quantile, P99)
-    figure = percentiles_figure(view, scene.window, scene.incidents, scene.looks, SHOWN_METRICS, quantile)
+    slos = scene.recording.asked.slos
+    figure = percentiles_figure(view, scene.window, scene.incidents, scene.looks, SHOWN_METRICS, quantile, slos=slos)
     return framed(figure)
 
 
@@ -112,64 +128,16 @@ def engine(scene: Scene) -> Figure:
     return framed(engine_load_figure(view, scene.window, scene.incidents))
 
 
-def quantiles(scene: Scene) -> Component:
-    """Which percentile is drawn."""
-    links = {name: scene.address.search(quantile=name) for name in _QUANTILES}
-    chosen = scene.address.quantile if scene.address.quantile in _QUANTILES else "p99"
-    return parts.choice("Percentile", links, chosen)
-
-
-def incidents(scene: Scene) -> Component:
-    if scene.diagnosis is None:
-        raise NotReadyError("no diagnosis yet")
-    found = scene.diagnosis.incidents
-    if not found:
-        return parts.nothing("None: no tenant waited far longer than it usually does. The charts show what is usual.")
-    rows = [_row(scene, number, one) for number, one in enumerate(found[:_SHOWN], start=1)]
-    worst, others = rows[:_AT_ONCE], rows[_AT_ONCE:]
-    more = len(found) - len(rows)
-    rest = [html.P(f"and {words.counted(more, 'smaller incident')}", className="dim")] if more else []
-    lesser = [
-        html.Details([html.Summary(f"{len(found) - len(worst)} more"), html.Ol(others, className="incidents"), *rest])
-    ]
-    return html.Div([html.Ol(worst, className="incidents"), *(lesser if others else [])])
-
-
-def _row(scene: Scene, number: int, one: Incident) -> Component:
-    """A link to the incident: when it was, what, who did it to whom, and what it cost."""
-    culprits = [parts.name(culprit.tenant, "culprit") for culprit in one.culprits[:3]]
-    victims = words.listed([words.shortened(words.printable(victim.tenant), 40) for victim in one.victims[:3]])
-    did = [*_joined(culprits), " stalled ", victims] if culprits else [victims, " waited"]
-    return html.Li(
-        dcc.Link(
-            [
-                html.Span(str(number), className="number"),
-                html.Span([parts.verdict(one.verdict), " ", *did], className="what"),
-                html.Span(f"{words.duration(one.lost_s)} lost", className="lost"),
-                html.Span(words.printable(words.incident_when(one)), className="dim when"),
-            ],
-            href=f"/incident{scene.address.search(incident=number, replica='', since=None, until=None)}",
-        )
-    )
-
-
-def _joined(names: list[Component]) -> list[Component | str]:
-    found: list[Component | str] = []
-    for one in names:
-        found += [", " if found else "", one]
-    return found
-
-
 PAGE = Page(
     "/",
     "Overview",
     layout,
     (
         Part("answer", answer),
+        Part("incidents", incidents),
         Part("overview-window", window),
         Part("quantiles", quantiles),
         Part(LATENCY, latency, "figure"),
         Part(ENGINE, engine, "figure"),
-        Part("incidents", incidents),
     ),
 )

@@ -7,11 +7,14 @@ import shlex
 from dash import html
 from dash.development.base_component import Component
 
+from stallscope.reports import pieces
 from stallscope.reports.figures import Figure, swimlanes_figure
+from stallscope.reports.markup import Html, element
 from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.views import words
 from stallscope.views.swimlanes import swimlanes
-from stallscope.views.waterfall import OWN, Row, Waterfall, code_of, waterfall_of
+from stallscope.views.waterfall import Part as ChargedPart
+from stallscope.views.waterfall import Waterfall, code_of, waterfall_of
 from stallscope_dash import parts
 from stallscope_dash.figures import framed, message
 from stallscope_dash.pages import Page, Part
@@ -55,68 +58,32 @@ def wanted(scene: Scene) -> str:
     return victims[0].worst_request if victims else ""
 
 
-def head(scene: Scene) -> Component:
+def head(scene: Scene) -> Html:
     life = _life(scene)
     if life is None:
-        return parts.card("Which request?", parts.nothing("Paste an id into the search above, or come from a table."))
-    others = sum(part.seconds for part in life.parts if part.holder != OWN)
-    first = "no token yet" if life.ttft_s is None else f"first token after {words.duration(life.ttft_s)}"
-    estimated = [html.P("Nobody saw the batches: who was in them is an estimate.", className="note")]
+        return parts.nothing("Which request? Paste an id into the search above, or come from a table.")
+    arrived = f"{life.state}; arrived {words.clock(life.arrival_ns, zone=True)} on {life.replica}"
+    estimated = element("p", "Nobody saw the batches: who was in them is an estimate.", class_="note")
     source = scene.recording.trace.source
-    line = shlex.join(["stallscope", "explain", source, life.request])
-    said = (
-        f"{first}; {life.prompt_tokens:,} prompt and {life.output_tokens:,} output tokens; {life.state}; "
-        f"arrived {words.clock(life.arrival_ns, zone=True)} on {life.replica}"
-    )
-    return html.Header(
-        [
-            html.H1([parts.code(life.request), " of ", parts.name(life.tenant)]),
-            html.P(f"{words.duration(life.length_s)}, {words.duration(others)} of it not its own work; {said}."),
-            *(estimated if life.estimated else []),
-            html.Ul(
-                [_charged(part.holder, part.mechanism, part.seconds) for part in life.parts[:8]], className="facts"
-            ),
-            *([] if source == REDACTED_SOURCE else [html.P(parts.code(line), className="dim")]),
-        ]
+    command = parts.command(shlex.join(["stallscope", "explain", source, life.request]))
+    return element(
+        "header",
+        element("h1", pieces.about_request(life)),
+        element("p", arrived, class_="dim"),
+        estimated if life.estimated else "",
+        element("ul", *(_charged(part) for part in life.parts[:8]), class_="facts"),
+        command if source != REDACTED_SOURCE else "",
     )
 
 
-def _charged(holder: str, mechanism: str, seconds: float) -> Component:
-    return html.Li([parts.name(holder), f" {mechanism} {words.duration(seconds)}"])
+def _charged(part: ChargedPart) -> Html:
+    return element("li", pieces.name(part.holder), f" {part.mechanism} {words.duration(part.seconds)}")
 
 
-def falls(scene: Scene) -> Component:
+def falls(scene: Scene) -> Html:
     """The longest stretches of its life, in order: what it did, and whom that is charged to."""
     life = _life(scene)
-    if life is None:
-        return parts.nothing("No request is looked at.")
-    shown = sorted(sorted(life.rows, key=lambda row: -row.length_s)[:_ROWS], key=lambda row: row.offset_s)
-    heads = [html.Th(one, className="number", scope="col") for one in ("after", "for")]
-    heads += [html.Th(one, scope="col") for one in ("where in its life", "doing", "charged to")]
-    table = html.Table(
-        [html.Thead(html.Tr(heads)), html.Tbody([_fall(row, life.length_s) for row in shown])], className="falls"
-    )
-    left = len(life.rows) - len(shown)
-    more = [html.P(f"{words.counted(left, 'shorter row')} left out.", className="dim")] if left else []
-    return html.Div([html.Div(table, className="scroll", tabIndex=0), *more])
-
-
-def _fall(row: Row, length_s: float) -> Component:
-    left, width = (f"{100 * value / max(length_s, 1e-9):.2f}%" for value in (row.offset_s, row.length_s))
-    parties = [part for part in row.parts if part.seconds >= 0.1 * row.length_s][:3]
-    who: list[parts.Child] = []
-    for part in parties:
-        who += [", " if who else "", parts.name(part.holder), f" {part.mechanism} {words.duration(part.seconds)}"]
-    return html.Tr(
-        [
-            html.Td(words.duration(row.offset_s), className="number"),
-            html.Td(words.duration(row.length_s), className="number"),
-            html.Td(html.Div(html.Span(style={"left": left, "width": width}), className="track")),
-            html.Td(f"{row.doing}, stalled" if row.stalled else row.doing),
-            html.Td(who, className="text"),
-        ],
-        className="stalled" if row.stalled else None,
-    )
+    return parts.nothing("No request is looked at.") if life is None else pieces.falls(life, _ROWS)
 
 
 def batch(scene: Scene) -> Figure:

@@ -8,7 +8,9 @@ import numpy as np
 from dash import html
 from dash.development.base_component import Component
 
+from stallscope.reports import pieces
 from stallscope.reports.figures import Figure, fairness_figure, shares_figure
+from stallscope.reports.markup import Html, element
 from stallscope.views import words
 from stallscope.views.blame import blame_balance
 from stallscope.views.shares import Spent, shares
@@ -43,7 +45,7 @@ _COLUMNS = (
 def layout() -> Component:
     return html.Div(
         [
-            parts.card("All tenants", html.P(id="tenants-about", className="dim"), grid("tenants", _COLUMNS)),
+            parts.card("All tenants", parts.place("tenants-about"), grid("tenants", _COLUMNS)),
             *(parts.chart(_cost(cost), title, about, 300) for cost, (title, about) in _COSTS.items()),
             parts.chart(
                 _FAIRNESS,
@@ -54,7 +56,7 @@ def layout() -> Component:
             ),
             parts.card(
                 "Who made others wait, and by what",
-                html.P("Seconds of stalled waits of others that are charged to each tenant.", className="dim"),
+                parts.said("Seconds of stalled waits of others that are charged to each tenant."),
                 parts.place("balance", 80),
             ),
         ]
@@ -65,10 +67,11 @@ def _cost(cost: str) -> dict[str, str]:
     return parts.time_chart(f"tenants-{cost}")
 
 
-def about(scene: Scene) -> str:
+def about(scene: Scene) -> Html:
     start, end = scene.span
     length = words.duration((end - start) / 1e9)
-    return f"Percentiles and shares over all {length} of the trace; what was waited for, on {scene.replica_name}."
+    said = f"Percentiles and shares over all {length} of the trace; what was waited for, on {scene.replica_name}."
+    return element("p", said, class_="dim")
 
 
 def rows(scene: Scene) -> list[dict[str, object]]:
@@ -112,23 +115,24 @@ def fairness(scene: Scene) -> Figure:
     return framed(fairness_figure(view, scene.window, scene.incidents))
 
 
-def balance(scene: Scene) -> Component:
+def balance(scene: Scene) -> Html:
     """Seconds that each tenant made others wait, by mechanism."""
     view = scene.recording.view(blame_balance, scene.replica, scene.recording.waits(scene.replica_name))
     order = [at for at in np.argsort(-view.given.sum(axis=1), kind="stable").tolist() if view.given[at].any()]
     if not order:
         return parts.nothing("Nobody: no request of one tenant was stalled by another.")
     headings = ["tenant", "in all", *view.mechanisms]
-    return parts.table(
+    return pieces.table(
         headings,
         [
             [
-                parts.name(view.tenants[at]),
+                pieces.name(view.tenants[at]),
                 words.duration(float(view.given[at].sum())),
                 *(words.duration(one) if one > 0 else "" for one in view.given[at].tolist()),
             ]
             for at in order
         ],
+        names=1,
     )
 
 

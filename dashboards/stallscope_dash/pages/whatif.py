@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 
 from dash import dcc, html
@@ -11,7 +10,9 @@ from dash.development.base_component import Component
 
 from stallscope.diagnosis.whatif import Question, WhatIf
 from stallscope.errors import UsageError
+from stallscope.reports import pieces
 from stallscope.reports.figures import Figure, what_if_figure
+from stallscope.reports.markup import Html, element, joined
 from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.views import words
 from stallscope.views.whatif import side_by_side
@@ -44,10 +45,7 @@ def layout() -> Component:
         [
             parts.card(
                 "What if …",
-                html.P(
-                    "The recorded arrivals run again through the engine's own scheduler, with one thing changed.",
-                    className="dim",
-                ),
+                parts.said("The recorded arrivals run again through the engine's own scheduler, one thing changed."),
                 parts.place("whatif-choices", 120),
                 html.Label(["or another setting of the engine: ", own], className="dim"),
             ),
@@ -62,30 +60,21 @@ def layout() -> Component:
     )
 
 
-def choices(scene: Scene) -> Component:
+def choices(scene: Scene) -> Html:
     """Links, each of which asks one question."""
-    rows: list[list[parts.Children]] = [
+    rows = [
         [
-            parts.name(tenant),
-            dcc.Link("as usual", href=scene.address.search(question=f"usual:{tenant}")),
-            dcc.Link("not there", href=scene.address.search(question=f"without:{tenant}")),
+            pieces.name(tenant),
+            parts.link("as usual", scene.address.search(question=f"usual:{tenant}")),
+            parts.link("not there", scene.address.search(question=f"without:{tenant}")),
         ]
         for tenant in scene.replica.tenants[:_SHOWN]
     ]
     settings = [
-        dcc.Link(f"{name}={value}", href=scene.address.search(question=f"set:{name}={value}"))
-        for name, value in _SETTINGS
+        parts.link(f"{name}={value}", scene.address.search(question=f"set:{name}={value}")) for name, value in _SETTINGS
     ]
-    return html.Div(
-        [parts.table(["tenant", "", ""], rows), html.P(["with ", *_separated(settings)])], className="choices"
-    )
-
-
-def _separated(links: Sequence[Component]) -> list[parts.Child]:
-    found: list[parts.Child] = []
-    for link in links:
-        found += [", ", link] if found else [link]
-    return found
+    separated = [text for one in settings for text in (", ", one)][1:]
+    return joined([pieces.table(["tenant", "", ""], rows, names=1), element("p", "with ", *separated)])
 
 
 def asked(scene: Scene) -> Question | None:
@@ -114,39 +103,38 @@ def _job(scene: Scene) -> Job[WhatIf] | None:
     return scene.recording.jobs.ask(what_if, scene.recording.path, replace(part, replica=scene.replica_name), question)
 
 
-def answer(scene: Scene) -> Component:
+def answer(scene: Scene) -> Html:
     """How much of the stalls would be gone, and how far that can be believed."""
     job = _job(scene)
     if job is None:
         return parts.nothing("Choose a tenant or a setting.")
     if not job.state.is_final:
-        return html.P("Replaying; how far it is stands at the top of the page.", className="dim", role="status")
+        return element("p", "Replaying; how far it is stands at the top of the page.", class_="dim", role="status")
     if job.state is State.CANCELLED:
-        again = scene.address.search(question="")
-        return html.P(["It was cancelled. ", dcc.Link("Ask something else", href=again or "?")], className="nothing")
+        other = parts.link("Ask something else", scene.address.search(question=""))
+        return element("p", "It was cancelled. ", other, class_="nothing")
     found = job.result()
     one = found.answer
     caveat = words.caveat(one)
-    return html.Header(
-        [
-            html.H1([words.printable(one.what), f": {words.restored(one)} of the stalls gone"]),
-            html.P(words.replay_line(found.check), className="dim" if found.check.trusted else "note"),
-            html.P(caveat or None, className="note"),
-            html.P(f"Output tokens in the same time: {one.throughput:.0%}.", className="dim"),
-            *_commands(scene),
-        ]
+    return element(
+        "header",
+        element("h1", one.what, f": {words.restored(one)} of the stalls gone"),
+        element("p", words.replay_line(found.check), class_="dim" if found.check.trusted else "note"),
+        element("p", caveat, class_="note") if caveat else "",
+        element("p", f"Output tokens in the same time: {one.throughput:.0%}.", class_="dim"),
+        _command(scene),
     )
 
 
-def _commands(scene: Scene) -> list[Component]:
+def _command(scene: Scene) -> Html:
     source = scene.recording.trace.source
     if source == REDACTED_SOURCE:
-        return []
+        return Html("")
     kind, _, what = scene.address.question.partition(":")
     line = ["stallscope", "whatif", source, f"--{kind}", what, "--replica", scene.replica_name]
     if scene.window != scene.span:
         line += ["--since", words.iso(scene.window[0]), "--until", words.iso(scene.window[1])]
-    return [html.P(parts.code(shlex.join(line)))]
+    return parts.command(shlex.join(line))
 
 
 def chart(scene: Scene) -> Figure:
