@@ -223,15 +223,17 @@ def _ns(local: str) -> int:
 
 
 def _bind(app: dash.Dash, recording: Recording, page: Page, part: Part) -> None:
-    inputs = (Input("url", "search"), Input("version", "data"), State("url", "pathname"))
+    inputs = [Input("url", "search"), Input("version", "data"), State("url", "pathname")]
+    if part.prop == "figure":
+        inputs.append(Input(parts.seen(parts.name_of(part.identity)), "data"))
     app.callback(Output(part.identity, part.prop), *inputs)(_drawn(recording, page, part))
 
 
 def _drawn(recording: Recording, page: Page, part: Part) -> Callable[[str | None, str, str], object]:
     """Draws the part for the address; where that can't be, says why in its place."""
 
-    def draw(search: str | None, _: str, path: str) -> object:
-        if path != page.path:
+    def draw(search: str | None, _: str, path: str, seen: bool = True) -> object:
+        if path != page.path or not seen:
             return no_update
         try:
             return part.draw(Scene(recording, Address.of(search or "")))

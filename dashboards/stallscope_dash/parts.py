@@ -34,10 +34,19 @@ def time_chart(name: str) -> dict[str, str]:
     return {"type": "time", "name": name}
 
 
+def seen(chart: str) -> dict[str, str]:
+    """The identity of what knows whether a chart has come into sight: until then it is not drawn."""
+    return {"type": "seen", "name": chart}
+
+
+def name_of(identity: Identity) -> str:
+    return identity["name"] if isinstance(identity, dict) else identity
+
+
 def chart(identity: Identity, title: str, about: str, height: int, *, tools: str = "") -> Component:
     """A card with a place for a figure, of so many pixels so that nothing moves when it comes, and with one for
     ``tools``, if they have an identity."""
-    name = identity["name"] if isinstance(identity, dict) else identity
+    name = name_of(identity)
     graph = dcc.Graph(
         id=identity, figure=_empty(height), config=_CHART, className="picture", style={"minHeight": height}
     )
@@ -50,7 +59,8 @@ def chart(identity: Identity, title: str, about: str, height: int, *, tools: str
     shown = [
         Markup(element("p", about, class_="dim")),
         place(tools) if tools else None,
-        html.Figure(graph, **attributes(aria_label=title)),
+        dcc.Store(id=seen(name), data=False),
+        html.Figure(graph, **attributes(aria_label=title, data_chart=name)),
         Markup(element("div", *buttons, class_="saves")),
     ]
     return card(title, *shown)

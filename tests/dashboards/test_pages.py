@@ -110,9 +110,9 @@ def test_a_healthy_trace_says_so_on_each_page(healthy: str, looking: Looking) ->
     looking.wait("#answer .verdict.healthy")
     assert "None: no tenant waited" in looking.text("#incidents")
     assert looking.drawn(LATENCY) > 20
-    looking.page.click("nav.nav a:text('Incident')")
+    looking.page.click("#nav a:text('Incident')")
     looking.wait("#incident-head .nothing")
-    looking.page.click("nav.nav a:text('Request')")
+    looking.page.click("#nav a:text('Request')")
     looking.wait("#request-head .nothing")
 
 

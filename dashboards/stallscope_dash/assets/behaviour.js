@@ -20,6 +20,23 @@ window.stallscope_dash = {
     React.createElement("div", { id, className, style, dangerouslySetInnerHTML: { __html: html } }),
 };
 
+// Charts are drawn when they come into sight: of a long page, most never do.
+const sight = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    sight.unobserve(target);
+    window.dash_clientside.set_props({ type: "seen", name: target.dataset.chart }, { data: true });
+  }
+}, { rootMargin: "250px" });
+const watched = new WeakSet();
+new MutationObserver(() => {
+  for (const figure of document.querySelectorAll("[data-chart]")) {
+    if (watched.has(figure)) continue;
+    watched.add(figure);
+    sight.observe(figure);
+  }
+}).observe(document, { childList: true, subtree: true });
+
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a");
   if (link && link.origin === window.location.origin && !link.getAttribute("href").startsWith("#")
