@@ -83,7 +83,12 @@ class Kept:
                 if key in self._made:
                     self._made.move_to_end(key)
                     return self._made[key]  # type: ignore[return-value]
-            made = make()
+            try:
+                made = make()
+            except StallscopeError:
+                with self._lock:
+                    self._making.pop(key, None)
+                raise
             with self._lock:
                 self._made[key] = made
                 while len(self._made) > self._most:
@@ -210,6 +215,8 @@ class Recording:
             for diagnose in self._diagnoses:
                 found = diagnose(read.trace, partial(self._tell, stage))
                 self._read, self._diagnosis, stage = read, found, Stage.VERDICT
+                if self.renew_s is None and found.incidents:
+                    self.waits(found.incidents[0].replica)  # what takes longest of what will be asked for first
             self._times_read += 1
             self._progress = Progress(Stage.DONE)
         except StallscopeError as error:

@@ -44,7 +44,9 @@ class Scene:
     @cached_property
     def incident(self) -> Incident | None:
         """The address's incident, or the worst; None where there is none, or nobody knows yet."""
-        found = self.diagnosis.incidents if self.diagnosis is not None else ()
+        if self.diagnosis is None:
+            return None
+        found = self.diagnosis.incidents
         if self.address.incident > len(found):
             raise UsageError(f"there is no incident {self.address.incident}: {len(found)} were found")
         return found[max(self.address.incident - 1, 0)] if found else None

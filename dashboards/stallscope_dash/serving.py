@@ -23,7 +23,6 @@ from stallscope.errors import UsageError
 from stallscope.trace import Trace
 from stallscope.trace.read import read_recent
 from stallscope_dash.answers import diagnosed
-from stallscope_dash.app import make_app
 from stallscope_dash.jobs import Job, Jobs
 from stallscope_dash.recording import Advance, Recording
 from stallscope_dash.security import is_loopback, new_token, protect
@@ -45,7 +44,10 @@ def serve(
     if save:
         asking.saved(trace, asked).check()
     listening = _listen(host, port)
-    app = make_app(recording_at(trace, asked, save) if last_s is None else live_at(trace, asked, last_s))
+    recording = recording_at(trace, asked, save) if last_s is None else live_at(trace, asked, last_s)
+    from stallscope_dash.app import make_app  # takes a while, in which the recording is being read
+
+    app = make_app(recording)
     protect(app.server, app.csp_hashes(), token, _LOOPBACK if local else ())
     shown = f"[{host}]" if ":" in host else host
     link = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={quote(token)}" if token else "")
