@@ -56,6 +56,7 @@ from stallscope.bench.paired import FEW_REQUESTS, LEAST_HARM_S, LEAST_HARM_SHARE
 from stallscope.bench.policies import registered
 from stallscope.bench.truth import Truth
 from stallscope.diagnosis.incidents import SLACK_NS
+from stallscope.diagnosis.replica import BATCHES_SEEN
 from stallscope.trace import Trace, read_trace
 from stallscope.trace.findings import Findings
 from stallscope.trace.otlp import Reader, find_sources
@@ -71,6 +72,11 @@ KINDS = ("unchanged", "prolonged")
 REPLICAS = 10  # of the endpoint that the bound on false pages is for
 QUIET_SEEDS, QUIET_S = range(2), 600  # of healthy traffic that the static threshold is set on
 UNHEALTHY = ("flare_up", "overload")  # whose usual traffic overflows by itself
+TELEMETRY = (  # by the share of time in which every batch is known
+    ("every batch told", 0.999, 1.0),
+    ("steps lost, so that some batches are unknown", 1e-9, 0.999),
+    ("steps tell sums alone, or only requests are told", 0.0, 0.0),
+)
 PACKS = ("blame", "plain", "static p99")
 STATIC = """
 - name: static
@@ -97,7 +103,8 @@ class Page:
 
 @dataclass(frozen=True)
 class Judged:
-    """A case: its incident (seconds from its start), who did it, who may be named, what fired."""
+    """A case: its incident (seconds from its start), who did it, who may be named, what fired; and for which share of
+    its time telemetry tells every batch."""
 
     family: str
     seed: int
@@ -108,6 +115,7 @@ class Judged:
     excused: tuple[str, ...]
     pages: tuple[Page, ...]
     tickets: tuple[Page, ...]
+    batches_seen: float
 
     @property
     def lasts(self) -> bool:
@@ -246,7 +254,16 @@ def judge(job: tuple[Path, int], static_s: float) -> Judged | None:
         return None
     with tempfile.TemporaryDirectory() as scratch:
         pages, tickets = fired(rule_file(Path(scratch), static_s), samples, truth.start_ns)
-    return Judged(truth.family, truth.seed, *found, truth.culprits, truth.excused, tuple(pages), tuple(tickets))
+    names = (truth.culprits, truth.excused)
+    return Judged(truth.family, truth.seed, *found, *names, tuple(pages), tuple(tickets), batches_seen(trace))
+
+
+def batches_seen(trace: Trace) -> float:
+    """The share of time in which every batch is known."""
+    stretches = trace.coverage.to_pandas()
+    length = (stretches["end"] - stretches["start"]).to_numpy(np.float64)
+    known = length[(stretches["fidelity"] == BATCHES_SEEN).to_numpy()].sum()
+    return float(known / length.sum()) if length.sum() else 0.0
 
 
 def prolonged(folder: Path) -> list[Path]:
@@ -342,6 +359,11 @@ def print_incidents(cases: list[Judged], kind: str, console: Console) -> None:
             wrong = sum(len(one.wrong(pack)) for one in chosen)
             table.add_row(pack, percent(len(pages), len(chosen)), spread, percent(named, len(pages)), str(wrong))
         console.print(table)
+    for title, low, high in TELEMETRY:
+        chosen = [one for one in lasting if low <= one.batches_seen <= high]
+        caught = [page for one in chosen if (page := one.first("blame")) is not None]
+        if chosen:
+            console.print(f"  of those longer than 60 s, {title}: {percent(len(caught), len(chosen))}")
     short = [one for one in cases if not one.lasts]
     found = sum(any(page.tenant in one.culprits for page in (*one.tickets, *one.pages)) for one in short)
     console.print(f"shorter ones with a page or ticket on a culprit: {percent(found, len(short))}")
