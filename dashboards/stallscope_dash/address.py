@@ -15,15 +15,15 @@ class Address:
 
     ``incident``: its number from 1, by harm. ``since`` and ``until``: the window that charts show, ns since the epoch
     (to a microsecond). ``quantile``: p50, p95, p99. ``question``: what is asked beyond that, as its
-    page has it.
+    page has it, and ``attempt`` how often that was asked again.
     """
 
     replica: str = ""
     incident: int = 0
     request: str = ""
-    tenant: str = ""
     quantile: str = ""
     question: str = ""
+    attempt: int = 0
     since: int | None = None
     until: int | None = None
 
@@ -31,15 +31,19 @@ class Address:
     def of(search: str) -> Address:
         """What a query says; names and values that mean nothing here are passed over, as links come from anywhere."""
         given = {name: values[-1] for name, values in parse_qs(search.lstrip("?")).items()}
-        number = given.get("incident", "")
         since, until = (_time(given.get(name, "")) for name in ("since", "until"))
         if since is not None and until is not None and since >= until:
             since = until = None
-        texts = {
-            name: given[name] for name in ("replica", "request", "tenant", "quantile", "question") if name in given
-        }
-        incident = int(number) if number.isascii() and number.isdigit() and len(number) < 9 else 0
-        return Address(**texts, incident=incident, since=since, until=until)
+        return Address(
+            replica=given.get("replica", ""),
+            incident=_number(given.get("incident", "")),
+            request=given.get("request", ""),
+            quantile=given.get("quantile", ""),
+            question=given.get("question", ""),
+            attempt=_number(given.get("attempt", "")),
+            since=since,
+            until=until,
+        )
 
     def search(self, **changed: object) -> str:
         """The query, with some of the state changed; "" where there is none."""
@@ -48,6 +52,10 @@ class Address:
         times = {name: _written(said[name]) for name in ("since", "until") if said[name] is not None}
         texts = {name: str(value) for name, value in said.items() if value and name not in times} | times
         return f"?{urlencode(texts)}" if texts else ""
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0
 
 
 def _written(time_ns: int) -> str:

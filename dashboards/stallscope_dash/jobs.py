@@ -181,16 +181,15 @@ class Jobs:
     def ask(
         self, function: Callable[[*Arguments, Stages], Result], *arguments: *Arguments, version: Hashable = None
     ) -> Job[Result]:
-        """The job of a question: begun as soon as may be, or the one of an earlier call that is going on or done.
+        """The job of a question: begun as soon as may be, or the one of an earlier call, whatever has become of it.
 
-        A question is a function and its arguments, all hashable, and the ``version`` of what it reads, such as the time
-        when a file was changed.
+        A question is a function and its arguments, all hashable, and its ``version``: who asks again, as it failed or
+        what it reads has changed, gives another one.
         """
         key = (function, arguments, version)
         with self._lock:
             job = self._jobs.get(key)
-            if job is None or job.state in (State.FAILED, State.CANCELLED):
-                self._jobs.pop(key, None)
+            if job is None:
                 job = self._jobs[key] = Job(function, *arguments)
                 ended = [one for one, known in self._jobs.items() if known.state.is_final]
                 for one in ended[: max(len(ended) - self._most_kept, 0)]:

@@ -21,6 +21,8 @@ from stallscope.diagnosis import diagnose
 from stallscope.diagnosis.model import Diagnosis
 from stallscope.errors import UsageError
 from stallscope.trace import Trace
+from stallscope.trace.otlp import find_sources
+from stallscope.trace.parquet import is_trace_folder
 from stallscope.trace.read import read_recent
 from stallscope_dash.answers import diagnosed
 from stallscope_dash.jobs import Job, Jobs
@@ -41,6 +43,8 @@ def serve(
     local = is_loopback(host)
     if token is None and not local:
         token = new_token()
+    if not is_trace_folder(trace):
+        find_sources(trace)  # says at once what is not there
     if save:
         asking.saved(trace, asked).check()
     listening = _listen(host, port)

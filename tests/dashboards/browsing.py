@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from stallscope_dash.recording import Recording
 from stallscope_dash.security import protect
 
 ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / ".screenshots"
 CHROMIUM = shutil.which("chromium")
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path (apt install chromium)")
 _LEFT = "A nonexistent object was used in an `Output`"  # Dash, where a page is left before all of it has come
@@ -92,8 +94,8 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def looking(browser: Browser) -> Iterator[Looking]:
-    """A fresh profile; at the end, nothing may have been complained of."""
+def looking(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Looking]:
+    """A fresh profile; at the end, nothing may have been complained of. What was seen last is kept as a picture."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, timezone_id="UTC")
     found = Looking(context.new_page())
     found.page.on("pageerror", lambda error: found.complaints.append(str(error)))
@@ -105,5 +107,7 @@ def looking(browser: Browser) -> Iterator[Looking]:
     )
     found.page.on("dialog", lambda dialog: (found.complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     yield found
+    PICTURES.mkdir(exist_ok=True)
+    found.page.screenshot(path=PICTURES / f"{re.sub('[^a-z0-9-]+', '_', request.node.name)}.png", full_page=True)
     context.close()
     assert not found.complaints, found.complaints

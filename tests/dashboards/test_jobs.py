@@ -225,15 +225,16 @@ def test_the_same_question_is_the_same_job_whoever_asks(tmp_path: Path) -> None:
     assert asked.ask(errands.appended, tmp_path / "other").result() == 1
 
 
-def test_a_question_without_an_answer_may_be_asked_again(tmp_path: Path) -> None:
+def test_a_question_without_an_answer_is_asked_again_only_by_who_says_so(tmp_path: Path) -> None:
     asked = Jobs()
     failed = asked.ask(errands.not_known)
     failure(failed)
-    assert asked.ask(errands.not_known) is not failed
+    assert asked.ask(errands.not_known) is failed
     cancelled = asked.ask(errands.half_done, tmp_path / "go on")
     cancelled.cancel()
+    assert asked.ask(errands.half_done, tmp_path / "go on") is cancelled
     (tmp_path / "go on").touch()
-    assert asked.ask(errands.half_done, tmp_path / "go on").result() == "counted"
+    assert asked.ask(errands.half_done, tmp_path / "go on", version=1).result() == "counted"
 
 
 def test_so_many_run_at_a_time_and_the_next_when_one_has_ended(tmp_path: Path) -> None:

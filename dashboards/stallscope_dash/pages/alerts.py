@@ -37,7 +37,7 @@ def _job(scene: Scene) -> Job[TriedAlerts] | None:
     recording = scene.recording
     if scene.address.question != _TRY or recording.asked.redact_for is not None:
         return None
-    return recording.jobs.ask(tried_alerts, recording.path, recording.asked.slos)
+    return recording.jobs.ask(tried_alerts, recording.path, recording.asked.slos, version=scene.address.attempt)
 
 
 def _answer(scene: Scene) -> TriedAlerts | None:
@@ -54,7 +54,11 @@ def head(scene: Scene) -> Html:
     if scene.recording.asked.redact_for is not None:
         return parts.nothing("Rules name tenants, and this view may not: open it unredacted.")
     if job is None or job.state is State.CANCELLED:
-        ask = parts.link("Make the rules and try them", scene.address.search(question=_TRY), class_="ask")
+        ask = parts.link(
+            "Make the rules and try them",
+            scene.address.search(question=_TRY, attempt=scene.address.attempt + 1),
+            class_="ask",
+        )
         about = "The whole trace is watched as a collector would watch it: seconds to minutes."
         return joined([element("h1", "Alert rules for this endpoint"), element("p", ask, Html("<br>"), about)])
     if not job.state.is_final:

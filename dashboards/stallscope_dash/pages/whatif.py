@@ -100,7 +100,13 @@ def _job(scene: Scene) -> Job[WhatIf] | None:
     part = scene.recording.asked
     if scene.window != scene.span:
         part = replace(part, since=since, until=until)
-    return scene.recording.jobs.ask(what_if, scene.recording.path, replace(part, replica=scene.replica_name), question)
+    return scene.recording.jobs.ask(
+        what_if,
+        scene.recording.path,
+        replace(part, replica=scene.replica_name),
+        question,
+        version=scene.address.attempt,
+    )
 
 
 def answer(scene: Scene) -> Html:
@@ -111,8 +117,8 @@ def answer(scene: Scene) -> Html:
     if not job.state.is_final:
         return element("p", "Replaying; how far it is stands at the top of the page.", class_="dim", role="status")
     if job.state is State.CANCELLED:
-        other = parts.link("Ask something else", scene.address.search(question=""))
-        return element("p", "It was cancelled. ", other, class_="nothing")
+        again = parts.link("Ask again", scene.address.search(attempt=scene.address.attempt + 1))
+        return element("p", "It was cancelled. ", again, class_="nothing")
     found = job.result()
     one = found.answer
     caveat = words.caveat(one)

@@ -1,0 +1,96 @@
+"""What takes longer than a look, in a real browser: what if with cancel, alerts, live, a recording that goes away."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from stallscope.asking import Asked
+from stallscope.trace import read_trace, write_parquet
+from stallscope_dash.serving import live_at, recording_at
+from tests.alerts.unit_tests import needs_promtool
+from tests.dashboards.browsing import NEEDS_CHROMIUM, ROOT, Looking, browser, looking, serving
+
+__all__ = ["browser", "looking"]
+pytestmark = NEEDS_CHROMIUM
+STALL, HEALTHY = (ROOT / "sample_traces" / f"{name}.otlp.jsonl.zst" for name in ("stall", "healthy"))
+QUICK = Asked(replay=False)
+
+
+def test_what_if_can_be_cancelled_and_asked_again(looking: Looking) -> None:
+    with serving(recording_at(STALL, QUICK, False)) as url:
+        looking.at(f"{url}/whatif")
+        looking.wait("#whatif-choices a")
+        looking.page.click("#whatif-choices tr:has-text('reasoner') a:text('as usual')")
+        looking.page.click("#cancel:not([hidden])", timeout=60_000)
+        looking.wait("#whatif-answer :text('It was cancelled')")
+
+        looking.page.click("#whatif-choices tr:has-text('reasoner') a:text('not there')")
+        looking.wait("#whatif-answer h1")
+        assert "without reasoner" in looking.text("#whatif-answer h1")
+        assert "stallscope whatif" in looking.text("#whatif-answer code")
+        assert looking.drawn("#whatif-chart") >= 12
+
+
+def test_a_setting_that_the_engine_does_not_have_is_said(looking: Looking) -> None:
+    with serving(recording_at(STALL, QUICK, False)) as url:
+        looking.at(f"{url}/whatif?question=set:colour=blue")
+        looking.wait("#whatif-answer .trouble")
+        assert "colour" in looking.text("#whatif-answer")
+
+
+@needs_promtool
+def test_alerts_are_made_and_tried_when_they_are_asked_for(looking: Looking) -> None:
+    with serving(recording_at(STALL, QUICK, False)) as url:
+        looking.at(f"{url}/alerts")
+        looking.page.click("#alerts-head a", timeout=60_000)
+        looking.wait("#alerts-rules details")
+        assert "alerts export --from" in looking.text("#alerts-head")
+        looking.page.click("#alerts-rules summary >> nth=0")
+        assert "stallscope:blame_seconds" in looking.text("#alerts-rules details >> nth=0")
+
+
+def test_who_may_see_one_tenant_sees_no_other(looking: Looking) -> None:
+    with serving(recording_at(STALL, Asked(replay=False, redact_for="chat"), False)) as url:
+        for path in ("/", "/incident", "/tenants", "/whatif", "/alerts"):
+            looking.at(f"{url}{path}")
+            looking.wait("#page :is(.verdict, .nothing, .ag-cell, #whatif-choices a)")
+            looking.page.wait_for_timeout(500)
+            assert "reasoner" not in looking.page.content(), path
+
+
+def test_live_follows_a_folder(looking: Looking, tmp_path: Path) -> None:
+    shutil.copyfile(HEALTHY, tmp_path / HEALTHY.name)
+    (tmp_path / HEALTHY.name).touch()
+    with serving(live_at(tmp_path, QUICK, 3600.0)) as url:
+        looking.at(url)
+        looking.wait("#answer .verdict.healthy")
+        assert "live, up to" in looking.text("#progress")
+        shutil.copyfile(STALL, tmp_path / STALL.name)
+        (tmp_path / HEALTHY.name).unlink()
+        looking.wait("#answer .verdict.noisy_neighbor")
+        shutil.rmtree(tmp_path)
+        looking.wait("#progress .trouble")
+        assert "is `stallscope collect` running?" in looking.text("#progress")
+        assert looking.page.locator("#answer .verdict.noisy_neighbor").count() == 1  # what was seen stays
+
+
+def test_a_recording_that_goes_away_is_said_where_it_is_missed(looking: Looking, tmp_path: Path) -> None:
+    folder = tmp_path / "stall"
+    write_parquet(read_trace(STALL), folder)
+    with serving(recording_at(folder, QUICK, False)) as url:
+        looking.at(url)
+        looking.wait("#answer .verdict")
+        shutil.rmtree(folder)
+        looking.page.fill("#search", "chat-000150")
+        looking.page.press("#search", "Enter")
+        looking.wait("#request-head .trouble")
+        assert str(folder) in looking.text("#request-head")
+
+
+def test_a_recording_that_is_none_is_said_on_the_page(looking: Looking, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("no spans\n", encoding="utf-8")
+    with serving(recording_at(tmp_path / "none.jsonl", QUICK, False)) as url:
+        looking.at(url)
+        looking.wait("#progress .trouble")
+        assert "no OTLP in it" in looking.text("#progress")
