@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
 
 import dash
+import flask
 from dash import ALL, Input, Output, State, ctx, dcc, html, no_update
 from dash.development.base_component import Component
 
 from stallscope.errors import StallscopeError
+from stallscope.reports.html import to_html
 from stallscope.reports.markup import Html, element, joined
 from stallscope.views import words
 from stallscope_dash import figures, parts
@@ -50,12 +54,27 @@ def make_app(recording: Recording) -> dash.Dash:
     app.index_string = (files(__package__) / "index.html").read_text(encoding="utf-8")
     style = (files("stallscope.reports") / "page" / "page.css").read_text(encoding="utf-8")
     app.server.add_url_rule("/page.css", "style", lambda: app.server.response_class(style, mimetype="text/css"))
+    app.server.add_url_rule(overview.REPORT, "report", lambda: _report(app.server, recording))
     app.layout = _shell(recording)
     _bind_shell(app, recording)
     for page in PAGES:
         for part in page.parts:
             _bind(app, recording, page, part)
     return app
+
+
+def _report(server: flask.Flask, recording: Recording) -> flask.Response:
+    """The report on what is looked at, to be kept."""
+    if recording.diagnosis is None:
+        return server.response_class("not diagnosed yet\n", HTTPStatus.SERVICE_UNAVAILABLE, mimetype="text/plain")
+    try:
+        page = to_html(recording.diagnosis, recording.trace)
+    except StallscopeError as error:
+        return server.response_class(f"{error}\n", HTTPStatus.GONE, mimetype="text/plain")
+    name = re.sub(r"[^\w.-]+", "_", recording.path.name)
+    return server.response_class(
+        page, mimetype="text/html", headers={"Content-Disposition": f"attachment; filename={name}.html"}
+    )
 
 
 # --- what stands around every page ----------------------------------------------------------------------------------

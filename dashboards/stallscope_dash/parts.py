@@ -16,7 +16,7 @@ _CHART: dcc.Graph.Config = {
     "displaylogo": False,
     "responsive": True,
     "doubleClick": False,  # the whole trace is an address like any other: ``zoomed`` leads there
-    "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d", "toImage"],
+    "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d", "toImage", "sendChartToCloud"],
 }
 _LOADING = element("p", "Loading …", class_="dim loading", role="status")
 
@@ -106,6 +106,11 @@ def nothing(text: str) -> Html:
 def link(text: str, href: str, **attributes: str) -> Html:
     """To another address of ours."""
     return element("a", text, href=href or "?", **attributes)
+
+
+def download(text: str, href: str) -> Html:
+    """To a file of ours, which is kept and not looked at."""
+    return element("a", text, href=href, download="file")
 
 
 def choice(label: str, links: Mapping[str, str], chosen: str) -> Html:

@@ -73,10 +73,13 @@ class Looking:
         """Until a JavaScript expression holds."""
         self.page.wait_for_function(f"() => {javascript}", timeout=WAIT_MS)
 
+    def scroll_to(self, selector: str) -> None:
+        self.page.wait_for_selector(selector, state="attached", timeout=WAIT_MS)
+        self.page.evaluate("(selector) => document.querySelector(selector).scrollIntoView()", selector)
+
     def drawn(self, chart: str) -> int:
         """How many marks a chart has, once it has any: points of lines and bars."""
-        self.page.wait_for_selector(chart, timeout=WAIT_MS)
-        self.page.locator(chart).first.scroll_into_view_if_needed()
+        self.scroll_to(chart)
         marks = f"{chart} .main-svg :is(.point path, .js-line, path.point, .points path)"
         self.page.wait_for_selector(marks, state="attached", timeout=WAIT_MS)
         return self.page.locator(marks).count()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from stallscope.trace import Trace, read_trace
 from stallscope.trace.rename import renamed
 from stallscope_dash.address import Address
-from tests.dashboards.browsing import NEEDS_CHROMIUM, ROOT, Looking, browser, looking, recording_of, serving
+from tests.dashboards.browsing import NEEDS_CHROMIUM, ROOT, WAIT_MS, Looking, browser, looking, recording_of, serving
 from tests.reports.examples import hostile_trace
 
 __all__ = ["browser", "looking"]
@@ -53,7 +54,7 @@ def test_three_clicks_lead_from_the_answer_to_the_batch_and_the_request_that_did
     assert "reasoner" in looking.text("#incident-head h1")
     assert looking.drawn("#swimlanes") > 30
 
-    looking.page.locator("#caused").scroll_into_view_if_needed()
+    looking.scroll_to("#caused")
     looking.page.click("#caused .ag-cell a")  # two: the request that cost the others most
     looking.wait("#waterfall table")
     assert "reasoner-000003" in looking.text("#request-head h1")
@@ -143,6 +144,45 @@ def test_on_a_phone_nothing_is_wider_than_the_page(stall: str, looking: Looking)
         looking.drawn(LATENCY)
         looking.page.wait_for_timeout(300)
         assert looking.page.evaluate("() => document.documentElement.scrollWidth") <= 390, path
+
+
+def test_the_report_is_a_file_to_keep(stall: str, looking: Looking, tmp_path: Path) -> None:
+    looking.at(stall)
+    looking.wait("#answer .verdict")
+    with looking.page.expect_download(timeout=WAIT_MS) as download:
+        looking.page.click("#answer a[download]")
+    download.value.save_as(tmp_path / "report.html")
+    assert "reasoner stalled chat and search" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_button_sends_a_chart_to_anybody(stall: str, looking: Looking, tmp_path: Path) -> None:
+    looking.at(stall)
+    looking.wait("#answer .verdict")
+    looking.drawn(LATENCY)
+    buttons = "[...document.querySelectorAll('.modebar-btn')].map((button) => button.dataset.title)"
+    assert "Pan" in looking.page.evaluate(f"() => {buttons}")
+    assert "Share chart..." not in looking.page.evaluate(f"() => {buttons}")
+    report = tmp_path / "report.html"
+    report.write_bytes(looking.page.request.get(f"{stall}/report.html").body())
+    looking.at(report.as_uri())
+    looking.wait(".js-plotly-plot .main-svg")
+    assert "Pan" in looking.page.evaluate(f"() => {buttons}")
+    assert "Share chart..." not in looking.page.evaluate(f"() => {buttons}")
+
+
+def test_a_chart_is_kept_as_svg_and_a_table_as_csv(stall: str, looking: Looking, tmp_path: Path) -> None:
+    looking.at(f"{stall}/incident")
+    looking.drawn("#swimlanes")
+    with looking.page.expect_download(timeout=WAIT_MS) as picture:
+        looking.page.click("button[data-save=svg][data-name=swimlanes]")
+    picture.value.save_as(tmp_path / "batch.svg")
+    assert "reasoner-000003" in (tmp_path / "batch.svg").read_text(encoding="utf-8")
+    looking.scroll_to("#caused")
+    looking.wait("#caused .ag-cell a")
+    with looking.page.expect_download(timeout=WAIT_MS) as table:
+        looking.page.click("button[data-csv=caused]")
+    table.value.save_as(tmp_path / "caused.csv")
+    assert "reasoner-000003" in (tmp_path / "caused.csv").read_text(encoding="utf-8")
 
 
 def test_a_page_that_is_not_there_leads_back(stall: str, looking: Looking) -> None:

@@ -39,7 +39,7 @@ new MutationObserver(() => {
 
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a");
-  if (link && link.origin === window.location.origin && !link.getAttribute("href").startsWith("#")
+  if (link && link.origin === window.location.origin && !link.download && !link.getAttribute("href").startsWith("#")
       && !(event.ctrlKey || event.metaKey || event.shiftKey || event.defaultPrevented)) {
     event.preventDefault();
     goTo(link.href);

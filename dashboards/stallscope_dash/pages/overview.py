@@ -22,6 +22,7 @@ _BINS = 90
 _SHOWN, _AT_ONCE = 50, 5  # incidents: in all, and without being asked
 _REPLICAS = 50  # to choose from
 _QUANTILES = {"p50": MEDIAN, "p95": P95, "p99": P99}
+REPORT = "/report.html"
 LATENCY, ENGINE = parts.time_chart("latency"), parts.time_chart("engine")
 
 
@@ -52,7 +53,8 @@ def layout() -> Component:
 def answer(scene: Scene) -> Html:
     """The verdict in words, how sure it is, and what can be done tonight."""
     if scene.diagnosis is not None:
-        return joined(pieces.answer(scene.diagnosis))
+        report = parts.download("the report as one HTML file", REPORT)
+        return joined([*pieces.answer(scene.diagnosis), element("p", "To keep or to pass on: ", report, class_="dim")])
     if scene.recording.progress.stage is Stage.FAILED:
         return Html("")
     about = "The charts below are of the whole recording already."

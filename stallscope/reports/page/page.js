@@ -35,7 +35,7 @@
     for (const [name, figure] of Object.entries(figures)) {
       Plotly.react(name, figure.data, styled(structuredClone(figure.layout)), {
         displaylogo: false, responsive: true, doubleClick: "reset",
-        modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
+        modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "sendChartToCloud"],
       });
     }
   };
