@@ -75,7 +75,7 @@ class Looking:
 
     def scroll_to(self, selector: str) -> None:
         self.page.wait_for_selector(selector, state="attached", timeout=WAIT_MS)
-        self.page.evaluate("(selector) => document.querySelector(selector).scrollIntoView()", selector)
+        self.page.evaluate("(selector) => document.querySelector(selector).scrollIntoView({block: 'center'})", selector)
 
     def drawn(self, chart: str) -> int:
         """How many marks a chart has, once it has any: points of lines and bars."""
