@@ -82,6 +82,27 @@ def test_a_zoom_in_one_chart_is_in_the_address_and_back_undoes_it(stall: str, lo
     looking.until("!document.querySelector('#overview-window .zoomed')")
 
 
+def test_keys_zoom_and_move_as_in_trace_viewers(stall: str, looking: Looking) -> None:
+    looking.at(stall)
+    looking.wait("#answer .verdict")
+    looking.drawn(LATENCY)
+    looking.page.keyboard.press("w")
+    looking.until("window.location.search.includes('since=')")
+    zoomed = Address.of(looking.page.url.partition("?")[2])
+    assert 15e9 < (zoomed.until or 0) - (zoomed.since or 0) < 25e9  # half of 40 s
+    looking.wait("#overview-window .zoomed")
+    looking.page.wait_for_timeout(500)
+    before = looking.page.url
+    looking.page.keyboard.press("d")
+    looking.until(f"window.location.href !== {before!r}")
+    moved = Address.of(looking.page.url.partition("?")[2])
+    assert (moved.since or 0) > (zoomed.since or 0)
+    looking.page.keyboard.press("/")
+    looking.page.keyboard.type("chat-000150")
+    looking.page.keyboard.press("Enter")
+    looking.wait("#waterfall table")
+
+
 def test_a_link_reproduces_what_was_seen(stall: str, looking: Looking) -> None:
     looking.at(f"{stall}/request?request=chat-000150")
     looking.wait("#waterfall table")

@@ -73,10 +73,20 @@ try {
   if (kept === "light" || kept === "dark") document.documentElement.dataset.theme = kept;
 } catch { /* the same */ }
 
-// Of the keys that people know from trace viewers: / goes to the search.
+// The keys that people know from trace viewers: w and s zoom, a and d move, / goes to the search.
+const MOVES = { w: [0.25, -0.25], s: [-0.5, 0.5], a: [-0.25, -0.25], d: [0.25, 0.25] }; // of what is shown, at its ends
 document.addEventListener("keydown", (event) => {
-  if (event.key === "/" && !/^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName)) {
+  if (/^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "/") {
     event.preventDefault();
     document.getElementById("search").focus();
+    return;
   }
+  const charts = [...document.querySelectorAll("[data-chart] .js-plotly-plot")];
+  const chart = charts.find(({ layout }) => layout?.xaxis?.type === "date" && layout.xaxis.range);
+  if (!MOVES[event.key] || !chart) return;
+  const ends = chart.layout.xaxis.range.map((text) => Date.parse(`${text.slice(0, 23).replace(" ", "T")}Z`));
+  const moved = ends.map((end, at) => end + MOVES[event.key][at] * (ends[1] - ends[0]));
+  const [start, stop] = moved.map((time) => new Date(time).toISOString().slice(0, 23).replace("T", " "));
+  if (stop > start) Plotly.relayout(chart, { "xaxis.range[0]": start, "xaxis.range[1]": stop });
 });
