@@ -36,6 +36,7 @@ from stallscope.trace import read_trace
 
 STALL_EVERY = 100_000  # steps
 WAIT_MS = 600_000
+SEARCH = "form[data-ask=request] input"
 LINES = ".js-plotly-plot .scatterlayer .trace"
 SECOND_RANGE = "document.querySelectorAll('.js-plotly-plot')[1]?.layout?.xaxis?.range?.[0]"
 
@@ -159,9 +160,9 @@ def zoomed(page: Page) -> float:
 
 def asked(page: Page, request: str) -> float:
     """A request by its id, from Enter until its waterfall is there."""
-    page.fill("#search", request)
+    page.fill(SEARCH, request)
     begun = time.perf_counter()
-    page.press("#search", "Enter")
+    page.press(SEARCH, "Enter")
     page.wait_for_selector("#waterfall table")
     return time.perf_counter() - begun
 

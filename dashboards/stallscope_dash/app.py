@@ -81,10 +81,6 @@ def _report(server: flask.Flask, recording: Recording) -> flask.Response:
 
 
 def _shell(recording: Recording) -> Component:
-    search = dcc.Input(
-        id="search", type="search", placeholder="request id", debounce=True, n_submit=0, className="search",
-        autoComplete="off",
-    )  # fmt: skip
     return html.Div(
         [
             dcc.Location(id="url", refresh="callback-nav"),
@@ -96,7 +92,7 @@ def _shell(recording: Recording) -> Component:
                     html.Strong("stallscope"),
                     html.Span(words.shortened(recording.path.name, 40), className="dim", title=str(recording.path)),
                     html.Nav(Markup(Html(""), id="nav", className="nav"), **parts.attributes(aria_label="Pages")),
-                    html.Label([html.Span("Find a request", className="hidden"), search]),
+                    Markup(parts.question("request", "Find a request", "request id")),
                     html.Button("◐", id="theme", title="Light or dark", **parts.attributes(aria_label="Light or dark")),
                 ],
                 className="bar",
@@ -167,32 +163,6 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
         told = ctx.triggered[0]["value"] if ctx.triggered else None
         window = _zoomed_to(told) if isinstance(told, Mapping) else None
         return no_update if window is None else Address.of(search or "").search(since=window[0], until=window[1])
-
-    @app.callback(
-        Output("url", "pathname", allow_duplicate=True),
-        Output("url", "search", allow_duplicate=True),
-        Input("search", "n_submit"),
-        State("search", "value"),
-        State("url", "search"),
-        prevent_initial_call=True,
-    )
-    def find(_: int, wanted: str | None, search: str | None) -> tuple[object, object]:
-        if not wanted or not wanted.strip():
-            return no_update, no_update
-        return request.PAGE.path, Address.of(search or "").search(request=wanted.strip())
-
-    @app.callback(
-        Output("url", "search", allow_duplicate=True),
-        Input({"type": "ask", "name": ALL}, "n_submit"),
-        State({"type": "ask", "name": ALL}, "value"),
-        State("url", "search"),
-        prevent_initial_call=True,
-    )
-    def ask(submitted: list[int | None], written: list[str | None], search: str | None) -> object:
-        if not any(submitted) or not written[0] or not written[0].strip():
-            return no_update
-        kind = ctx.triggered_id["name"]
-        return Address.of(search or "").search(question=f"{kind}:{written[0].strip()}")
 
 
 def _asked_for(recording: Recording) -> list[Job[Any]]:

@@ -119,6 +119,14 @@ def choice(label: str, links: Mapping[str, str], chosen: str) -> Html:
     return element("nav", *shown, class_="choice", aria_label=label)
 
 
+def question(kind: str, label: str, example: str) -> Html:
+    """A line to type in: what is typed becomes the address's request, or its question of this kind."""
+    field = element(
+        "input", type="search", class_="search", placeholder=example, aria_label=label, autocomplete="off", name=kind
+    )
+    return element("form", field, class_="ask-form", data_ask=kind)
+
+
 def command(line: str) -> Html:
     """What can be typed, with a button that copies it."""
     copy = element("button", "copy", class_="save", data_copy=line, aria_label="Copy the command")

@@ -9,7 +9,7 @@ import orjson
 
 from stallscope.views import words
 
-_VOID = {"meta", "br", "hr"}
+_VOID = {"br", "hr", "input", "meta"}
 _LONGEST_LABEL = 22
 
 

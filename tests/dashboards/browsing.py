@@ -27,6 +27,7 @@ PICTURES = ROOT / ".screenshots"
 CHROMIUM = shutil.which("chromium")
 NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path (apt install chromium)")
 _LEFT = "A nonexistent object was used in an `Output`"  # Dash, where a page is left before all of it has come
+SEARCH = "form[data-ask=request] input"
 WAIT_MS = 60_000  # the machine may be busy
 
 

@@ -11,7 +11,17 @@ import pytest
 from stallscope.trace import Trace, read_trace
 from stallscope.trace.rename import renamed
 from stallscope_dash.address import Address
-from tests.dashboards.browsing import NEEDS_CHROMIUM, ROOT, WAIT_MS, Looking, browser, looking, recording_of, serving
+from tests.dashboards.browsing import (
+    NEEDS_CHROMIUM,
+    ROOT,
+    SEARCH,
+    WAIT_MS,
+    Looking,
+    browser,
+    looking,
+    recording_of,
+    serving,
+)
 from tests.reports.examples import hostile_trace
 
 __all__ = ["browser", "looking"]
@@ -115,13 +125,13 @@ def test_a_request_is_found_by_its_id_and_one_that_is_not_there_is_said_with_tho
 ) -> None:
     looking.at(stall)
     looking.wait("#answer .verdict")
-    looking.page.fill("#search", " search-000025 ")
-    looking.page.press("#search", "Enter")
+    looking.page.fill(SEARCH, " search-000025 ")
+    looking.page.press(SEARCH, "Enter")
     looking.wait("#waterfall table")
     assert "search-000025" in looking.text("#request-head h1")
 
-    looking.page.fill("#search", "chat-00015x")
-    looking.page.press("#search", "Enter")
+    looking.page.fill(SEARCH, "chat-00015x")
+    looking.page.press(SEARCH, "Enter")
     looking.wait("#request-head .trouble")
     assert "no request 'chat-00015x'" in looking.text("#request-head")
     assert "did you mean chat-000" in looking.text("#request-head")

@@ -9,7 +9,7 @@ from stallscope.asking import Asked
 from stallscope.trace import read_trace, write_parquet
 from stallscope_dash.serving import live_at, recording_at
 from tests.alerts.unit_tests import needs_promtool
-from tests.dashboards.browsing import NEEDS_CHROMIUM, ROOT, Looking, browser, looking, serving
+from tests.dashboards.browsing import NEEDS_CHROMIUM, ROOT, SEARCH, Looking, browser, looking, serving
 
 __all__ = ["browser", "looking"]
 pytestmark = NEEDS_CHROMIUM
@@ -82,8 +82,8 @@ def test_a_recording_that_goes_away_is_said_where_it_is_missed(looking: Looking,
         looking.at(url)
         looking.wait("#answer .verdict")
         shutil.rmtree(folder)
-        looking.page.fill("#search", "chat-000150")
-        looking.page.press("#search", "Enter")
+        looking.page.fill(SEARCH, "chat-000150")
+        looking.page.press(SEARCH, "Enter")
         looking.wait("#request-head .trouble")
         assert str(folder) in looking.text("#request-head")
 
@@ -94,3 +94,13 @@ def test_a_recording_that_is_none_is_said_on_the_page(looking: Looking, tmp_path
         looking.at(url)
         looking.wait("#progress .trouble")
         assert "no OTLP in it" in looking.text("#progress")
+
+
+def test_a_setting_of_ones_own_is_asked(looking: Looking) -> None:
+    with serving(recording_at(STALL, QUICK, False)) as url:
+        looking.at(f"{url}/whatif")
+        looking.wait("#whatif-choices a")
+        looking.page.fill("form[data-ask=set] input", "colour=blue")
+        looking.page.press("form[data-ask=set] input", "Enter")
+        looking.wait("#whatif-answer .trouble")
+        assert "question=set%3Acolour%3Dblue" in looking.page.url

@@ -73,13 +73,25 @@ try {
   if (kept === "light" || kept === "dark") document.documentElement.dataset.theme = kept;
 } catch { /* the same */ }
 
+document.addEventListener("submit", (event) => {
+  const { ask } = event.target.dataset;
+  if (!ask) return;
+  event.preventDefault();
+  const typed = event.target.elements[ask].value.trim();
+  const address = new URLSearchParams(window.location.search);
+  if (!typed) return;
+  if (ask === "request") address.set("request", typed);
+  else address.set("question", `${ask}:${typed}`);
+  goTo(`${ask === "request" ? "/request" : window.location.pathname}?${address}`);
+});
+
 // The keys that people know from trace viewers: w and s zoom, a and d move, / goes to the search.
 const MOVES = { w: [0.25, -0.25], s: [-0.5, 0.5], a: [-0.25, -0.25], d: [0.25, 0.25] }; // of what is shown, at its ends
 document.addEventListener("keydown", (event) => {
   if (/^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "/") {
     event.preventDefault();
-    document.getElementById("search").focus();
+    document.querySelector("form[data-ask=request] input").focus();
     return;
   }
   const charts = [...document.querySelectorAll("[data-chart] .js-plotly-plot")];
@@ -88,5 +100,7 @@ document.addEventListener("keydown", (event) => {
   const ends = chart.layout.xaxis.range.map((text) => Date.parse(`${text.slice(0, 23).replace(" ", "T")}Z`));
   const moved = ends.map((end, at) => end + MOVES[event.key][at] * (ends[1] - ends[0]));
   const [start, stop] = moved.map((time) => new Date(time).toISOString().slice(0, 23).replace("T", " "));
-  if (stop > start) Plotly.relayout(chart, { "xaxis.range[0]": start, "xaxis.range[1]": stop });
+  const name = chart.closest("[data-chart]").dataset.chart;
+  const relayoutData = { "xaxis.range[0]": start, "xaxis.range[1]": stop }; // as if it had been zoomed by hand
+  if (stop > start) window.dash_clientside.set_props({ type: "time", name }, { relayoutData });
 });

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 
-from dash import dcc, html
+from dash import html
 from dash.development.base_component import Component
 
 from stallscope.diagnosis.whatif import Question, WhatIf
@@ -20,6 +20,7 @@ from stallscope_dash import parts
 from stallscope_dash.answers import what_if
 from stallscope_dash.figures import framed, message
 from stallscope_dash.jobs import Job, State
+from stallscope_dash.markup import Markup
 from stallscope_dash.pages import Page, Part
 from stallscope_dash.recording import NotReadyError
 from stallscope_dash.scene import Scene
@@ -36,18 +37,13 @@ _SHOWN = 24  # tenants to choose from
 
 
 def layout() -> Component:
-    own = dcc.Input(
-        id={"type": "ask", "name": "set"}, type="text", debounce=True, n_submit=0, className="search",
-        placeholder="NAME=VALUE",
-        autoComplete="off",
-    )  # fmt: skip
     return html.Div(
         [
             parts.card(
                 "What if …",
                 parts.said("The recorded arrivals run again through the engine's own scheduler, one thing changed."),
                 parts.place("whatif-choices", 120),
-                html.Label(["or another setting of the engine: ", own], className="dim"),
+                Markup(joined(["or ", parts.question("set", "Another setting of the engine", "NAME=VALUE")])),
             ),
             parts.place("whatif-answer", 60),
             parts.chart(
