@@ -192,7 +192,7 @@ def _bar(doing: str, share: float) -> Html:
 
 def _zoomed_to(told: Mapping[str, object]) -> tuple[int | None, int | None] | None:
     """From when to when (ns) a chart was zoomed by hand; (None, None): to all there is; None: it was not."""
-    if told.get("xaxis.autorange") or told.get("reset"):
+    if told.get("xaxis.autorange"):
         return None, None
     ends = [told.get(name) for name in _ZOOMS]
     if not all(isinstance(end, str) for end in ends):

@@ -15,8 +15,8 @@ Identity = str | dict[str, str]
 _CHART: dcc.Graph.Config = {
     "displaylogo": False,
     "responsive": True,
-    "doubleClick": False,  # the whole trace is an address like any other: ``zoomed`` leads there
-    "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d", "toImage", "sendChartToCloud"],
+    "doubleClick": "autosize",  # ``zoomed`` takes it for all there is
+    "modeBarButtonsToRemove": ["lasso2d", "select2d", "resetScale2d", "toImage", "sendChartToCloud"],
 }
 _LOADING = element("p", "Loading …", class_="dim loading", role="status")
 

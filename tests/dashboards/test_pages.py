@@ -90,6 +90,11 @@ def test_a_zoom_in_one_chart_is_in_the_address_and_back_undoes_it(stall: str, lo
     looking.page.go_back()
     looking.until("!window.location.search.includes('since=')")
     looking.until("!document.querySelector('#overview-window .zoomed')")
+    looking.page.go_forward()
+    looking.wait("#overview-window .zoomed")
+    looking.page.wait_for_timeout(500)
+    looking.page.mouse.dblclick(box["x"] + 0.5 * box["width"], box["y"] + 20)
+    looking.until("!document.querySelector('#overview-window .zoomed')")
 
 
 def test_keys_zoom_and_move_as_in_trace_viewers(stall: str, looking: Looking) -> None:
