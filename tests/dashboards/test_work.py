@@ -65,7 +65,7 @@ def test_live_follows_a_folder(looking: Looking, tmp_path: Path) -> None:
     with serving(live_at(tmp_path, QUICK, 3600.0)) as url:
         looking.at(url)
         looking.wait("#answer .verdict.healthy")
-        assert "live, up to" in looking.text("#progress")
+        looking.wait("#progress :text('live, up to')")
         shutil.copyfile(STALL, tmp_path / STALL.name)
         (tmp_path / HEALTHY.name).unlink()
         looking.wait("#answer .verdict.noisy_neighbor")
