@@ -437,9 +437,11 @@ def measure(arguments: argparse.Namespace, seeds: range, kinds: Mapping[str, lis
         usual = usual_traffic()
         hours = [(usual[number % len(usual)], seeds.start + number // len(usual)) for number in range(runs)]
         work = partial(healthy_hour, seconds=arguments.healthy_seconds, static_s=static_s)
-        healthy = list(in_processes(work, hours, "healthy traffic", many))
-        kept["healthy"] = [[family, seed, [asdict(page) for page in pages]] for family, seed, pages, _ in healthy]
-        save(arguments.json, kept)
+        healthy = []
+        for family, seed, pages, highest in in_processes(work, hours, "healthy traffic", many):
+            healthy.append((family, seed, pages, highest))
+            kept["healthy"] = [[of, number, [asdict(page) for page in fired]] for of, number, fired, _ in healthy]
+            save(arguments.json, kept)  # so that an hour that was watched is not lost with the next
         print_healthy(healthy, arguments.healthy_seconds, static_s, console)
 
 
