@@ -35,7 +35,8 @@ from rich.table import Table
 from stallscope.trace import read_trace
 
 STALL_EVERY = 100_000  # steps
-WAIT_MS = 600_000
+WAIT_MS = 120_000
+WINDOW = {"width": 1280, "height": 2200}  # both charts of the overview are in sight, or one would not be drawn
 SEARCH = "form[data-ask=request] input"
 LINES = ".js-plotly-plot .scatterlayer .trace"
 SECOND_RANGE = "document.querySelectorAll('.js-plotly-plot')[1]?.layout?.xaxis?.range?.[0]"
@@ -90,7 +91,7 @@ class Server:
 
 def look(browser: Browser, trace: Path) -> Seen:
     """One pass: a server that has kept nothing, then one that has."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page = browser.new_page(viewport=WINDOW)
     page.set_default_timeout(WAIT_MS)
     for old in trace.parent.glob(f"{trace.name}.diagnosis-*.json"):
         old.unlink()

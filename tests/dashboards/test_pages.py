@@ -221,6 +221,17 @@ def test_a_chart_is_kept_as_svg_and_a_table_as_csv(stall: str, looking: Looking,
     assert "reasoner-000003" in (tmp_path / "caused.csv").read_text(encoding="utf-8")
 
 
+def test_what_reading_left_out_is_said_below_the_answer(looking: Looking, tmp_path: Path) -> None:
+    whole = (ROOT / "sample_traces" / "stall.otlp.jsonl.zst").read_bytes()
+    (tmp_path / "cut.otlp.jsonl.zst").write_bytes(whole[: len(whole) // 2])
+    trace = read_trace(tmp_path / "cut.otlp.jsonl.zst")
+    assert trace.findings
+    with serving(recording_of(trace)) as url:
+        looking.at(url)
+        looking.wait("#answer .note")
+        assert trace.findings[0].text in looking.text("#answer")
+
+
 def test_a_page_that_is_not_there_leads_back(stall: str, looking: Looking) -> None:
     looking.at(f"{stall}/nowhere")
     looking.page.click("#page a:text('Overview')")

@@ -54,7 +54,13 @@ def answer(scene: Scene) -> Html:
     """The verdict in words, how sure it is, and what can be done tonight."""
     if scene.diagnosis is not None:
         report = parts.download("the report as one HTML file", REPORT)
-        return joined([*pieces.answer(scene.diagnosis), element("p", "To keep or to pass on: ", report, class_="dim")])
+        left_out = (
+            element("p", f"left out in reading: {one.text} ({one.where}, {one.count} times)", class_="note")
+            for one in scene.recording.trace.findings
+        )
+        return joined(
+            [*pieces.answer(scene.diagnosis), *left_out, element("p", "To keep or to pass on: ", report, class_="dim")]
+        )
     if scene.recording.progress.stage is Stage.FAILED:
         return Html("")
     about = "The charts below are of the whole recording already."
