@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -26,8 +25,6 @@ from stallscope_dash.markup import Markup
 from stallscope_dash.pages import Page, Part, alerts, incident, overview, request, tenants, whatif
 from stallscope_dash.recording import NotReadyError, Recording, Stage
 from stallscope_dash.scene import Scene
-
-log = logging.getLogger(__name__)
 
 PAGES: tuple[Page, ...] = (
     overview.PAGE,

@@ -101,6 +101,14 @@ def incident_facts(incident: Incident) -> Html:
     return element("dl", *(joined([element("dt", title), element("dd", text)]) for title, text in rows))
 
 
+def who(incident: Incident, most_culprits: int | None = None) -> Html:
+    """Who stalled whom; the first three victims, and all culprits or the first of them."""
+    culprits = [name(culprit.tenant, "culprit") for culprit in incident.culprits[:most_culprits]]
+    waited = words.listed([words.shortened(words.printable(one.tenant), 40) for one in incident.victims[:3]])
+    separated = [piece for one in culprits for piece in (", ", one)][1:]
+    return joined([*separated, f" stalled {waited}"] if culprits else [f"{waited} waited"])
+
+
 def victims(incident: Incident) -> Html:
     """Who waited, how much of it, and their percentiles then and usually."""
     headings = ["victim", "stalled", "lost", "TTFT", "usually", "longest gap", "usually"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from functools import partial
 
 from dash import html
@@ -133,20 +132,17 @@ def head(scene: Scene) -> Html:
     return element(
         "header",
         element("p", f"Incident {scene.number} of {count} ", others, class_="dim"),
-        element("h1", pieces.verdict(incident.verdict), " ", *_who(incident)),
+        element(
+            "h1",
+            pieces.verdict(incident.verdict),
+            " ",
+            pieces.who(incident),
+            f": {words.duration(incident.lost_s)} lost",
+        ),
         element("p", words.incident_when(incident), class_="dim"),
         pieces.incident_facts(incident),
         class_="incident",
     )
-
-
-def _who(incident: Incident) -> Iterator[str]:
-    victims = words.listed([words.shortened(words.printable(one.tenant), 40) for one in incident.victims[:3]])
-    for at, culprit in enumerate(incident.culprits):
-        yield ", " if at else ""
-        yield pieces.name(culprit.tenant, "culprit")
-    yield f" stalled {victims}" if incident.culprits else f"{victims} waited"
-    yield f": {words.duration(incident.lost_s)} lost"
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

@@ -85,16 +85,12 @@ def incidents(scene: Scene) -> Html:
 
 def _row(scene: Scene, number: int, one: Incident) -> Html:
     """A link to the incident: when it was, what, who did it to whom, and what it cost."""
-    culprits = [pieces.name(culprit.tenant, "culprit") for culprit in one.culprits[:3]]
-    victims = words.listed([words.shortened(words.printable(victim.tenant), 40) for victim in one.victims[:3]])
-    who = [text for culprit in culprits for text in (", ", culprit)][1:]
-    did = [*who, f" stalled {victims}"] if who else [f"{victims} waited"]
     return element(
         "li",
         element(
             "a",
             element("span", str(number), class_="number"),
-            element("span", pieces.verdict(one.verdict), " ", *did, class_="what"),
+            element("span", pieces.verdict(one.verdict), " ", pieces.who(one, 3), class_="what"),
             element("span", f"{words.duration(one.lost_s)} lost", class_="lost"),
             element("span", words.incident_when(one), class_="dim when"),
             href=f"/incident{scene.address.search(incident=number, replica='', since=None, until=None)}",
