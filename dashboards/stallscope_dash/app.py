@@ -11,7 +11,7 @@ from typing import Any
 
 import dash
 import flask
-from dash import ALL, Input, Output, State, ctx, dcc, html, no_update
+from dash import ALL, ClientsideFunction, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 
 from stallscope.errors import StallscopeError
@@ -82,6 +82,7 @@ def _shell(recording: Recording) -> Component:
         [
             dcc.Location(id="url", refresh="callback-nav"),
             dcc.Store(id="version", data=""),
+            dcc.Store(id="moved"),  # what keys have zoomed to, as a chart would tell it
             dcc.Interval(id="pulse", interval=_BUSY_MS),
             html.A("To the content", href="#page", className="skip"),
             html.Header(
@@ -150,15 +151,17 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
     def hurry(_: str | None) -> int:
         return _BUSY_MS  # something may have been asked
 
-    @app.callback(
-        Output("url", "search"),
+    # Charts tell much more than zooms, such as their sizes; of calls of one callback the server's last answer counts.
+    app.clientside_callback(  # type: ignore[no-untyped-call]  # of Dash
+        ClientsideFunction("stallscope", "zoomed"),
+        Output("moved", "data"),
         Input({"type": "time", "name": ALL}, "relayoutData"),
-        State("url", "search"),
         prevent_initial_call=True,
     )
-    def zoomed(_: object, search: str | None) -> object:
-        told = ctx.triggered[0]["value"] if ctx.triggered else None
-        window = _zoomed_to(told) if isinstance(told, Mapping) else None
+
+    @app.callback(Output("url", "search"), Input("moved", "data"), State("url", "search"), prevent_initial_call=True)
+    def zoomed(told: Mapping[str, object], search: str | None) -> object:
+        window = _zoomed_to(told)
         return no_update if window is None else Address.of(search or "").search(since=window[0], until=window[1])
 
 

@@ -37,6 +37,17 @@ new MutationObserver(() => {
   }
 }).observe(document, { childList: true, subtree: true });
 
+// What a chart was zoomed to by hand, of all that it tells.
+window.dash_clientside = Object.assign({}, window.dash_clientside, {
+  stallscope: {
+    zoomed: () => {
+      const { callback_context: { triggered }, no_update } = window.dash_clientside;
+      const zooms = triggered.map(({ value }) => value || {}).filter((told) => told["xaxis.autorange"] || "xaxis.range[0]" in told);
+      return zooms.length ? zooms[0] : no_update;
+    },
+  },
+});
+
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a");
   if (link && link.origin === window.location.origin && !link.download && !link.getAttribute("href").startsWith("#")
@@ -100,7 +111,5 @@ document.addEventListener("keydown", (event) => {
   const ends = chart.layout.xaxis.range.map((text) => Date.parse(`${text.slice(0, 23).replace(" ", "T")}Z`));
   const moved = ends.map((end, at) => end + MOVES[event.key][at] * (ends[1] - ends[0]));
   const [start, stop] = moved.map((time) => new Date(time).toISOString().slice(0, 23).replace("T", " "));
-  const name = chart.closest("[data-chart]").dataset.chart;
-  const relayoutData = { "xaxis.range[0]": start, "xaxis.range[1]": stop }; // as if it had been zoomed by hand
-  if (stop > start) window.dash_clientside.set_props({ type: "time", name }, { relayoutData });
+  if (stop > start) window.dash_clientside.set_props("moved", { data: { "xaxis.range[0]": start, "xaxis.range[1]": stop } });
 });
