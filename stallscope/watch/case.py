@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from stallscope.diagnosis.model import Confidence, Diagnosis, Incident, InterventionKind, Verdict
+from stallscope.diagnosis.partition import Mechanism
 
 LEADS_UP_NS = 10_000_000_000  # an incident that ended so much before the first stalled wait is another one
 _LOOK_NS = 10_000_000_000  # after the first diagnosis, until the next; then twice as long each time, up to
@@ -49,13 +50,14 @@ class Case:
     attribution: Attribution | None = None
     counted: bool = False  # as an incident
     looks: int = 0
+    _suspected: frozenset[str] = frozenset()  # at the last look, too weakly to blame them unless the next one agrees
     _looked_ns: int = 0
     _rate: float = 0.0  # at the last look
 
     @property
     def is_usual(self) -> bool:
         """Whether a diagnosis has found nothing in it."""
-        return self.looks > 0 and self.attribution is None
+        return self.looks > 0 and self.attribution is None and not self._suspected
 
     def wants_look(self, now_ns: int, rate: float) -> bool:
         """Whether another diagnosis may say more; ``rate``: what was lost of late."""
@@ -68,15 +70,31 @@ class Case:
 
     def suspects(self, diagnosis: Diagnosis) -> bool:
         """Whether charges alone say that this is more than a busy moment."""
-        found = attribution_of(diagnosis, self.start_ns - LEADS_UP_NS)
-        return found is not None and found.verdict is not Verdict.OVERLOAD
+        found = attribution_of(diagnosis, self._since_ns)
+        return (found is not None and found.verdict is not Verdict.OVERLOAD) or bool(self._weak(diagnosis))
 
     def looked(self, diagnosis: Diagnosis | None, now_ns: int, rate: float) -> None:
-        """Takes what a diagnosis says of it; what an earlier one said stays where this one says nothing."""
+        """Takes what a diagnosis says of it; what an earlier one was sure of stays where this one says nothing."""
         self.looks, self._looked_ns, self._rate = self.looks + 1, now_ns, rate
-        found = None if diagnosis is None else attribution_of(diagnosis, self.start_ns - LEADS_UP_NS)
-        if found is not None:
+        if diagnosis is None:
+            return
+        found = attribution_of(diagnosis, self._since_ns, self._suspected)
+        self._suspected = self._weak(diagnosis)
+        if found is not None or self._is_unsure:
             self.attribution = found
+
+    @property
+    def _since_ns(self) -> int:
+        """What was over before then is another stall."""
+        return self.start_ns - LEADS_UP_NS
+
+    def _weak(self, diagnosis: Diagnosis) -> frozenset[str]:
+        weak = (one for one in diagnosis.incidents if one.end_ns >= self._since_ns and _is_weak(one))
+        return frozenset(culprit.tenant for one in weak for culprit in one.culprits)
+
+    @property
+    def _is_unsure(self) -> bool:
+        return self.attribution is not None and self.attribution.incident.confidence is Confidence.LOW
 
     def judged(self, now_ns: int, is_here: Callable[[str], bool]) -> Iterator[tuple[str, str, str, float]]:
         """Victim, culprit, mechanism, seconds of what can be laid at somebody's door by now, once.
@@ -93,12 +111,12 @@ class Case:
         self.waiting.clear()
 
 
-def attribution_of(diagnosis: Diagnosis, since_ns: int) -> Attribution | None:
+def attribution_of(diagnosis: Diagnosis, since_ns: int, suspected: frozenset[str] = frozenset()) -> Attribution | None:
     """What a diagnosis says of the time since ``since_ns``: the neighbors to blame, or else the costliest incident.
 
-    What an engine that stalled meanwhile cost is no neighbor's.
+    What an engine that stalled meanwhile cost is no neighbor's. ``suspected``: whom a weak suspicion is enough for.
     """
-    there = [one for one in diagnosis.incidents if one.end_ns >= since_ns and not _is_chance(one)]
+    there = [one for one in diagnosis.incidents if one.end_ns >= since_ns and not _is_chance(one, suspected)]
     if not there:
         return None
     noisy = [one for one in there if one.verdict is Verdict.NOISY_NEIGHBOR and one.culprits]
@@ -117,10 +135,19 @@ def attribution_of(diagnosis: Diagnosis, since_ns: int) -> Attribution | None:
     return Attribution(Verdict.NOISY_NEIGHBOR, tuple(blamed), worst)
 
 
-def _is_chance(incident: Incident) -> bool:
-    """Whether it is nothing to count: a weak suspicion of nobody, or bad luck with a tenant who is as usual."""
+def _is_weak(incident: Incident) -> bool:
+    """Whether it is a suspicion of tenants who did nothing that one could name."""
+    unnamed = bool(incident.culprits) and all(one.mechanism == Mechanism.UNEXPLAINED for one in incident.culprits)
+    return unnamed and incident.confidence is Confidence.LOW
+
+
+def _is_chance(incident: Incident, suspected: frozenset[str]) -> bool:
+    """Whether it is nothing to count: a weak suspicion of nobody, or of who was not ``suspected`` before, or bad luck
+    with a tenant who is as usual."""
     if not incident.culprits:
         return incident.confidence is Confidence.LOW
+    if _is_weak(incident):
+        return not suspected.issuperset(culprit.tenant for culprit in incident.culprits)
     kinds = {
         one.kind for one in incident.interventions if one.kind in (InterventionKind.USUAL, InterventionKind.FAIR_SHARE)
     }

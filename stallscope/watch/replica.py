@@ -16,7 +16,7 @@ from stallscope.diagnosis.model import Diagnosis
 from stallscope.diagnosis.slo import Slo, limits_of
 from stallscope.diagnosis.timeline import Floats, Mask
 from stallscope.errors import UsageError
-from stallscope.trace.decode import MOST, ReplicaSpans
+from stallscope.trace.decode import LATEST, MOST, ReplicaSpans
 from stallscope.trace.findings import Findings
 from stallscope.trace.model import Trace
 from stallscope.watch.case import LASTING_NS, LONGEST_NS, Case
@@ -25,6 +25,7 @@ from stallscope.watch.families import WINDOW_S
 from stallscope.watch.memory import Memory
 from stallscope.watch.stream import Stream, Window
 from stallscope.watch.tally import Spent, Tenants, Waited, Waits, spent
+from stallscope.watch.told import Told
 from stallscope.watch.usual import Losses, Usual
 from stallscope_telemetry import names
 
@@ -51,6 +52,7 @@ class WatchedReplica:
         self._slos = slos
         self._stream = Stream(name)
         self._waits = Waits()
+        self._told = Told()
         self._usual = Usual()
         self._memory = Memory(name)
         self._counted: dict[tuple[int, int], float] = {}  # of waits that go on: by handle and kind, ns counted so far
@@ -58,6 +60,7 @@ class WatchedReplica:
         self._active_ns: dict[str, int] = {}  # by tenant: when it held something last
         self._covered: deque[tuple[int, int]] = deque(maxlen=_COVERED_S // WINDOW_S)  # steps known and all, by window
         self._kv_total = 0
+        self._tells_batches = False
         self._calm_until = 0
 
     @property
@@ -77,7 +80,7 @@ class WatchedReplica:
     @property
     def tells_batches(self) -> bool:
         """Whether its steps have ever said who was in them."""
-        return bool(self.tenants.names)
+        return self._tells_batches
 
     @property
     def coverage(self) -> float:
@@ -126,12 +129,14 @@ class WatchedReplica:
         self._kv_total = total if type(total) is int and 0 <= total < MOST else 0
         size = block_tokens if type(block_tokens) is int and 0 < block_tokens < MOST else _BLOCK_TOKENS
         tenant = self.tenants.codes(window.requests)
+        self._tells_batches |= bool(window.requests)
         self.costs.learn(window)
+        told = self._told.of(spans.requests, window, self.tenants, self.costs.model)
         self.window = window
         self._covered.append((int(window.known.sum()), len(window.ready) + window.lost))
         self.spent = spent(window, tenant, len(self.tenants.names), size, self.costs.model)
-        self.waited = self._waits.of(window, tenant, self.costs.model)
-        for code in np.flatnonzero(self.spent.kv_block_ns).tolist():
+        self.waited = self._waits.of(window, tenant, self.costs.model).and_also(told)
+        for code in {*np.flatnonzero(self.spent.kv_block_ns).tolist(), *told.tenant.tolist()}:
             self._active_ns[self.tenants.names[code]] = self.now_ns
         self._usual.settle()
         self._count_stalled(window, self.waited)
@@ -156,7 +161,8 @@ class WatchedReplica:
         self._counted = {key: amount for key, amount in self._counted.items() if key in going_on}
         self._losses.add(sum(self.stalled_s.values()))
         if self.case is None and self._losses.is_unusual:
-            self.case = Case(int(window.begin[0]))
+            start = int(min(window.begin[0], waited.time[stalled].min(initial=LATEST)))
+            self.case = Case(max(start, self.now_ns - REMEMBERED_NS))
         if self._is_calm:
             self._losses.learn()
         if self.case is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,9 @@ class Tenants:
     _codes: dict[str, int] = field(default_factory=dict)
 
     def code(self, request: SeenRequest) -> int:
-        name = request.info.tenant or UNKNOWN
+        return self.code_of(request.info.tenant or UNKNOWN)
+
+    def code_of(self, name: str) -> int:
         code = self._codes.get(name)
         if code is None and len(self.names) >= MOST_TENANTS:
             name, code = OTHER, self._codes.get(OTHER)
@@ -77,6 +79,32 @@ class Waited:
         """Without the request's own work."""
         delay: Floats = np.maximum(self.length - self.own, 0.0)
         return delay
+
+    def where(self, chosen: Mask) -> Waited:
+        """Those of the rows."""
+        return Waited(*(getattr(self, field.name)[chosen] for field in fields(Waited)))
+
+    def and_also(self, more: Waited) -> Waited:
+        """These and those."""
+        if not len(more.kind):
+            return self
+        both = (np.concatenate([getattr(one, field.name) for one in (self, more)]) for field in fields(Waited))
+        return Waited(*both)
+
+
+def nothing() -> Waited:
+    """No waits."""
+    none, no = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
+    return Waited(none, none, none, none, np.zeros(0), none, none, no)
+
+
+def first_token_work(model: CostModel | None, prompt: int, cached: int) -> float:
+    """What it costs to compute a prompt of so many tokens, of which some are in the cache, ns; 0 without a model."""
+    new = prompt - cached
+    if model is None or new <= 0:
+        return 0.0
+    b0, b1, b2 = model.coefficients[:3]
+    return b0 + b1 * new + b2 * new * (prompt - new / 2)
 
 
 def spent(window: Window, tenant: Ints, tenants: int, block_tokens: int, model: CostModel | None) -> Spent:
@@ -243,15 +271,13 @@ def _first_tokens(window: Window, tenant: Ints, model: CostModel | None) -> list
     """Of each request that got its first token, or waits for it."""
     found: list[_Wait] = []
     now = int(window.ready[-1])
-    b0, b1, b2 = (0.0, 0.0, 0.0) if model is None else model.coefficients[:3]
     for one, code in zip(window.requests, tenant.tolist(), strict=True):
         came = window.has(one.first_token_step)
         if not came and (one.lost or one.output_tokens or one.first_token_step is not None):
             continue
         last = one.first_token_step if came else one.left_step
         when = now if last is None else window.ready_of(last)
-        prompt = one.info.prompt_tokens
-        new = prompt - one.cached_tokens if came or one.computed_tokens else 0
-        own = b0 + b1 * new + b2 * new * (prompt - new / 2) if new > 0 else 0.0
+        begun = came or one.computed_tokens
+        own = first_token_work(model, one.info.prompt_tokens, one.cached_tokens) if begun else 0.0
         found.append((TTFT, code, when, max(when - one.info.arrival_ns, 0), own, 1, one.info.handle, not came))
     return found

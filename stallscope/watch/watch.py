@@ -78,7 +78,7 @@ class Watch:
                     log.exception("replica %r: what it sent can't be watched", name)
                     self._forget(name)
             else:
-                self._count_requests(plain_requests(new.requests))
+                self._count_requests(plain_requests(new.requests), waits=True)
                 del self._collected.replicas[name]
             if len(new.resources) > _MOST_RESOURCES and name in self._collected.replicas:
                 self._collected.replicas[name].resources = {}
@@ -123,11 +123,11 @@ class Watch:
         if not replica.tells_batches:
             self._count_requests(plain_requests(spans.requests))
 
-    def _count_requests(self, requests: Sequence[PlainRequest]) -> None:
-        """Of a replica whose steps do not tell them: what their own spans say."""
+    def _count_requests(self, requests: Sequence[PlainRequest], *, waits: bool = False) -> None:
+        """Of a replica whose steps do not tell them: what their own spans say; ``waits`` of one that has no steps."""
         for one in requests:
             self.scores.add(families.REQUESTS, (one.tenant,), 1)
-            if one.ttft_s is not None:
+            if waits and one.ttft_s is not None:
                 self._observe_one(families.TTFT, one.tenant, one.ttft_s)
             self._observe_one(families.E2E, one.tenant, one.e2e_s)
 

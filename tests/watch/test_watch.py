@@ -116,12 +116,17 @@ def test_an_objective_of_a_tenant_that_has_not_been_here_lately_keeps_nobody_fro
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
-def incident(verdict: Verdict, lost_s: float, *culprits: tuple[str, float], end_ns: int = START_NS) -> Incident:
-    blamed = tuple(
-        Culprit(name, "", "kv_pinning", caused, 0.5, 0.5, 0.1, "KV cache", (), None) for name, caused in culprits
-    )
+def incident(
+    verdict: Verdict,
+    lost_s: float,
+    *culprits: tuple[str, float],
+    end_ns: int = START_NS,
+    confidence: Confidence = Confidence.HIGH,
+    mechanism: str = "kv_pinning",
+) -> Incident:
+    blamed = tuple(Culprit(name, "", mechanism, caused, 0.5, 0.5, 0.1, "", (), None) for name, caused in culprits)
     return Incident(
-        "r", START_NS - S, end_ns, verdict, Confidence.HIGH, "kv_pinning", blamed, (), lost_s, lost_s, (), None, 0.0, ()
+        "r", START_NS - S, end_ns, verdict, confidence, mechanism, blamed, (), lost_s, lost_s, (), None, 0.0, ()
     )
 
 
@@ -159,6 +164,24 @@ def test_an_incident_that_was_over_long_before_is_another_one() -> None:
 def test_culprits_that_caused_nothing_measurable_share_alike() -> None:
     case = looked_at(incident(Verdict.NOISY_NEIGHBOR, 0.0, ("one", 0.0), ("other", 0.0)))
     assert blame_of(case)["victim", "one"] == pytest.approx(5.0)
+
+
+def test_a_suspicion_without_a_mechanism_must_be_found_twice_and_a_weak_one_is_forgotten_when_not_found_again() -> None:
+    weak = incident(Verdict.NOISY_NEIGHBOR, 8.0, ("hog", 0.0), confidence=Confidence.LOW, mechanism="unexplained")
+    assert blame_of(looked_at(weak)) == {}
+    assert not looked_at(weak).is_usual
+    assert looked_at().is_usual
+    again = looked_at(weak)
+    again.looked(diagnosis(weak), START_NS, 1.0)
+    assert blame_of(again)["victim", "hog"] == pytest.approx(10.0)
+    weak = incident(Verdict.NOISY_NEIGHBOR, 8.0, ("hog", 3.0), confidence=Confidence.LOW)
+    assert blame_of(looked_at(weak))["victim", "hog"] == pytest.approx(10.0)
+    for found, stays in ((weak, False), (incident(Verdict.NOISY_NEIGHBOR, 8.0, ("hog", 3.0)), True)):
+        case = looked_at(found)
+        case.looked(diagnosis(), START_NS, 1.0)
+        assert bool(blame_of(case)) == stays
+        case.looked(None, START_NS, 1.0)
+        assert (case.attribution is not None) == stays
 
 
 def test_who_has_gone_is_not_blamed_for_what_goes_on_for_long() -> None:
