@@ -11,7 +11,7 @@ from typing import Any
 
 import dash
 import flask
-from dash import ALL, ClientsideFunction, Input, Output, State, dcc, html, no_update
+from dash import ALL, MATCH, ClientsideFunction, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 
 from stallscope.errors import StallscopeError
@@ -82,6 +82,7 @@ def _shell(recording: Recording) -> Component:
         [
             dcc.Location(id="url", refresh="callback-nav"),
             dcc.Store(id="version", data=""),
+            dcc.Store(id="shown"),
             dcc.Store(id="moved"),  # what keys have zoomed to, as a chart would tell it
             dcc.Interval(id="pulse", interval=_BUSY_MS),
             html.A("To the content", href="#page", className="skip"),
@@ -110,7 +111,7 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
         if page is None:
             where = element("p", f"There is nothing at {path}. ", parts.link("Overview", "/"))
             return parts.card("No such page", Markup(where))
-        return page.layout()
+        return html.Div(page.layout(), **parts.attributes(data_page=page.path))
 
     @app.callback(Output("nav", "html"), Input("url", "pathname"), Input("url", "search"))
     def navigate(path: str, search: str | None) -> Html:
@@ -150,6 +151,21 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
     @app.callback(Output("pulse", "interval", allow_duplicate=True), Input("url", "search"), prevent_initial_call=True)
     def hurry(_: str | None) -> int:
         return _BUSY_MS  # something may have been asked
+
+    app.clientside_callback(  # type: ignore[no-untyped-call]  # of Dash
+        ClientsideFunction("stallscope", "show"),
+        Output("shown", "data"),
+        Input("url", "search"),
+        Input("version", "data"),
+    )
+    app.clientside_callback(  # type: ignore[no-untyped-call]
+        ClientsideFunction("stallscope", "make"),
+        Output(parts.home(MATCH), "children"),
+        Input(parts.seen(MATCH), "data"),
+        State(parts.later(MATCH), "data"),
+        State(parts.home(MATCH), "children"),
+        prevent_initial_call=True,
+    )
 
     # Charts tell much more than zooms, such as their sizes; of calls of one callback the server's last answer counts.
     app.clientside_callback(  # type: ignore[no-untyped-call]  # of Dash
@@ -212,20 +228,21 @@ def _ns(local: str) -> int:
 
 
 def _bind(app: dash.Dash, recording: Recording, page: Page, part: Part) -> None:
-    inputs = [Input("url", "search"), Input("version", "data"), State("url", "pathname")]
-    if part.prop == "figure":
-        inputs.append(Input(parts.seen(parts.name_of(part.identity)), "data"))
-    app.callback(Output(part.identity, part.prop), *inputs)(_drawn(recording, page, part))
+    shown = Input(parts.seen(parts.name_of(part.identity)), "data")
+    # A table is there only once it is in sight: then it asks for its rows.
+    app.callback(Output(part.identity, part.prop), shown, prevent_initial_call=part.prop != "rowData")(
+        _drawn(recording, part)
+    )
 
 
-def _drawn(recording: Recording, page: Page, part: Part) -> Callable[[str | None, str, str], object]:
+def _drawn(recording: Recording, part: Part) -> Callable[[Mapping[str, str] | None], object]:
     """Draws the part for the address; where that can't be, says why in its place."""
 
-    def draw(search: str | None, _: str, path: str, seen: bool = True) -> object:
-        if path != page.path or not seen:
+    def draw(seen: Mapping[str, str] | None) -> object:
+        if seen is None:
             return no_update
         try:
-            return part.draw(Scene(recording, Address.of(search or "")))
+            return part.draw(Scene(recording, Address.of(seen["search"])))
         except NotReadyError:
             return no_update
         except StallscopeError as error:

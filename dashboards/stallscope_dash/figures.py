@@ -24,7 +24,8 @@ def framed(figure: Figure) -> Figure:
         "modebar": {"orientation": "v"},
     }
     axes = {
-        name: {"automargin": True, "zeroline": False, **axis}
+        # Whether labels overflow is measured one by one, which takes as long as drawing.
+        name: {"automargin": True, "zeroline": False, "ticklabeloverflow": "allow", **axis}
         for name, axis in layout.items()
         if name.startswith(("xaxis", "yaxis"))
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dash import dcc, html
+from dash.dependencies import Wildcard
 from dash.development.base_component import Component
 
 from stallscope.reports.markup import Html, element
@@ -34,9 +35,10 @@ def time_chart(name: str) -> dict[str, str]:
     return {"type": "time", "name": name}
 
 
-def seen(chart: str) -> dict[str, str]:
-    """The identity of what knows whether a chart has come into sight: until then it is not drawn."""
-    return {"type": "seen", "name": chart}
+def seen(name: str | Wildcard) -> dict[str, Any]:
+    """The identity of what a part is to show: nothing until its place comes into sight, then the address and the
+    version of the data, whenever one of them changes (``assets/behaviour.js``)."""
+    return {"type": "seen", "name": name}
 
 
 def name_of(identity: Identity) -> str:
@@ -58,9 +60,9 @@ def chart(identity: Identity, title: str, about: str, height: int, *, tools: str
     ]
     shown = [
         Markup(element("p", about, class_="dim")),
-        place(tools) if tools else None,
-        dcc.Store(id=seen(name), data=False),
-        html.Figure(graph, **attributes(aria_label=title, data_chart=name)),
+        place(tools, at_once=True) if tools else None,
+        dcc.Store(id=seen(name)),
+        html.Figure(graph, **attributes(aria_label=title, data_part=name)),
         Markup(element("div", *buttons, class_="saves")),
     ]
     return card(title, *shown)
@@ -85,9 +87,31 @@ def said(text: str) -> Component:
     return Markup(element("p", text, class_="dim"))
 
 
-def place(identity: str, height: int = 0) -> Component:
-    """Where a part will put its HTML; says that it is loading until then."""
-    return Markup(_LOADING, id=identity, style={"minHeight": height})
+def place(identity: str, height: int = 0, *, at_once: bool = False) -> Component:
+    """Where a part will put its HTML, when it comes into sight or ``at_once``; says that it is loading until then."""
+    shown = Markup(_LOADING, id=identity, style={"minHeight": height})
+    about = {"data_part": identity} | ({"data_at": "once"} if at_once else {})
+    return html.Div([dcc.Store(id=seen(identity)), shown], **attributes(**about))
+
+
+def made_later(identity: str, made: Component) -> Component:
+    """Where a component that takes long to make comes to be when it comes into sight."""
+    there = [
+        dcc.Store(id=seen(identity)),
+        dcc.Store(id=later(identity), data=made.to_plotly_json()),  # type: ignore[no-untyped-call]
+        html.Div(id=home(identity)),
+    ]
+    return html.Div(there, **attributes(data_part=identity))
+
+
+def later(identity: str | Wildcard) -> dict[str, Any]:
+    """The identity of what keeps a component until then."""
+    return {"type": "later", "name": identity}
+
+
+def home(identity: str | Wildcard) -> dict[str, Any]:
+    """The identity of where it will be."""
+    return {"type": "home", "name": identity}
 
 
 # --- what parts put there ---------------------------------------------------------------------------------------------

@@ -212,11 +212,14 @@ class Recording:
             read = _Read.of(self._opened(partial(self._tell, stage)))
             if self.renew_s is None:
                 self._read, stage = read, Stage.CHARTS
+                self._tell(stage)
+                if read.names:
+                    self.replica(read.names[0])  # all that is asked for first is made of it
             for diagnose in self._diagnoses:
                 found = diagnose(read.trace, partial(self._tell, stage))
                 self._read, self._diagnosis, stage = read, found, Stage.VERDICT
                 if self.renew_s is None and found.incidents:
-                    self.waits(found.incidents[0].replica)  # what takes longest of what will be asked for first
+                    self._prepare(found.incidents[0].replica)
             self._times_read += 1
             self._progress = Progress(Stage.DONE)
         except StallscopeError as error:
@@ -224,6 +227,11 @@ class Recording:
         finally:
             if not self._progress.stage.is_final:
                 self._progress = Progress(Stage.FAILED, error=f"{self.path}: {_OURS}")
+
+    def _prepare(self, name: str) -> None:
+        """Makes what takes longest of what will be asked for first: an incident's charges, and its batch."""
+        self.waits(name)
+        _ = self.replica(name).steps
 
     def _tell(self, stage: Stage, doing: str = "", share: float = 0.0) -> None:
         if not self._times_read:  # when it is read again, what was seen before stays

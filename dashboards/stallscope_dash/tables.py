@@ -11,6 +11,7 @@ from dash.development.base_component import Component
 
 from stallscope.reports.markup import element
 from stallscope.views import words
+from stallscope_dash import parts
 from stallscope_dash.markup import Markup
 
 _ROW_PX, _ROWS_A_PAGE = 34, 10
@@ -39,37 +40,34 @@ def linked(text: str, href: str) -> dict[str, str]:
 
 def grid(identity: str, columns: Sequence[Column]) -> Component:
     """A table that a part fills with rows (dicts by field)."""
-    return html.Div(
-        [
-            ag.AgGrid(
-                id=identity,
-                columnDefs=[_definition(column) for column in columns],
-                rowData=[],
-                columnSize="responsiveSizeToFit",
-                defaultColDef={
-                    "sortable": True,
-                    "resizable": True,
-                    "wrapHeaderText": True,
-                    "autoHeaderHeight": True,
-                    "minWidth": 84,
-                },
-                dashGridOptions={
-                    "theme": {"function": _THEME},
-                    "rowHeight": _ROW_PX,
-                    "ensureDomOrder": True,
-                    "enableCellTextSelection": True,
-                    "animateRows": False,
-                    "domLayout": "autoHeight",
-                    "pagination": True,
-                    "paginationPageSize": _ROWS_A_PAGE,
-                    "paginationPageSizeSelector": False,
-                },
-                csvExportParams={"fileName": f"{identity}.csv"},
-                style={"height": None},
-            ),
-            Markup(element("button", "CSV", class_="save", data_csv=identity, aria_label="Save the table as CSV")),
-        ]
+    made = ag.AgGrid(
+        id=identity,
+        columnDefs=[_definition(column) for column in columns],
+        rowData=[],
+        columnSize="responsiveSizeToFit",
+        defaultColDef={
+            "sortable": True,
+            "resizable": True,
+            "wrapHeaderText": True,
+            "autoHeaderHeight": True,
+            "minWidth": 84,
+        },
+        dashGridOptions={
+            "theme": {"function": _THEME},
+            "rowHeight": _ROW_PX,
+            "ensureDomOrder": True,
+            "enableCellTextSelection": True,
+            "animateRows": False,
+            "domLayout": "autoHeight",
+            "pagination": True,
+            "paginationPageSize": _ROWS_A_PAGE,
+            "paginationPageSizeSelector": False,
+        },
+        csvExportParams={"fileName": f"{identity}.csv"},
+        style={"height": None},
     )
+    save = element("button", "CSV", class_="save", data_csv=identity, aria_label="Save the table as CSV")
+    return html.Div([parts.made_later(identity, made), Markup(save)])
 
 
 def _definition(column: Column) -> dict[str, object]:

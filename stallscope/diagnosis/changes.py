@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import betainc
 
 from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints
@@ -394,6 +393,8 @@ def _chance(
 
     ``tail``: probability that one of the tenant's requests is above the level, for where none was at other times.
     """
+    from scipy.special import betainc
+
     inside = share * common / (share * common + 1 - share)
     probability = betainc(count / bursts, others / bursts + 1.0, inside)
     if tail is not None:

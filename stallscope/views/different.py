@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from scipy.special import gammaln
 
 from stallscope.diagnosis.incidents import Waits
 from stallscope.diagnosis.model import Incident
@@ -239,5 +238,7 @@ def at_least(found: Ints, drawn: int, marked: Ints, total: int) -> Floats:
 
 
 def _log_choose(total: Ints | int, chosen: Ints | int) -> Floats:
+    from scipy.special import gammaln
+
     found: Floats = gammaln(total + 1.0) - gammaln(chosen + 1.0) - gammaln(total - chosen + 1.0)
     return found

@@ -35,6 +35,10 @@ def test_axe_finds_nothing_serious(stall: str, browser: Browser, path: str, sche
     context = browser.new_context(color_scheme=scheme, bypass_csp=True)  # axe is a script that is put into the page
     page = context.new_page()
     page.goto(f"{stall}{path}")
+    page.wait_for_selector("#page .card", timeout=WAIT_MS)
+    while page.evaluate("window.scrollY + window.innerHeight < document.documentElement.scrollHeight - 1"):
+        page.evaluate("window.scrollBy(0, 500)")  # what is not seen is not drawn
+        page.wait_for_timeout(200)
     page.wait_for_selector(PAGES[path], timeout=WAIT_MS)
     page.wait_for_timeout(800)
     found = Axe().run(page)

@@ -64,7 +64,7 @@ def test_three_clicks_lead_from_the_answer_to_the_batch_and_the_request_that_did
     assert "reasoner" in looking.text("#incident-head h1")
     assert looking.drawn("#swimlanes") > 30
 
-    looking.scroll_to("#caused")
+    looking.scroll_to("[data-part=caused]")
     looking.page.click("#caused .ag-cell a")  # two: the request that cost the others most
     looking.wait("#waterfall table")
     assert "reasoner-000003" in looking.text("#request-head h1")
@@ -213,7 +213,7 @@ def test_a_chart_is_kept_as_svg_and_a_table_as_csv(stall: str, looking: Looking,
         looking.page.click("button[data-save=svg][data-name=swimlanes]")
     picture.value.save_as(tmp_path / "batch.svg")
     assert "reasoner-000003" in (tmp_path / "batch.svg").read_text(encoding="utf-8")
-    looking.scroll_to("#caused")
+    looking.scroll_to("[data-part=caused]")
     looking.wait("#caused .ag-cell a")
     with looking.page.expect_download(timeout=WAIT_MS) as table:
         looking.page.click("button[data-csv=caused]")

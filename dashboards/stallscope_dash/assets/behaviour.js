@@ -20,26 +20,45 @@ window.stallscope_dash = {
     React.createElement("div", { id, className, style, dangerouslySetInnerHTML: { __html: html } }),
 };
 
-// Charts are drawn when they come into sight: of a long page, most never do.
+// A part is drawn when its place comes into sight (of a long page, most never do), and again whenever the address or the
+// data have changed; not any more when its page is being left.
+let shown = null;
+const inSight = new WeakSet();
+const show = (place) => {
+  if (!shown || place.closest("[data-page]")?.dataset.page !== window.location.pathname) return;
+  window.dash_clientside.set_props({ type: "seen", name: place.dataset.part }, { data: shown });
+};
 const sight = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     if (!isIntersecting) continue;
     sight.unobserve(target);
-    window.dash_clientside.set_props({ type: "seen", name: target.dataset.chart }, { data: true });
+    inSight.add(target);
+    show(target);
   }
 }, { rootMargin: "250px" });
 const watched = new WeakSet();
 new MutationObserver(() => {
-  for (const figure of document.querySelectorAll("[data-chart]")) {
-    if (watched.has(figure)) continue;
-    watched.add(figure);
-    sight.observe(figure);
+  for (const place of document.querySelectorAll("[data-part]")) {
+    if (watched.has(place)) continue;
+    watched.add(place);
+    if (place.dataset.at === "once") {
+      inSight.add(place);
+      show(place);
+    } else {
+      sight.observe(place);
+    }
   }
 }).observe(document, { childList: true, subtree: true });
 
-// What a chart was zoomed to by hand, of all that it tells.
+// ``zoomed``: what a chart was zoomed to by hand, of all that it tells.
 window.dash_clientside = Object.assign({}, window.dash_clientside, {
   stallscope: {
+    show: (search, version) => {
+      shown = { search: search || "", version };
+      [...document.querySelectorAll("[data-part]")].filter((place) => inSight.has(place)).forEach(show);
+      return shown;
+    },
+    make: (seen, made, there) => (there ? window.dash_clientside.no_update : made),
     zoomed: () => {
       const { callback_context: { triggered }, no_update } = window.dash_clientside;
       const zooms = triggered.map(({ value }) => value || {}).filter((told) => told["xaxis.autorange"] || "xaxis.range[0]" in told);
@@ -105,7 +124,7 @@ document.addEventListener("keydown", (event) => {
     document.querySelector("form[data-ask=request] input").focus();
     return;
   }
-  const charts = [...document.querySelectorAll("[data-chart] .js-plotly-plot")];
+  const charts = [...document.querySelectorAll("[data-part] .js-plotly-plot")];
   const chart = charts.find(({ layout }) => layout?.xaxis?.type === "date" && layout.xaxis.range);
   if (!MOVES[event.key] || !chart) return;
   const ends = chart.layout.xaxis.range.map((text) => Date.parse(`${text.slice(0, 23).replace(" ", "T")}Z`));

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from typing import TYPE_CHECKING
 
 from dash import html
 from dash.development.base_component import Component
 
-from stallscope.alerts.preview import PreviewedAlert, Trial
 from stallscope.reports.figures import Figure, firings_figure
 from stallscope.reports.markup import Html, element, joined
 from stallscope_dash import parts
@@ -18,6 +18,9 @@ from stallscope_dash.pages import Page, Part
 from stallscope_dash.recording import NotReadyError
 from stallscope_dash.scene import Scene
 
+if TYPE_CHECKING:
+    from stallscope.alerts.preview import PreviewedAlert, Trial
+
 _TRY = "try"
 _FIRINGS = parts.time_chart("firings")
 
@@ -25,7 +28,7 @@ _FIRINGS = parts.time_chart("firings")
 def layout() -> Component:
     return html.Div(
         [
-            parts.place("alerts-head", 120),
+            parts.place("alerts-head", 120, at_once=True),
             parts.chart(_FIRINGS, "When each fires", "On this trace, as Prometheus evaluates it.", 420),
             parts.card("The rules", parts.place("alerts-rules", 60)),
         ]

@@ -63,7 +63,7 @@ _CAUSED = (
 def layout() -> Component:
     return html.Div(
         [
-            parts.place("incident-head", 240),
+            parts.place("incident-head", 240, at_once=True),
             parts.chart(LATENCY, "Around it", "What each tenant waited; drag to zoom, double-click for all.", 430),
             parts.chart(
                 "swimlanes",

@@ -29,9 +29,9 @@ LATENCY, ENGINE = parts.time_chart("latency"), parts.time_chart("engine")
 def layout() -> Component:
     return html.Div(
         [
-            parts.place("answer", 130),
-            parts.card("Incidents", parts.place("incidents", 60)),
-            parts.place("overview-window"),
+            parts.place("answer", 130, at_once=True),
+            parts.card("Incidents", parts.place("incidents", 60, at_once=True)),
+            parts.place("overview-window", at_once=True),
             parts.chart(
                 LATENCY,
                 "What each tenant waited",

@@ -27,8 +27,8 @@ _ROWS = 60  # of a waterfall, the longest
 def layout() -> Component:
     return html.Div(
         [
-            parts.place("request-head", 150),
-            parts.card("Where its time went", parts.place("waterfall", 200)),
+            parts.place("request-head", 150, at_once=True),
+            parts.card("Where its time went", parts.place("waterfall", 200, at_once=True)),
             parts.chart(
                 "request-batch",
                 "With whom it shared the steps",

@@ -45,7 +45,7 @@ _COLUMNS = (
 def layout() -> Component:
     return html.Div(
         [
-            parts.card("All tenants", parts.place("tenants-about"), grid("tenants", _COLUMNS)),
+            parts.card("All tenants", parts.place("tenants-about", at_once=True), grid("tenants", _COLUMNS)),
             *(parts.chart(_cost(cost), title, about, 300) for cost, (title, about) in _COSTS.items()),
             parts.chart(
                 _FAIRNESS,

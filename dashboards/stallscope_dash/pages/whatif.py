@@ -42,10 +42,10 @@ def layout() -> Component:
             parts.card(
                 "What if …",
                 parts.said("The recorded arrivals run again through the engine's own scheduler, one thing changed."),
-                parts.place("whatif-choices", 120),
+                parts.place("whatif-choices", 120, at_once=True),
                 Markup(joined(["or ", parts.question("set", "Another setting of the engine", "NAME=VALUE")])),
             ),
-            parts.place("whatif-answer", 60),
+            parts.place("whatif-answer", 60, at_once=True),
             parts.chart(
                 "whatif-chart",
                 "Side by side",

@@ -27,6 +27,7 @@ from stallscope.views.colours import GREY
 from stallscope.views.percentiles import MEDIAN, P99, Line, Percentiles
 
 _ROW_PX, _ROWS_FRAME_PX = 185, 60
+_MOST_MARKERS = 15  # of a line: enough to tell tenants apart without colour, and each takes as long to draw as a line
 
 
 def percentiles_figure(
@@ -75,6 +76,7 @@ def _line(line: Line, bin_ns: int, axis: str, looks: Looks, culprits: Collection
         for value, requests, still in zip(line.value_s, line.requests, line.open_requests, strict=True)
     ]
     width = THICK if line.tenant in culprits else USUAL
+    is_whole = bool(np.isfinite(line.value_s).all())  # else a marker may be all there is of a bin between two gaps
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -82,7 +84,7 @@ def _line(line: Line, bin_ns: int, axis: str, looks: Looks, culprits: Collection
         "legendgroup": name,
         **_points(line, bin_ns, axis),
         "line": {"color": look.colour, "dash": look.dash, "width": width},
-        "marker": {"size": 4 + width, "symbol": look.marker},
+        "marker": {"size": 4 + width, "symbol": look.marker, "maxdisplayed": _MOST_MARKERS if is_whole else 0},
         "hovertext": hover,
         "hoverinfo": "text+x",
     }
