@@ -9,9 +9,10 @@ of the passes, and the two share the machine with whatever else runs on it.
 
 ``charts``: from the command's start until the overview has drawn its lines; ``verdict``: until the answer stands there,
 found anew by charges alone (``--no-replay``), and ``kept``: the same where ``--save`` has kept it. Clicks, each until
-what was asked for is drawn: ``incident`` (who did it, and the batch around the worst step), ``zoom`` (both charts of
-the overview in a tenth of the trace), ``back`` (all of it again), ``request`` (its waterfall). ``server``: the most
-memory that the server's process has held; what diagnoses is a process of its own.
+what was asked for is there: ``incident`` (who did it, in words), ``batch`` (of the same click: the batch around the
+worst step is drawn), ``zoom`` (both charts of the overview in a tenth of the trace), ``back`` (all of it again),
+``request`` (its waterfall). ``server``: the most memory that the server's process has held; what diagnoses is a process
+of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from analysis import FIXED_NS, SIZES, make
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,8 @@ from stallscope.trace import read_trace
 
 STALL_EVERY = 100_000  # steps
 WAIT_MS = 120_000
-WINDOW = {"width": 1280, "height": 2200}  # both charts of the overview are in sight, or one would not be drawn
+WINDOW = ViewportSize(width=1280, height=900)
+TALL = ViewportSize(width=1280, height=2200)  # both charts of the overview are in sight, or one would not be drawn
 SEARCH = "form[data-ask=request] input"
 LINES = ".js-plotly-plot .scatterlayer .trace"
 SECOND_RANGE = "document.querySelectorAll('.js-plotly-plot')[1]?.layout?.xaxis?.range?.[0]"
@@ -50,6 +52,7 @@ class Seen:
     verdict: float
     kept: float
     incident: float
+    batch: float
     zoom: float
     back: float
     request: float
@@ -104,8 +107,14 @@ def look(browser: Browser, trace: Path) -> Seen:
     page.wait_for_selector("#incidents a")
     settle(page)
 
-    incident = timed(page, lambda: page.click("#incidents a"), "#incident-head dl", "#swimlanes .barlayer .trace")
+    begun = time.perf_counter()
+    page.click("#incidents a")
+    page.wait_for_selector("#incident-head dl", state="attached")
+    incident = time.perf_counter() - begun
+    page.wait_for_selector("#swimlanes .barlayer .trace", state="attached")
+    batch = time.perf_counter() - begun
     settle(page)
+    page.set_viewport_size(TALL)
     page.goto(server.url)
     page.wait_for_selector(LINES, state="attached")
     settle(page)
@@ -125,20 +134,12 @@ def look(browser: Browser, trace: Path) -> Seen:
     kept = time.perf_counter() - again.begun
     again.end()
     page.close()
-    return Seen(charts, verdict, kept, incident, zoom, back, request, peak)
+    return Seen(charts, verdict, kept, incident, batch, zoom, back, request, peak)
 
 
 def settle(page: Page) -> None:
     """Until nothing is asked of the server for a while but whether there is news."""
     page.wait_for_timeout(2500)
-
-
-def timed(page: Page, act: Callable[[], object], *drawn: str) -> float:
-    begun = time.perf_counter()
-    act()
-    for selector in drawn:
-        page.wait_for_selector(selector, state="attached")
-    return time.perf_counter() - begun
 
 
 def timed_until(page: Page, act: Callable[[], object], holds: str) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qs, urlencode
 
+_TIMES = ("since", "until", "at")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -13,9 +14,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 class Address:
     """State of a page; what is empty or None is left to the page.
 
-    ``incident``: its number from 1, by harm. ``since`` and ``until``: the window that charts show, ns since the epoch
-    (to a microsecond). ``quantile``: p50, p95, p99. ``question``: what is asked beyond that, as its
-    page has it, and ``attempt`` how often that was asked again.
+    ``incident``: its number from 1, by harm, and ``at`` a time within it (of a recording that grows, numbers change).
+    ``since`` and ``until``: the window that charts show. All times are ns since the epoch, to a microsecond.
+    ``quantile``: p50, p95, p99. ``question``: what is asked beyond that, as its page has it, and ``attempt`` how often
+    that was asked again.
     """
 
     replica: str = ""
@@ -26,6 +28,7 @@ class Address:
     attempt: int = 0
     since: int | None = None
     until: int | None = None
+    at: int | None = None
 
     @staticmethod
     def of(search: str) -> Address:
@@ -43,13 +46,14 @@ class Address:
             attempt=_number(given.get("attempt", "")),
             since=since,
             until=until,
+            at=_time(given.get("at", "")),
         )
 
     def search(self, **changed: object) -> str:
         """The query, with some of the state changed; "" where there is none."""
         state = replace(self, **changed)  # type: ignore[arg-type]
         said = {field.name: getattr(state, field.name) for field in fields(state)}
-        times = {name: _written(said[name]) for name in ("since", "until") if said[name] is not None}
+        times = {name: _written(said[name]) for name in _TIMES if said[name] is not None}
         texts = {name: str(value) for name, value in said.items() if value and name not in times} | times
         return f"?{urlencode(texts)}" if texts else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -23,9 +24,10 @@ from stallscope_dash.address import Address
 from stallscope_dash.jobs import Job
 from stallscope_dash.markup import Markup
 from stallscope_dash.pages import Page, Part, alerts, incident, overview, request, tenants, whatif
-from stallscope_dash.recording import NotReadyError, Recording, Stage
+from stallscope_dash.recording import OURS, NotReadyError, Recording, Stage
 from stallscope_dash.scene import Scene
 
+log = logging.getLogger(__name__)
 PAGES: tuple[Page, ...] = (
     overview.PAGE,
     incident.PAGE,
@@ -235,6 +237,12 @@ def _bind(app: dash.Dash, recording: Recording, page: Page, part: Part) -> None:
     )
 
 
+def _said(text: str, part: Part) -> object:
+    """What went wrong, in the part's place."""
+    shown = words.printable(text)
+    return {"figure": figures.message(shown), "html": parts.trouble(shown)}.get(part.prop, no_update)
+
+
 def _drawn(recording: Recording, part: Part) -> Callable[[Mapping[str, str] | None], object]:
     """Draws the part for the address; where that can't be, says why in its place."""
 
@@ -246,7 +254,9 @@ def _drawn(recording: Recording, part: Part) -> Callable[[Mapping[str, str] | No
         except NotReadyError:
             return no_update
         except StallscopeError as error:
-            text = words.printable(str(error))
-            return {"figure": figures.message(text), "html": parts.trouble(text)}.get(part.prop, no_update)
+            return _said(str(error), part)
+        except Exception:
+            log.exception("%s can't be drawn for %s", part.identity, seen["search"])
+            return _said(OURS, part)
 
     return draw

@@ -33,7 +33,7 @@ Diagnose = Callable[[Trace, Advance], Diagnosis]
 _REPLICAS_KEPT = 4  # tables of a million steps take some 200 MB
 _VIEWS_KEPT = 256
 _REST = 2.0  # times as long as it took to read a growing recording again, nothing is done
-_OURS = "an error of stallscope's own; the terminal that the dashboard was started from says more"
+OURS = "an error of stallscope's own; the terminal that the dashboard was started from says more"
 
 
 class Stage(StrEnum):
@@ -226,7 +226,7 @@ class Recording:
             self._progress = Progress(Stage.FAILED, error=str(error))
         finally:
             if not self._progress.stage.is_final:
-                self._progress = Progress(Stage.FAILED, error=f"{self.path}: {_OURS}")
+                self._progress = Progress(Stage.FAILED, error=f"{self.path}: {OURS}")
 
     def _prepare(self, name: str) -> None:
         """Makes what takes longest of what will be asked for first: an incident's charges, and its batch."""

@@ -43,18 +43,25 @@ class Scene:
 
     @cached_property
     def incident(self) -> Incident | None:
-        """The address's incident, or the worst; None where there is none, or nobody knows yet."""
-        if self.diagnosis is None:
-            return None
-        found = self.diagnosis.incidents
-        if self.address.incident > len(found):
-            raise UsageError(f"there is no incident {self.address.incident}: {len(found)} were found")
-        return found[max(self.address.incident - 1, 0)] if found else None
+        """The address's incident, or the worst; None where it is not there, or nobody knows yet."""
+        return self.diagnosis.incidents[self.number - 1] if self.diagnosis is not None and self.number else None
 
     @cached_property
     def number(self) -> int:
-        """The incident's, from 1; 0 where there is none."""
-        return max(self.address.incident, 1) if self.incident is not None else 0
+        """The incident's, from 1; 0 where it is not there, or nobody knows yet."""
+        found = self.diagnosis.incidents if self.diagnosis is not None else ()
+        number, at = self.address.incident, self.address.at
+        if at is None:
+            return max(number, 1) if number <= len(found) and found else 0
+        there = [one for one, incident in enumerate(found, start=1) if incident.start_ns <= at <= incident.end_ns]
+        return number if number in there else next(iter(there), 0)
+
+    def to_incident(self, number: int) -> str:
+        """The query of an incident's page: it is this one that is found there, whatever its number will be."""
+        assert self.diagnosis is not None
+        chosen = self.diagnosis.incidents[number - 1]
+        middle = (chosen.start_ns + chosen.end_ns) // 2
+        return self.address.search(incident=number, at=middle, replica="", since=None, until=None)
 
     @cached_property
     def incidents(self) -> tuple[Incident, ...]:

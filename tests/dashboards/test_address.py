@@ -16,7 +16,7 @@ def test_what_is_written_is_read_again(
     replica: str, incident: int, request: str, quantile: str, question: str, window: tuple[int, int]
 ) -> None:
     since, until = (None, None) if window[0] == window[1] else sorted(window)
-    address = Address(replica, incident, request, quantile, question, incident % 7, since, until)
+    address = Address(replica, incident, request, quantile, question, incident % 7, since, until, since)
     assert Address.of(address.search()) == address
 
 

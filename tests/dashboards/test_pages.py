@@ -244,6 +244,34 @@ def test_an_incident_that_is_not_there_is_said(stall: str, looking: Looking) -> 
     assert "there is no incident 9: 1 were found" in looking.text("#incident-head")
 
 
+def test_an_incident_is_found_again_by_its_time_when_its_number_has_changed(stall: str, looking: Looking) -> None:
+    looking.at(stall)
+    looking.wait("#incidents a")
+    link = str(looking.page.get_attribute("#incidents a", "href"))
+    assert "at=" in link
+    looking.at(stall + link.replace("incident=1", "incident=7"))
+    looking.wait("#incident-head dl")
+    assert "Incident 1 of 1" in looking.text("#incident-head")
+    looking.at(f"{stall}/incident?incident=1&at=2020-01-01T00:00:00Z")
+    looking.wait("#incident-head .trouble")
+    assert "there is no incident any more that went on at" in looking.text("#incident-head")
+    looking.page.click("nav a:text('Overview')")
+    looking.wait("#answer .verdict")
+    assert looking.drawn(LATENCY) > 0
+
+
+def test_what_nobody_expected_is_said_in_its_place(monkeypatch: pytest.MonkeyPatch, looking: Looking) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("stallscope.reports.pieces.incident_facts", broken)
+    with serving(recording_of(sample("stall"))) as url:
+        looking.at(f"{url}/incident")
+        looking.wait("#incident-head .trouble")
+        assert "the terminal that the dashboard was started from says more" in looking.text("#incident-head")
+        assert looking.drawn("#swimlanes") > 30
+
+
 def test_a_trace_without_steps_says_what_to_do(looking: Looking) -> None:
     trace = sample("healthy")
     tables = {**trace.tables, "steps": trace.steps.slice(0, 0)}

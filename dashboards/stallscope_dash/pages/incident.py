@@ -10,6 +10,7 @@ from dash.development.base_component import Component
 
 from stallscope.diagnosis.model import Incident, Intervention, Quantile, Victim
 from stallscope.diagnosis.timeline import Ints
+from stallscope.errors import UsageError
 from stallscope.reports import pieces
 from stallscope.reports.figures import Figure, percentiles_figure, resource_figure, swimlanes_figure
 from stallscope.reports.markup import Html, element, joined
@@ -108,9 +109,14 @@ def _stack(resource: Resource) -> dict[str, str]:
 
 
 def _the_incident(scene: Scene) -> Incident | None:
-    """Raises NotReadyError while nobody knows."""
+    """None where nobody waited for long. Raises NotReadyError while nobody knows, UsageError where it is not there."""
     if scene.diagnosis is None:
         raise NotReadyError("no diagnosis yet")
+    found = len(scene.diagnosis.incidents)
+    if scene.incident is None and found:
+        at = scene.address.at
+        which = f"{scene.address.incident}" if at is None else f"any more that went on at {words.clock(at, zone=True)}"
+        raise UsageError(f"there is no incident {which}: {found} were found")
     return scene.incident
 
 
@@ -124,7 +130,7 @@ def head(scene: Scene) -> Html:
         return parts.nothing("No incident: no tenant waited far longer than it usually does.")
     count = len(scene.diagnosis.incidents) if scene.diagnosis is not None else 0
     steps = {
-        text: f"/incident{scene.address.search(incident=number, replica='', since=None, until=None)}"
+        text: f"/incident{scene.to_incident(number)}"
         for text, number in (("← worse", scene.number - 1), ("lesser →", scene.number + 1))
         if 1 <= number <= count
     }
@@ -294,7 +300,7 @@ def commands(scene: Scene) -> Html:
     incident = _the_incident(scene)
     if incident is None or scene.diagnosis is None:
         return parts.nothing("There is nothing to reproduce.")
-    link = f"/incident{scene.address.search(incident=scene.number)}"
+    link = f"/incident{scene.address.search(incident=scene.number, at=(incident.start_ns + incident.end_ns) // 2)}"
     here = element("p", "This view: ", parts.link(words.shortened(link, 100), link))
     source = scene.diagnosis.source
     if source == REDACTED_SOURCE:

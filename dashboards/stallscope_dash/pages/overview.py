@@ -93,7 +93,7 @@ def _row(scene: Scene, number: int, one: Incident) -> Html:
             element("span", pieces.verdict(one.verdict), " ", pieces.who(one, 3), class_="what"),
             element("span", f"{words.duration(one.lost_s)} lost", class_="lost"),
             element("span", words.incident_when(one), class_="dim when"),
-            href=f"/incident{scene.address.search(incident=number, replica='', since=None, until=None)}",
+            href=f"/incident{scene.to_incident(number)}",
         ),
     )
 
