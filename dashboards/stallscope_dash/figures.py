@@ -24,7 +24,7 @@ def framed(figure: Figure) -> Figure:
         "modebar": {"orientation": "v"},
     }
     axes = {
-        # Whether labels overflow is measured one by one, which takes as long as drawing.
+        # Whether labels overflow would be measured one by one, each with a layout of the page.
         name: {"automargin": True, "zeroline": False, "ticklabeloverflow": "allow", **axis}
         for name, axis in layout.items()
         if name.startswith(("xaxis", "yaxis"))

@@ -56,12 +56,14 @@ class Scene:
         there = [one for one, incident in enumerate(found, start=1) if incident.start_ns <= at <= incident.end_ns]
         return number if number in there else next(iter(there), 0)
 
-    def to_incident(self, number: int) -> str:
-        """The query of an incident's page: it is this one that is found there, whatever its number will be."""
+    def to_incident(self, number: int, *, keeps_window: bool = False) -> str:
+        """The query of an incident's page, on the same window or on its own: it is this one that is found there,
+        whatever its number will be."""
         assert self.diagnosis is not None
         chosen = self.diagnosis.incidents[number - 1]
         middle = (chosen.start_ns + chosen.end_ns) // 2
-        return self.address.search(incident=number, at=middle, replica="", since=None, until=None)
+        left = {} if keeps_window else {"replica": "", "since": None, "until": None}
+        return self.address.search(incident=number, at=middle, **left)
 
     @cached_property
     def incidents(self) -> tuple[Incident, ...]:

@@ -23,7 +23,7 @@ from stallscope.watch.tally import Tenants, Waited, first_token_work, nothing
 from stallscope_telemetry import names
 
 _MOST_STRETCHES = 1024
-_MOST_EARLY = 4096  # spans that came before the steps that they are about
+_MOST_EARLY = 4096  # spans that came before the steps that they are about: they wait for the next window, once
 
 
 class Told:

@@ -50,7 +50,8 @@ new MutationObserver(() => {
   }
 }).observe(document, { childList: true, subtree: true });
 
-// ``zoomed``: what a chart was zoomed to by hand, of all that it tells.
+// ``show``: what is in sight is drawn anew. ``make``: what takes long to make is made once. ``zoomed``: what a chart was
+// zoomed to by hand, of all that it tells.
 window.dash_clientside = Object.assign({}, window.dash_clientside, {
   stallscope: {
     show: (search, version) => {

@@ -300,7 +300,7 @@ def commands(scene: Scene) -> Html:
     incident = _the_incident(scene)
     if incident is None or scene.diagnosis is None:
         return parts.nothing("There is nothing to reproduce.")
-    link = f"/incident{scene.address.search(incident=scene.number, at=(incident.start_ns + incident.end_ns) // 2)}"
+    link = f"/incident{scene.to_incident(scene.number, keeps_window=True)}"
     here = element("p", "This view: ", parts.link(words.shortened(link, 100), link))
     source = scene.diagnosis.source
     if source == REDACTED_SOURCE:

@@ -27,7 +27,7 @@ from stallscope.views.colours import GREY
 from stallscope.views.percentiles import MEDIAN, P99, Line, Percentiles
 
 _ROW_PX, _ROWS_FRAME_PX = 185, 60
-_MOST_MARKERS = 15  # of a line: enough to tell tenants apart without colour, and each takes as long to draw as a line
+_MOST_MARKERS = 15  # of a line: enough to tell tenants apart without colour; each is an element of its own to draw
 
 
 def percentiles_figure(
