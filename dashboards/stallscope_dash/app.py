@@ -252,7 +252,8 @@ def _drawn(recording: Recording, part: Part) -> Callable[[Mapping[str, str] | No
         try:
             return part.draw(Scene(recording, Address.of(seen["search"])))
         except NotReadyError:
-            return no_update
+            has_failed = recording.progress.stage is Stage.FAILED
+            return _said("Not there: what went wrong is said above.", part) if has_failed else no_update
         except StallscopeError as error:
             return _said(str(error), part)
         except Exception:

@@ -94,6 +94,7 @@ def test_a_recording_that_is_none_is_said_on_the_page(looking: Looking, tmp_path
         looking.at(url)
         looking.wait("#progress .trouble")
         assert "no OTLP in it" in looking.text("#progress")
+        looking.wait("#incidents .trouble")
 
 
 def test_a_setting_of_ones_own_is_asked(looking: Looking) -> None:
