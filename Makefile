@@ -18,7 +18,7 @@ LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check .
 TYPES = $(BIN)/mypy
 IMPORTS = $(BIN)/lint-imports --no-logo
 
-.PHONY: help demo test test-vllm lint types imports format docs boards clean
+.PHONY: help demo test test-vllm lint types imports format docs boards plotly clean
 
 help:
 	@echo "make demo      record a stall on the bundled engine, diagnose it, say who did it"
@@ -28,6 +28,7 @@ help:
 	@echo "make format    format the code and mend what ruff can mend"
 	@echo "make docs      write the pages of docs/ that are made from code"
 	@echo "make boards    write the Grafana boards of dashboards/grafana/"
+	@echo "make plotly    fetch from npm the part of Plotly that charts are drawn with, of the version that is installed"
 	@echo "make clean     remove .venv and caches"
 
 demo: .venv/.installed-demo
@@ -63,6 +64,12 @@ docs: .venv/.installed-dev
 
 boards: .venv/.installed-dev
 	@$(BIN)/python dashboards/grafana/generate.py
+
+plotly: .venv/.installed-dev
+	@cd "$$(mktemp -d)" && npm pack --silent plotly.js-basic-dist-min@$$($(abspath $(BIN))/python -c \
+	  'from plotly.offline import get_plotlyjs_version as version; print(version())') && tar -xzf *.tgz && \
+	  cp package/plotly-basic.min.js $(CURDIR)/stallscope/reports/page/plotly.js && \
+	  cp package/LICENSE $(CURDIR)/stallscope/reports/page/plotly.LICENSE
 
 clean:
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -16,7 +16,7 @@ from dash import ALL, MATCH, ClientsideFunction, Input, Output, State, dcc, html
 from dash.development.base_component import Component
 
 from stallscope.errors import StallscopeError
-from stallscope.reports.html import to_html
+from stallscope.reports.html import page_file, to_html
 from stallscope.reports.markup import Html, element, joined
 from stallscope.views import words
 from stallscope_dash import figures, parts
@@ -51,15 +51,21 @@ def make_app(recording: Recording) -> dash.Dash:
         add_log_handler=False,
     )
     app.index_string = (files(__package__) / "index.html").read_text(encoding="utf-8")
-    style = (files("stallscope.reports") / "page" / "page.css").read_text(encoding="utf-8")
-    app.server.add_url_rule("/page.css", "style", lambda: app.server.response_class(style, mimetype="text/css"))
+    for name, kind in (("page.css", "text/css"), ("plotly.js", "text/javascript")):
+        _serve(app.server, name, kind)
     app.server.add_url_rule(overview.REPORT, "report", lambda: _report(app.server, recording))
     app.layout = _shell(recording)
     _bind_shell(app, recording)
     for page in PAGES:
         for part in page.parts:
-            _bind(app, recording, page, part)
+            _bind(app, recording, part)
     return app
+
+
+def _serve(server: flask.Flask, name: str, kind: str) -> None:
+    """A file of the reports' pages."""
+    text = page_file(name)
+    server.add_url_rule(f"/{name}", name, lambda: server.response_class(text, mimetype=kind))
 
 
 def _report(server: flask.Flask, recording: Recording) -> flask.Response:
@@ -80,9 +86,14 @@ def _report(server: flask.Flask, recording: Recording) -> flask.Response:
 
 
 def _shell(recording: Recording) -> Component:
+    """Has the layouts of all pages, so that one is there as soon as it is asked for."""
+    links = (parts.link(page.title, page.path) for page in PAGES)
+    back = Markup(element("p", "Nothing of ours has this address. ", parts.link("Overview", "/")))
+    nowhere = parts.card("No such page", back).to_plotly_json()  # type: ignore[no-untyped-call]
     return html.Div(
         [
             dcc.Location(id="url", refresh="callback-nav"),
+            dcc.Store(id="pages", data={page.path: _laid_out(page) for page in PAGES} | {"": nowhere}),
             dcc.Store(id="version", data=""),
             dcc.Store(id="shown"),
             dcc.Store(id="moved"),  # what keys have zoomed to, as a chart would tell it
@@ -92,7 +103,7 @@ def _shell(recording: Recording) -> Component:
                 [
                     html.Strong("stallscope"),
                     html.Span(words.shortened(recording.path.name, 40), className="dim", title=str(recording.path)),
-                    html.Nav(Markup(Html(""), id="nav", className="nav"), **parts.attributes(aria_label="Pages")),
+                    html.Nav(Markup(joined(links), id="nav", className="nav"), **parts.attributes(aria_label="Pages")),
                     Markup(parts.question("request", "Find a request", "request id")),
                     html.Button("◐", id="theme", title="Light or dark", **parts.attributes(aria_label="Light or dark")),
                 ],
@@ -104,23 +115,18 @@ def _shell(recording: Recording) -> Component:
     )
 
 
+def _laid_out(page: Page) -> object:
+    laid_out = html.Div(page.layout(), **parts.attributes(data_page=page.path))
+    return laid_out.to_plotly_json()  # type: ignore[no-untyped-call]
+
+
 def _bind_shell(app: dash.Dash, recording: Recording) -> None:
-    by_path = {page.path: page for page in PAGES}
-
-    @app.callback(Output("page", "children"), Input("url", "pathname"))
-    def show(path: str) -> Component:
-        page = by_path.get(path)
-        if page is None:
-            where = element("p", f"There is nothing at {path}. ", parts.link("Overview", "/"))
-            return parts.card("No such page", Markup(where))
-        return html.Div(page.layout(), **parts.attributes(data_page=page.path))
-
-    @app.callback(Output("nav", "html"), Input("url", "pathname"), Input("url", "search"))
-    def navigate(path: str, search: str | None) -> Html:
-        return joined(
-            parts.link(page.title, f"{page.path}{search or ''}", class_="here" if page.path == path else "")
-            for page in PAGES
-        )
+    app.clientside_callback(  # type: ignore[no-untyped-call]  # of Dash
+        ClientsideFunction("stallscope", "open"),
+        Output("page", "children"),
+        Input("url", "pathname"),
+        State("pages", "data"),
+    )
 
     @app.callback(
         Output("version", "data"),
@@ -163,7 +169,7 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
     app.clientside_callback(  # type: ignore[no-untyped-call]
         ClientsideFunction("stallscope", "make"),
         Output(parts.home(MATCH), "children"),
-        Input(parts.seen(MATCH), "data"),
+        Input(parts.drawn(MATCH), "data"),
         State(parts.later(MATCH), "data"),
         State(parts.home(MATCH), "children"),
         prevent_initial_call=True,
@@ -229,18 +235,16 @@ def _ns(local: str) -> int:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _bind(app: dash.Dash, recording: Recording, page: Page, part: Part) -> None:
-    shown = Input(parts.seen(parts.name_of(part.identity)), "data")
-    # A table is there only once it is in sight: then it asks for its rows.
-    app.callback(Output(part.identity, part.prop), shown, prevent_initial_call=part.prop != "rowData")(
-        _drawn(recording, part)
-    )
+def _bind(app: dash.Dash, recording: Recording, part: Part) -> None:
+    name = parts.name_of(part.identity)
+    where = Output(name, "html") if part.prop == "html" else Output(parts.drawn(name), "data")
+    app.callback(where, Input(parts.seen(name), "data"), prevent_initial_call=True)(_drawn(recording, part))
 
 
 def _said(text: str, part: Part) -> object:
     """What went wrong, in the part's place."""
     shown = words.printable(text)
-    return {"figure": figures.message(shown), "html": parts.trouble(shown)}.get(part.prop, no_update)
+    return {"figure": figures.message(shown), "html": parts.trouble(shown)}.get(part.prop, [])
 
 
 def _drawn(recording: Recording, part: Part) -> Callable[[Mapping[str, str] | None], object]:

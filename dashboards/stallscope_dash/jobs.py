@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar, TypeVarTuple, cast
 from stallscope.asking import Stages
 from stallscope.errors import StallscopeError
 
+_NICENESS = 10
 _GRACE_S = 1.0  # for a process to end by itself, before it is killed
 _SPAWN = get_context("spawn")  # a dashboard has threads: a fork could inherit a lock that is held
 
@@ -143,6 +144,7 @@ class Job(Generic[Result]):
                     return
                 process.start()
                 self._process, self._lifeline = process, lifeline
+            _yield_to_looks(process)
             tells.close()
             held.close()
             try:
@@ -226,6 +228,13 @@ _STARTED: weakref.WeakSet[Job[Any]] = weakref.WeakSet()
 def _cancel_all() -> None:
     for job in list(_STARTED):
         job.cancel()
+
+
+def _yield_to_looks(process: SpawnProcess) -> None:
+    """Whoever looks at what is there already does not wait for it."""
+    assert process.pid is not None
+    with suppress(OSError):  # it is over
+        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
 
 
 def _kill(process: SpawnProcess) -> None:

@@ -49,9 +49,7 @@ def chart(identity: Identity, title: str, about: str, height: int, *, tools: str
     """A card with a place for a figure, of so many pixels so that nothing moves when it comes, and with one for
     ``tools``, if they have an identity."""
     name = name_of(identity)
-    graph = dcc.Graph(
-        id=identity, figure=_empty(height), config=_CHART, className="picture", style={"minHeight": height}
-    )
+    graph = dcc.Graph(id=identity, config=_CHART, className="picture", style={"minHeight": height})
     buttons = [
         element(
             "button", kind.upper(), class_="save", data_save=kind, data_name=name, aria_label=f"Save {title} as {kind}"
@@ -61,20 +59,10 @@ def chart(identity: Identity, title: str, about: str, height: int, *, tools: str
     shown = [
         Markup(element("p", about, class_="dim")),
         place(tools, at_once=True) if tools else None,
-        dcc.Store(id=seen(name)),
-        html.Figure(graph, **attributes(aria_label=title, data_part=name)),
+        html.Figure(made_later(name, graph, "figure", height), **attributes(aria_label=title)),
         Markup(element("div", *buttons, class_="saves")),
     ]
     return card(title, *shown)
-
-
-def _empty(height: int) -> dict[str, object]:
-    hidden = {"visible": False}
-    clear = "rgba(0,0,0,0)"
-    return {
-        "data": [],
-        "layout": {"xaxis": hidden, "yaxis": hidden, "height": height, "paper_bgcolor": clear, "plot_bgcolor": clear},
-    }
 
 
 def card(title: str, *content: Component | None) -> Component:
@@ -94,24 +82,30 @@ def place(identity: str, height: int = 0, *, at_once: bool = False) -> Component
     return html.Div([dcc.Store(id=seen(identity)), shown], **attributes(**about))
 
 
-def made_later(identity: str, made: Component) -> Component:
-    """Where a component that takes long to make comes to be when it comes into sight."""
+def made_later(name: str, made: Component, prop: str, height: int = 0) -> Component:
+    """Where a component that takes long to make comes to be when it comes into sight and its ``prop`` is drawn."""
     there = [
-        dcc.Store(id=seen(identity)),
-        dcc.Store(id=later(identity), data=made.to_plotly_json()),  # type: ignore[no-untyped-call]
-        html.Div(id=home(identity)),
+        dcc.Store(id=seen(name)),
+        dcc.Store(id=drawn(name)),
+        dcc.Store(id=later(name), data={"made": made.to_plotly_json(), "prop": prop}),  # type: ignore[no-untyped-call]
+        html.Div(id=home(name), className="home", style={"minHeight": height}),
     ]
-    return html.Div(there, **attributes(data_part=identity))
+    return html.Div(there, **attributes(data_part=name))
 
 
-def later(identity: str | Wildcard) -> dict[str, Any]:
-    """The identity of what keeps a component until then."""
-    return {"type": "later", "name": identity}
+def drawn(name: str | Wildcard) -> dict[str, Any]:
+    """The identity of what was drawn for a component."""
+    return {"type": "drawn", "name": name}
 
 
-def home(identity: str | Wildcard) -> dict[str, Any]:
+def later(name: str | Wildcard) -> dict[str, Any]:
+    """The identity of what keeps the component until then."""
+    return {"type": "later", "name": name}
+
+
+def home(name: str | Wildcard) -> dict[str, Any]:
     """The identity of where it will be."""
-    return {"type": "home", "name": identity}
+    return {"type": "home", "name": name}
 
 
 # --- what parts put there ---------------------------------------------------------------------------------------------

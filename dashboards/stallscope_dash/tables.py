@@ -43,7 +43,6 @@ def grid(identity: str, columns: Sequence[Column]) -> Component:
     made = ag.AgGrid(
         id=identity,
         columnDefs=[_definition(column) for column in columns],
-        rowData=[],
         columnSize="responsiveSizeToFit",
         defaultColDef={
             "sortable": True,
@@ -67,7 +66,7 @@ def grid(identity: str, columns: Sequence[Column]) -> Component:
         style={"height": None},
     )
     save = element("button", "CSV", class_="save", data_csv=identity, aria_label="Save the table as CSV")
-    return html.Div([parts.made_later(identity, made), Markup(save)])
+    return html.Div([parts.made_later(identity, made, "rowData"), Markup(save)])
 
 
 def _definition(column: Column) -> dict[str, object]:

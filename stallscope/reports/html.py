@@ -78,13 +78,8 @@ def _replica_to_show(diagnosis: Diagnosis, trace: Trace) -> Replica | None:
 
 def _page(title: str, body: Sequence[Html], pictures: dict[str, Figure]) -> str:
     """The document: style, data and scripts inline; a policy that lets nothing else run or load."""
-    own = files("stallscope.reports") / "page"
-    style = Html((own / "page.css").read_text(encoding="utf-8"))
-    scripts: list[Html] = []
-    if pictures:
-        from plotly.offline import get_plotlyjs
-
-        scripts = [Html(get_plotlyjs()), Html((own / "page.js").read_text(encoding="utf-8"))]
+    style = Html(page_file("page.css"))
+    scripts = [Html(page_file(name)) for name in ("plotly.js", "page.js")] if pictures else []
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {_hashes(scripts)}"
     head = element(
         "head",
@@ -96,6 +91,11 @@ def _page(title: str, body: Sequence[Html], pictures: dict[str, Figure]) -> str:
     )
     tail = [data_block("figures", pictures), *(element("script", script) for script in scripts)] if pictures else []
     return f"<!doctype html>\n{element('html', head, element('body', *body, *tail), lang='en')}\n"
+
+
+def page_file(name: str) -> str:
+    """A file of the page's own, in ``page/``."""
+    return (files("stallscope.reports") / "page" / name).read_text(encoding="utf-8")
 
 
 def _hashes(scripts: Sequence[str]) -> str:

@@ -6,9 +6,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs_version
 
 from stallscope.diagnosis.slo import Slo
 from stallscope.reports.figures import percentiles_figure, swimlanes_figure
+from stallscope.reports.html import page_file
 from stallscope.views.colours import colours
 from stallscope.views.percentiles import SHOWN_METRICS, Percentiles, percentiles
 from stallscope.views.swimlanes import swimlanes
@@ -111,6 +113,11 @@ def test_a_tenant_has_the_same_colour_among_the_swimlanes_and_a_culprit_is_edged
     for name, marker in bars.items():
         look = colours(r.tenants)[name.removesuffix(" (culprit)")]
         assert marker["line"]["color"] == look.colour
+
+
+def test_what_draws_is_of_the_version_whose_schema_is_tested_here() -> None:
+    """`make plotly` fetches it anew."""
+    assert f"plotly.js (basic - minified) v{get_plotlyjs_version()}\n" in page_file("plotly.js")[:200]
 
 
 def test_plotly_takes_every_part_of_the_figure() -> None:

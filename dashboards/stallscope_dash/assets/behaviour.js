@@ -50,16 +50,36 @@ new MutationObserver(() => {
   }
 }).observe(document, { childList: true, subtree: true });
 
-// ``show``: what is in sight is drawn anew. ``make``: what takes long to make is made once. ``zoomed``: what a chart was
-// zoomed to by hand, of all that it tells.
+// A chart that is left while it is being drawn is cleared away when that is over; Plotly would trip over what is gone.
+document.addEventListener("DOMContentLoaded", () => {
+  const { purge } = Plotly;
+  Plotly.purge = (chart) => setTimeout(purge, 1000, chart);
+});
+
+// ``open``: the page of a path. ``show``: what is in sight is drawn anew. ``make``: what takes long to make is made with
+// what was drawn for it, and is told of what is drawn later. ``zoomed``: what a chart was zoomed to by hand, of all that
+// it tells.
 window.dash_clientside = Object.assign({}, window.dash_clientside, {
   stallscope: {
+    open: (path, pages) => {
+      for (const link of document.querySelectorAll("#nav a")) link.classList.toggle("here", link.pathname === path);
+      return pages[path] || pages[""];
+    },
     show: (search, version) => {
       shown = { search: search || "", version };
+      for (const link of document.querySelectorAll("#nav a")) link.search = shown.search;
       [...document.querySelectorAll("[data-part]")].filter((place) => inSight.has(place)).forEach(show);
       return shown;
     },
-    make: (seen, made, there) => (there ? window.dash_clientside.no_update : made),
+    make: (drawn, { made, prop }, there) => {
+      const { no_update, set_props } = window.dash_clientside;
+      if (!drawn) return no_update;
+      if (there) {
+        set_props(made.props.id, { [prop]: drawn });
+        return no_update;
+      }
+      return { ...made, props: { ...made.props, [prop]: drawn } };
+    },
     zoomed: () => {
       const { callback_context: { triggered }, no_update } = window.dash_clientside;
       const zooms = triggered.map(({ value }) => value || {}).filter((told) => told["xaxis.autorange"] || "xaxis.range[0]" in told);
