@@ -35,6 +35,11 @@ class Asked:
     replay: bool = True
     tenants: tuple[str, ...] = ()
 
+    @property
+    def is_part(self) -> bool:
+        """Whether that is not the trace as it is stored."""
+        return any((self.since, self.until, self.replica, self.model, self.redact_for, self.tenants))
+
 
 def saved(path: Path, asked: Asked, report: Path | None = None) -> Saved:
     """Where the diagnosis of a trace is kept, whichever face has found it; ``report``: what is written with it."""

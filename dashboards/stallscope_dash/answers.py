@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from stallscope import asking
 from stallscope.asking import Asked, Stages
 from stallscope.diagnosis import Diagnosis
-from stallscope.diagnosis.slo import Slo
 from stallscope.diagnosis.whatif import Question, WhatIf
 from stallscope.errors import StallscopeError
+from stallscope.trace import Trace
 
 if TYPE_CHECKING:
     from stallscope.alerts.preview import PreviewedAlert, Trial
@@ -51,12 +51,15 @@ class TriedAlerts:
     missing: str
 
 
-def tried_alerts(path: Path, slos: tuple[Slo, ...], stages: Stages) -> TriedAlerts:
-    """The rules for a trace, tried on it. Raises StallscopeError where there are none."""
+def tried_alerts(path: Path, asked: Asked, stages: Stages) -> TriedAlerts:
+    """The rules for what was asked for of a trace, tried on it. Raises StallscopeError where there are none."""
     from stallscope.alerts.preview import preview, trial
 
+    def part(trace: Trace) -> Trace:
+        return asking.selected(asking.with_logs(trace, asked.tenants, stages), asked)
+
     with stages("watching the trace as a collector would") as advance:
-        made = preview(path, slos, progress=advance)
+        made = preview(path, asked.slos, part=part if asked.is_part else None, progress=advance)
     tried, missing = None, ""
     try:
         with stages("trying the rules on it") as advance:

@@ -203,7 +203,7 @@ def _progress(recording: Recording) -> Iterator[Html]:
     elif not progress.stage.is_final:
         what = "by replay: " if progress.stage is Stage.VERDICT else ""
         yield _bar(f"{what}{progress.doing or 'reading'}", progress.share)
-    elif recording.renew_s is not None:
+    elif recording.moves:
         yield element("p", f"live, up to {words.clock(recording.end_ns, zone=True)}", class_="dim")
     for job in _asked_for(recording):
         yield _bar(job.progress.stage or "starting", job.progress.share)

@@ -126,9 +126,9 @@ def link(text: str, href: str, **attributes: str) -> Html:
     return element("a", text, href=href or "?", **attributes)
 
 
-def download(text: str, href: str) -> Html:
-    """To a file of ours, which is kept and not looked at."""
-    return element("a", text, href=href, download="file")
+def download(text: str, href: str, name: str = "file") -> Html:
+    """To a file of ours, which is kept and not looked at; ``name``: where it has none."""
+    return element("a", text, href=href, download=name)
 
 
 def choice(label: str, links: Mapping[str, str], chosen: str) -> Html:

@@ -138,6 +138,11 @@ class Recording:
         threading.Thread(target=self._run, name="opening", daemon=True).start()
 
     @property
+    def moves(self) -> bool:
+        """Whether it grows, and what is not of late is forgotten."""
+        return self.renew_s is not None
+
+    @property
     def progress(self) -> Progress:
         return self._progress
 
@@ -210,7 +215,7 @@ class Recording:
         stage = Stage.READING
         try:
             read = _Read.of(self._opened(partial(self._tell, stage)))
-            if self.renew_s is None:
+            if not self.moves:
                 self._read, stage = read, Stage.CHARTS
                 self._tell(stage)
                 if read.names:
@@ -218,7 +223,7 @@ class Recording:
             for diagnose in self._diagnoses:
                 found = diagnose(read.trace, partial(self._tell, stage))
                 self._read, self._diagnosis, stage = read, found, Stage.VERDICT
-                if self.renew_s is None and found.incidents:
+                if not self.moves and found.incidents:
                     self._prepare(found.incidents[0].replica)
             self._times_read += 1
             self._progress = Progress(Stage.DONE)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from stallscope.asking import Asked
 from stallscope.diagnosis.model import Diagnosis, Incident
 from stallscope.diagnosis.replica import Replica
 from stallscope.errors import UsageError
 from stallscope.reports.figures import Looks, Span
+from stallscope.views import words
 from stallscope.views.colours import colours
 from stallscope.views.focus import around
 from stallscope_dash.address import Address
@@ -83,6 +85,23 @@ class Scene:
         return self._within(self.span)
 
     @cached_property
+    def asked(self) -> Asked | None:
+        """The part of the recording that is looked at, for a job to read; None where that moves on."""
+        whole, address = self.recording.asked, self.address
+        if not self.recording.moves:
+            return whole if self.window == self.span else _between(whole, *self.window)
+        if address.since is None or address.until is None:
+            return None
+        return _between(whole, address.since, address.until)
+
+    def to_question(self, question: str, attempt: int = 0) -> str:
+        """The query of the same page that asks this, of a stretch of time that stands still."""
+        if not self.recording.moves:
+            return self.address.search(question=question, attempt=attempt)
+        since, until = self.window
+        return self.address.search(question=question, attempt=attempt, since=since, until=until)
+
+    @cached_property
     def near(self) -> Span:
         """The same on an incident's page: what the address says, else a stretch around the incident."""
         return self._within(self.span if self.incident is None else around(self.incident, self.span))
@@ -96,3 +115,7 @@ class Scene:
         start = usual[0] if self.address.since is None else max(self.address.since, self.span[0])
         end = usual[1] if self.address.until is None else min(self.address.until, self.span[1])
         return (start, end) if start < end else usual
+
+
+def _between(asked: Asked, start_ns: int, end_ns: int) -> Asked:
+    return replace(asked, since=words.iso(start_ns), until=words.iso(end_ns))

@@ -28,7 +28,7 @@ from stallscope.alerts.texts import cases, for_people
 from stallscope.alerts.thresholds import FromSamples
 from stallscope.diagnosis.slo import Slo
 from stallscope.views.words import counted
-from stallscope.watch.rehearsal import Progress
+from stallscope.watch.rehearsal import Part, Progress
 
 _FILE = Path("stallscope.rules.yml")  # as the rules are called where one of them can't be evaluated
 
@@ -82,15 +82,20 @@ class Trial:
 
 
 def preview(
-    trace: str | Path, slos: Sequence[Slo] = (), pack: Pack = Pack.BLAME, *, progress: Progress | None = None
+    trace: str | Path,
+    slos: Sequence[Slo] = (),
+    pack: Pack = Pack.BLAME,
+    *,
+    part: Part | None = None,
+    progress: Progress | None = None,
 ) -> Preview:
-    """Rules with thresholds from the calm stretches of a trace: a file, a folder or a URL.
+    """Rules with thresholds from the calm stretches of a trace (a file, a folder or a URL), or of the ``part`` of it.
 
     ``progress`` is told the share done. Raises UsageError where objectives make no sense or there is nothing sound,
     InconclusiveError where the trace was not scraped at one interval.
     """
     objectives(slos)  # before any work
-    timeline = rehearsed(str(trace), slos, progress)
+    timeline = rehearsed(str(trace), slos, progress, part)
     owner = Owner()
     made = export(FromSamples(timeline.samples, timeline.incidents), slos, owner, pack, Format.PROMETHEUS)
     rules = parse_rules(made.text, _FILE)

@@ -102,9 +102,11 @@ def incident_facts(incident: Incident) -> Html:
 
 
 def who(incident: Incident, most_culprits: int | None = None) -> Html:
-    """Who stalled whom; the first three victims, and all culprits or the first of them."""
+    """Who stalled whom: of many victims the hardest hit, and all culprits or the first of them."""
     culprits = [name(culprit.tenant, "culprit") for culprit in incident.culprits[:most_culprits]]
-    waited = words.listed([words.shortened(words.printable(one.tenant), 40) for one in incident.victims[:3]])
+    left = len(incident.culprits) - len(culprits)
+    culprits += [Html(f"{left} more")] if left else []
+    waited = words.listed([words.shortened(words.printable(one.tenant), 40) for one in incident.victims], 4)
     separated = [piece for one in culprits for piece in (", ", one)][1:]
     return joined([*separated, f" stalled {waited}"] if culprits else [f"{waited} waited"])
 

@@ -123,8 +123,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def listed(names: list[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+def listed(names: list[str], most: int | None = None) -> str:
+    """``a``, ``a and b``, ``a, b and c``; where there are more than ``most``: ``a, b and 7 more``."""
+    if most is not None and len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} more"]
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
@@ -140,9 +142,11 @@ def quantile(value: Quantile) -> str:
 
 # --- sentences ----------------------------------------------------------------------------------------------------
 
+_NAMED = 6  # tenants in a sentence
+
 
 def headline(diagnosis: Diagnosis) -> str:
-    """The answer in one sentence."""
+    """The answer in one sentence; of many tenants, the first to name are those of the worst incidents."""
     incidents = diagnosis.incidents
     if not incidents:
         if diagnosis.verdict is Verdict.HEALTHY:
@@ -153,21 +157,21 @@ def headline(diagnosis: Diagnosis) -> str:
     victims = list(dict.fromkeys(victim.tenant for incident in main for victim in incident.victims))
     where = f"{counted(len(main), 'incident')}, {duration(lost)} lost"
     culprits = list(dict.fromkeys(culprit.tenant for incident in main for culprit in incident.culprits))
-    who = listed(culprits)
+    who, waited = listed(culprits, _NAMED), listed(victims, _NAMED)
     if diagnosis.verdict is Verdict.NOISY_NEIGHBOR:
         hit = [victim for victim in victims if victim not in culprits] or victims
-        return f"{who} stalled {listed(hit)}: {where}"
+        return f"{who} stalled {listed(hit, _NAMED)}: {where}"
     if diagnosis.verdict is Verdict.SELF_INFLICTED:
         return f"{who} stalled itself: {where}"
     if diagnosis.verdict is Verdict.ENGINE_STALL:
-        return f"the engine itself stalled {listed(victims)}: {where}"
+        return f"the engine itself stalled {waited}: {where}"
     if diagnosis.verdict is Verdict.OUTSIDE_ENGINE:
-        return f"{listed(victims)} waited outside the engine, which had done its part: {where}"
+        return f"{waited} waited outside the engine, which had done its part: {where}"
     if diagnosis.verdict is Verdict.COLD_CACHE:
-        return f"{listed(victims)} waited for prompts that the cache had lost: {where}"
+        return f"{waited} waited for prompts that the cache had lost: {where}"
     if diagnosis.verdict is Verdict.OVERLOAD:
-        return f"{listed(victims)} waited, but no tenant in particular caused it: {where}"
-    return f"{listed(victims)} waited, but too little was recorded to say why: {where}"
+        return f"{waited} waited, but no tenant in particular caused it: {where}"
+    return f"{waited} waited, but too little was recorded to say why: {where}"
 
 
 _ESTIMATED = {1: " (requests only: batches are estimates)", 2: " (sums of steps: batches are estimates)"}

@@ -30,6 +30,7 @@ SECOND_NS = 1_000_000_000
 _REHEARSED, _DIAGNOSED = 0.5, 1.0  # shares of the work
 
 Progress = Callable[[float], None]
+Part = Callable[[Trace], Trace]  # chooses what is looked at of a trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +42,17 @@ class Rehearsal:
     incidents: tuple[Incident, ...]
 
 
-def rehearse(path: str | Path, *, slos: Sequence[Slo] = (), progress: Progress | None = None) -> Rehearsal:
-    """Watches the trace at ``path``, and diagnoses it as a whole.
+def rehearse(
+    path: str | Path, *, slos: Sequence[Slo] = (), part: Part | None = None, progress: Progress | None = None
+) -> Rehearsal:
+    """Watches the trace at ``path``, or the ``part`` of it, and diagnoses that as a whole.
 
     ``progress`` hears the share of the work that is done, in [0, 1]. Raises UsageError where there is nothing sound.
     """
-    trace = read_trace(path)
+    trace = read_trace(path) if part is None else part(read_trace(path))
     told = progress or (lambda share: None)
-    samples = watch_spans(spans_of(trace, path), slos, lambda share: told(share * _REHEARSED))
+    spans = spans_of(trace) if part is not None or is_trace_folder(Path(path)) else read_spans(path)
+    samples = watch_spans(spans, slos, lambda share: told(share * _REHEARSED))
     rest = _DIAGNOSED - _REHEARSED
     found = diagnose(trace, slos=slos, progress=lambda share: told(_REHEARSED + share * rest))
     return Rehearsal(samples, found.incidents)
@@ -84,17 +88,19 @@ def bounds_with(slos: Iterable[Slo]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(sorted(some)) for name, some in bounds.items()}
 
 
-def spans_of(trace: Trace, path: str | Path) -> Iterator[SpanGroup]:
-    """The spans that a trace was read from; of tables, those that they would be written as."""
-    if not is_trace_folder(Path(path)):
-        yield from Reader(Findings()).read(find_sources(path))
-        return
+def read_spans(path: str | Path) -> Iterator[SpanGroup]:
+    """The spans at a path."""
+    return Reader(Findings()).read(find_sources(path))
+
+
+def spans_of(trace: Trace) -> Iterator[SpanGroup]:
+    """The spans that a trace would be written as."""
     from stallscope.trace.to_otlp import write_otlp
 
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "trace.otlp.jsonl"
         write_otlp(trace, file)
-        yield from Reader(Findings()).read(find_sources(file))
+        yield from read_spans(file)
 
 
 def _by_window(groups: Iterable[SpanGroup]) -> dict[int, list[SpanGroup]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from stallscope.asking import Asked
 from stallscope.trace import read_trace, write_parquet
+from stallscope.views.words import iso
+from stallscope_dash.address import Address
 from stallscope_dash.serving import live_at, recording_at
 from tests.alerts.unit_tests import needs_promtool
 from tests.dashboards.browsing import NEEDS_CHROMIUM, ROOT, SEARCH, Looking, browser, looking, serving
@@ -46,6 +48,10 @@ def test_alerts_are_made_and_tried_when_they_are_asked_for(looking: Looking) -> 
         looking.page.click("#alerts-head a", timeout=60_000)
         looking.wait("#alerts-rules details")
         assert "alerts export --from" in looking.text("#alerts-head")
+        with looking.page.expect_download() as kept:
+            looking.page.click("#alerts-head a:text('the rules as a file')")
+        assert kept.value.suggested_filename == "stallscope.rules.yml"
+        assert "alert: StallscopeTenantStallsOthers" in kept.value.path().read_text(encoding="utf-8")
         looking.page.click("#alerts-rules summary >> nth=0")
         assert "stallscope:blame_seconds" in looking.text("#alerts-rules details >> nth=0")
 
@@ -73,6 +79,24 @@ def test_live_follows_a_folder(looking: Looking, tmp_path: Path) -> None:
         looking.wait("#progress .trouble")
         assert "is `stallscope collect` running?" in looking.text("#progress")
         assert looking.page.locator("#answer .verdict.noisy_neighbor").count() == 1  # what was seen stays
+
+
+def test_a_question_of_what_moves_on_is_about_a_stretch_that_stands_still(looking: Looking, tmp_path: Path) -> None:
+    shutil.copyfile(STALL, tmp_path / STALL.name)
+    (tmp_path / STALL.name).touch()
+    with serving(live_at(tmp_path, QUICK, 3600.0)) as url:
+        looking.at(f"{url}/whatif?question=without:reasoner")
+        looking.page.click("#whatif-answer a.ask", timeout=60_000)
+        looking.wait("#whatif-answer h1")
+        assert "without reasoner" in looking.text("#whatif-answer h1")
+        asked = Address.of(looking.page.url.partition("?")[2])
+        assert looking.text("#whatif-answer code").endswith(f"--since {iso(asked.since)} --until {iso(asked.until)}")
+        looking.page.click("#whatif-choices tr:has-text('reasoner') a:text('as usual')")
+        looking.until("window.location.search.includes('usual')")
+        assert Address.of(looking.page.url.partition("?")[2]).since == asked.since
+
+        looking.page.click("#nav a:text('Alerts')")
+        looking.wait("#alerts-head :text('What is shown now')")
 
 
 def test_a_recording_that_goes_away_is_said_where_it_is_missed(looking: Looking, tmp_path: Path) -> None:

@@ -28,6 +28,22 @@ def test_a_name_is_shown_on_one_line_with_nothing_invisible(name: str, shown: st
     assert words.printable(name) == shown
 
 
+@pytest.mark.parametrize(
+    ("names", "most", "shown"),
+    [("a", 1, "a"), ("ab", None, "a and b"), ("abcd", 4, "a, b, c and d"), ("abcdef", 4, "a, b, c and 3 more")],
+)
+def test_of_many_names_the_first_are_said(names: str, most: int | None, shown: str) -> None:
+    assert words.listed(list(names), most) == shown
+
+
+def test_a_headline_of_many_victims_names_those_of_the_worst_incident_first() -> None:
+    found = diagnosed()
+    incident, *rest = found.incidents
+    many = tuple(replace(incident.victims[0], tenant=f"victim-{number}") for number in range(20))
+    told = words.headline(replace(found, incidents=(replace(incident, victims=many), *rest)))
+    assert told.startswith("archive stalled victim-0, victim-1, victim-2, victim-3, victim-4 and 15 more: ")
+
+
 def test_a_legible_diagnosis_is_the_same_but_for_its_texts() -> None:
     assert words.legible(diagnosed()) == diagnosed()
     shown = words.legible(hostile_diagnosis())

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from stallscope.errors import UsageError
-from stallscope.trace import read_trace
+from stallscope.trace import Trace, read_trace
 from stallscope.trace.parquet import write_parquet
+from stallscope.trace.select import select
 from stallscope.watch import families
 from stallscope.watch.rehearsal import rehearse, watch_spans
 from stallscope.watch.samples import Samples
@@ -44,6 +45,18 @@ def test_a_trace_and_its_conversion_are_rehearsed_alike(tmp_path: Path) -> None:
         assert last(one.samples, family) == pytest.approx(last(other.samples, family), rel=1e-3, abs=1e-3), family.name
     for family in (families.TTFT, families.ITL, families.E2E):
         assert last(one.samples, family, "_bucket") == last(other.samples, family, "_bucket"), family.name
+
+
+def test_a_part_of_a_trace_is_rehearsed_as_if_it_were_all_of_it(tmp_path: Path) -> None:
+    def part(trace: Trace) -> Trace:
+        return select(trace, since="+5s", until="+15s")
+
+    recorded = SAMPLES / "pinned.otlp.jsonl.zst"
+    write_parquet(part(read_trace(recorded)), tmp_path / "part")
+    one, other, whole = rehearse(recorded, part=part), rehearse(tmp_path / "part"), rehearse(recorded)
+    assert one.incidents == other.incidents
+    assert last(one.samples, families.STEPS) == last(other.samples, families.STEPS)
+    assert 0 < sum(last(one.samples, families.STEPS).values()) < sum(last(whole.samples, families.STEPS).values())
 
 
 def test_a_time_of_another_century_does_not_make_a_rehearsal_endless() -> None:

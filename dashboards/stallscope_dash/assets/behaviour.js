@@ -50,11 +50,23 @@ new MutationObserver(() => {
   }
 }).observe(document, { childList: true, subtree: true });
 
-// A chart that is left while it is being drawn is cleared away when that is over; Plotly would trip over what is gone.
-document.addEventListener("DOMContentLoaded", () => {
-  const { purge } = Plotly;
-  Plotly.purge = (chart) => setTimeout(purge, 1000, chart);
-});
+// Plotly is started when a page has asked for its parts, of which words then come first. A chart that is left while it is
+// being drawn is cleared away when that is over: Plotly would trip over what is gone.
+let plotly = null;
+const startPlotly = () => {
+  plotly ??= new Promise((resolve) => {
+    const script = document.createElement("script");
+    script.src = "/plotly.js";
+    script.onerror = resolve; // then Dash tries its own
+    script.onload = () => {
+      const { purge } = Plotly;
+      Plotly.purge = (chart) => setTimeout(purge, 1000, chart);
+      resolve();
+    };
+    document.head.append(script);
+  });
+  return plotly;
+};
 
 // ``open``: the page of a path. ``show``: what is in sight is drawn anew. ``make``: what takes long to make is made with
 // what was drawn for it, and is told of what is drawn later. ``zoomed``: what a chart was zoomed to by hand, of all that
@@ -69,15 +81,17 @@ window.dash_clientside = Object.assign({}, window.dash_clientside, {
       shown = { search: search || "", version };
       for (const link of document.querySelectorAll("#nav a")) link.search = shown.search;
       [...document.querySelectorAll("[data-part]")].filter((place) => inSight.has(place)).forEach(show);
+      setTimeout(startPlotly, 20);
       return shown;
     },
-    make: (drawn, { made, prop }, there) => {
+    make: async (drawn, { made, prop }, there) => {
       const { no_update, set_props } = window.dash_clientside;
       if (!drawn) return no_update;
       if (there) {
         set_props(made.props.id, { [prop]: drawn });
         return no_update;
       }
+      await startPlotly();
       return { ...made, props: { ...made.props, [prop]: drawn } };
     },
     zoomed: () => {

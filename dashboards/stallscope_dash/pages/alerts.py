@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from dash import html
 from dash.development.base_component import Component
@@ -21,7 +22,7 @@ from stallscope_dash.scene import Scene
 if TYPE_CHECKING:
     from stallscope.alerts.preview import PreviewedAlert, Trial
 
-_TRY = "try"
+_TRY, _FILE = "try", "stallscope.rules.yml"
 _FIRINGS = parts.time_chart("firings")
 
 
@@ -36,11 +37,12 @@ def layout() -> Component:
 
 
 def _job(scene: Scene) -> Job[TriedAlerts] | None:
-    """None where nobody has asked: a trace is watched from end to end for it."""
+    """None where nobody has asked: all that was asked for is watched from end to end for it, zoomed in or not."""
     recording = scene.recording
-    if scene.address.question != _TRY or recording.asked.redact_for is not None:
+    part = scene.asked if recording.moves else recording.asked
+    if scene.address.question != _TRY or part is None or part.redact_for is not None:
         return None
-    return recording.jobs.ask(tried_alerts, recording.path, recording.asked.slos, version=scene.address.attempt)
+    return recording.jobs.ask(tried_alerts, recording.path, part, version=scene.address.attempt)
 
 
 def _answer(scene: Scene) -> TriedAlerts | None:
@@ -59,22 +61,25 @@ def head(scene: Scene) -> Html:
     if job is None or job.state is State.CANCELLED:
         ask = parts.link(
             "Make the rules and try them",
-            scene.address.search(question=_TRY, attempt=scene.address.attempt + 1),
+            scene.to_question(_TRY, scene.address.attempt + 1),
             class_="ask",
         )
-        about = "The whole trace is watched as a collector would watch it: seconds to minutes."
+        what = "What is shown now" if scene.recording.moves else "The whole trace"
+        about = f"{what} is watched as a collector would watch it: seconds to minutes."
         return joined([element("h1", "Alert rules for this endpoint"), element("p", ask, Html("<br>"), about)])
     if not job.state.is_final:
         return element("p", "Working; how far it is stands at the top of the page.", class_="dim", role="status")
     found = job.result()
     lines = [found.trial.headline, *found.trial.evidence] if found.trial is not None else [found.missing]
-    export = ["stallscope", "alerts", "export", "--from", str(scene.recording.path), "-o", "stallscope.rules.yml"]
+    export = ["stallscope", "alerts", "export", "--from", str(scene.recording.path), "-o", _FILE]
+    rules_file = f"data:text/yaml;charset=utf-8,{quote(found.text)}"
     return element(
         "header",
         element("h1", lines[0]),
         element("ul", *(element("li", line) for line in lines[1:]), class_="facts"),
         *(element("p", f"note: {note}", class_="note") for note in found.notes),
-        parts.command(shlex.join(export)),
+        element("p", "To load into Prometheus: ", parts.download("the rules as a file", rules_file, _FILE)),
+        "" if scene.recording.moves or scene.recording.asked.is_part else parts.command(shlex.join(export)),
     )
 
 

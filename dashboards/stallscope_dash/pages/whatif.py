@@ -61,14 +61,12 @@ def choices(scene: Scene) -> Html:
     rows = [
         [
             pieces.name(tenant),
-            parts.link("as usual", scene.address.search(question=f"usual:{tenant}")),
-            parts.link("not there", scene.address.search(question=f"without:{tenant}")),
+            parts.link("as usual", scene.to_question(f"usual:{tenant}")),
+            parts.link("not there", scene.to_question(f"without:{tenant}")),
         ]
         for tenant in scene.replica.tenants[:_SHOWN]
     ]
-    settings = [
-        parts.link(f"{name}={value}", scene.address.search(question=f"set:{name}={value}")) for name, value in _SETTINGS
-    ]
+    settings = [parts.link(f"{name}={value}", scene.to_question(f"set:{name}={value}")) for name, value in _SETTINGS]
     separated = [text for one in settings for text in (", ", one)][1:]
     return joined([pieces.table(["tenant", "", ""], rows, names=1), element("p", "with ", *separated)])
 
@@ -89,31 +87,28 @@ def asked(scene: Scene) -> Question | None:
 
 
 def _job(scene: Scene) -> Job[WhatIf] | None:
+    """None where nothing is asked, or nothing that stands still."""
     question = asked(scene)
-    if question is None:
+    if question is None or scene.asked is None:
         return None
-    since, until = (words.iso(time) for time in scene.window)
-    part = scene.recording.asked
-    if scene.window != scene.span:
-        part = replace(part, since=since, until=until)
-    return scene.recording.jobs.ask(
-        what_if,
-        scene.recording.path,
-        replace(part, replica=scene.replica_name),
-        question,
-        version=scene.address.attempt,
-    )
+    part = replace(scene.asked, replica=scene.replica_name)
+    return scene.recording.jobs.ask(what_if, scene.recording.path, part, question, version=scene.address.attempt)
 
 
 def answer(scene: Scene) -> Html:
     """How much of the stalls would be gone, and how far that can be believed."""
     job = _job(scene)
+    if job is None and scene.address.question:
+        start, end = scene.window
+        stretch = f"{words.clock(start)} to {words.clock(end, zone=True)}"
+        ask = parts.link(f"ask it of {stretch}", scene.to_question(scene.address.question), class_="ask")
+        return element("p", "The recording moves on, and a question is about a stretch that stands still: ", ask)
     if job is None:
         return parts.nothing("Choose a tenant or a setting.")
     if not job.state.is_final:
         return element("p", "Replaying; how far it is stands at the top of the page.", class_="dim", role="status")
     if job.state is State.CANCELLED:
-        again = parts.link("Ask again", scene.address.search(attempt=scene.address.attempt + 1))
+        again = parts.link("Ask again", scene.to_question(scene.address.question, scene.address.attempt + 1))
         return element("p", "It was cancelled. ", again, class_="nothing")
     found = job.result()
     one = found.answer
@@ -134,8 +129,9 @@ def _command(scene: Scene) -> Html:
         return Html("")
     kind, _, what = scene.address.question.partition(":")
     line = ["stallscope", "whatif", source, f"--{kind}", what, "--replica", scene.replica_name]
-    if scene.window != scene.span:
-        line += ["--since", words.iso(scene.window[0]), "--until", words.iso(scene.window[1])]
+    part = scene.asked or scene.recording.asked
+    times = (("--since", part.since), ("--until", part.until))
+    line += [text for option, time in times if time is not None for text in (option, time)]
     return parts.command(shlex.join(line))
 
 

@@ -13,7 +13,7 @@ from stallscope.diagnosis.model import Incident
 from stallscope.diagnosis.slo import Slo
 from stallscope.errors import InconclusiveError
 from stallscope.watch.families import LAST_SEEN
-from stallscope.watch.rehearsal import Progress, rehearse
+from stallscope.watch.rehearsal import Part, Progress, rehearse
 from stallscope.watch.samples import Samples
 
 
@@ -26,9 +26,14 @@ class Timeline:
     incidents: tuple[Incident, ...]
 
 
-def rehearsed(trace: str, slos: Sequence[Slo] = (), progress: Progress | None = None) -> Timeline:
-    """The timeline of a trace: a file, a folder or a URL. Raises UsageError where there is nothing sound."""
-    found = rehearse(trace, slos=slos, progress=progress)
+def rehearsed(
+    trace: str, slos: Sequence[Slo] = (), progress: Progress | None = None, part: Part | None = None
+) -> Timeline:
+    """The timeline of a trace (a file, a folder or a URL), or of the ``part`` of it.
+
+    Raises UsageError where there is nothing sound.
+    """
+    found = rehearse(trace, slos=slos, part=part, progress=progress)
     return Timeline(trace, found.samples, found.incidents)
 
 
