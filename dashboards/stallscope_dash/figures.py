@@ -10,7 +10,7 @@ _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif
 
 
 def framed(figure: Figure) -> Figure:
-    """The figure with margins, a legend below, and drawn over on every change without losing its place."""
+    """The figure with margins, alike so that times stand below each other, and a legend below."""
     layout = dict(figure["layout"])  # type: ignore[call-overload]
     right = any("side" in layout.get(name, {}) for name in ("yaxis2", "yaxis3", "yaxis4"))
     shared: Figure = {
@@ -18,7 +18,7 @@ def framed(figure: Figure) -> Figure:
         "paper_bgcolor": _PAPER,
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": _INK, "size": 12, "family": _FONT},
-        "margin": {"l": 62, "r": 56 if right else 16, "t": 22, "b": 34},
+        "margin": {"l": 76, "r": 56 if right else 16, "t": 22, "b": 34},
         "legend": {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"},
         "hoverlabel": {"align": "left", "namelength": -1},
         "modebar": {"orientation": "v"},

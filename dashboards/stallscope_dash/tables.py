@@ -25,11 +25,12 @@ _THEME = (
 
 @dataclass(frozen=True)
 class Column:
-    """A field of the rows, its heading, and what it holds; ``link``: what ``linked`` made."""
+    """A field of the rows, its heading, and what it holds: text, a number of so many ``decimals``, or what ``linked``
+    made."""
 
     field: str
     heading: str
-    number: bool = False
+    decimals: int | None = None
     link: bool = False
 
 
@@ -66,13 +67,19 @@ def grid(identity: str, columns: Sequence[Column]) -> Component:
         style={"height": None},
     )
     save = element("button", "CSV", class_="save", data_csv=identity, aria_label="Save the table as CSV")
-    return html.Div([parts.made_later(identity, made, "rowData"), Markup(save)])
+    return html.Div([parts.made_later(identity, made, "rowData"), Markup(element("div", save, class_="saves"))])
 
 
 def _definition(column: Column) -> dict[str, object]:
     made: dict[str, object] = {"field": column.field, "headerName": column.heading}
-    if column.number:
-        made |= {"type": "rightAligned", "filter": "agNumberColumnFilter"}
+    if column.decimals is not None:
+        shown = {"function": f"d3.format(',.{column.decimals}f')(params.value)"}
+        made |= {
+            "type": "rightAligned",
+            "filter": "agNumberColumnFilter",
+            "valueFormatter": shown,
+            "useValueFormatterForExport": False,
+        }
     elif column.link:
         getter = {"function": f"params.data.{column.field}.text"}
         made |= {

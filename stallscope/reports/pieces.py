@@ -106,7 +106,10 @@ def who(incident: Incident, most_culprits: int | None = None) -> Html:
     culprits = [name(culprit.tenant, "culprit") for culprit in incident.culprits[:most_culprits]]
     left = len(incident.culprits) - len(culprits)
     culprits += [Html(f"{left} more")] if left else []
-    waited = words.listed([words.shortened(words.printable(one.tenant), 40) for one in incident.victims], 4)
+    blamed = {culprit.tenant for culprit in incident.culprits}
+    victims = [one.tenant for one in incident.victims]
+    others = [one for one in victims if one not in blamed] or victims
+    waited = words.listed([words.shortened(words.printable(one), 40) for one in others], 4)
     separated = [piece for one in culprits for piece in (", ", one)][1:]
     return joined([*separated, f" stalled {waited}"] if culprits else [f"{waited} waited"])
 

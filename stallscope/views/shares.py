@@ -11,6 +11,8 @@ from stallscope.diagnosis.timeline import Floats, Intervals, Ints, Mask, Places,
 from stallscope.views.percentiles import bin_length
 from stallscope.views.words import OTHERS
 
+_NOISE = 1e-9  # share of a bin's step time that may be what floating point leaves of nothing
+
 
 @dataclass(frozen=True, eq=False)
 class Spent:
@@ -61,7 +63,8 @@ def shares(replica: Replica, start_ns: int, end_ns: int, width: int, most_tenant
     bin_ns = bin_length(end_ns - start_ns, width)
     edges = np.append(np.arange(start_ns, end_ns, bin_ns), max(start_ns, end_ns))
     tokens, step_time, kv = _spent(replica, edges)
-    fairness = _fairness(step_time, (step_time > 0) | _had_requests(replica, edges))
+    took_some = step_time > _NOISE * step_time.sum(axis=0)
+    fairness = _fairness(step_time, took_some | _had_requests(replica, edges))
     order = np.argsort(-step_time.sum(axis=1), kind="stable")
     order = order[(tokens + kv).sum(axis=1)[order] > 0]
     shown, rest = order[:most_tenants], order[most_tenants:]

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from stallscope.diagnosis.replica import Replica
@@ -65,7 +65,7 @@ def by_steps(r: Replica, view: Shares, end_ns: int) -> dict[str, np.ndarray]:
     total = found["kv"].sum(axis=0)
     found["kv"] = found["kv"] / np.where(total > 0, total, 1) * used
     got = found["step_time"]
-    counts = np.maximum((present | (got > 0)).sum(axis=0), 1)
+    counts = np.maximum((present | (got > 1e-9 * got.sum(axis=0))).sum(axis=0), 1)
     squares = counts * (got**2).sum(axis=0)
     fairness = np.where(squares > 0, got.sum(axis=0) ** 2 / np.where(squares > 0, squares, 1), np.nan)
     codes = [r.tenants.index(name) for name in view.tenants]
@@ -74,6 +74,7 @@ def by_steps(r: Replica, view: Shares, end_ns: int) -> dict[str, np.ndarray]:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 30), st.integers(1, 12), st.floats(0, 1), st.floats(0, 1))
+@example(9, 1, 1.0, 0.5)  # a step in which a tenant had no part costs it 1e-16 s, as floating point has it
 def test_a_plain_walk_over_the_steps_gives_the_same(seed: int, width: int, first: float, second: float) -> None:
     r = random_replica(seed)
     start, length = int(r.timeline.before[0]), int(r.timeline.end[-1] - r.timeline.before[0])

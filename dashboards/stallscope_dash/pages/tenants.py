@@ -31,14 +31,14 @@ _FAIRNESS = parts.time_chart("fairness")
 _COLUMNS = (
     Column("tenant", "tenant"),
     Column("source", "named by"),
-    Column("requests", "requests", number=True),
+    Column("requests", "requests", decimals=0),
     Column("ttft", "TTFT"),
     Column("itl", "longest gap"),
-    Column("step_time", "of step time, %", number=True),
-    Column("tokens", "of tokens, %", number=True),
-    Column("kv", "of KV cache, %", number=True),
-    Column("given", "made others wait, s", number=True),
-    Column("received", "waited for others, s", number=True),
+    Column("step_time", "of step time, %", decimals=1),
+    Column("tokens", "of tokens, %", decimals=1),
+    Column("kv", "of KV cache, %", decimals=1),
+    Column("given", "made others wait, s", decimals=2),
+    Column("received", "waited for others, s", decimals=2),
 )
 
 

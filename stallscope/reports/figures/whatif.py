@@ -31,12 +31,17 @@ def what_if_figure(view: SideBySide, looks: Looks) -> Figure:
     data: list[Figure] = [
         {
             "type": "scatter", "mode": "markers", "name": name, "x": np.maximum(values, 1e-4), "y": rows,
-            "marker": {"symbol": symbol, "size": 11, "color": colours, "line": {"width": 2, "color": colours}},
+            "marker": _marker(symbol, colours),
             "hovertext": [f"{name} {words.duration(one)}" if not np.isnan(one) else "" for one in values.tolist()],
-            "hoverinfo": "text", **extra,
+            "hoverinfo": "text", "showlegend": False, **extra,
         }
         for name, values, symbol, extra in shown
     ]  # fmt: skip
+    # Their shapes alone, in nobody's colour.
+    data += [
+        {"type": "scatter", "mode": "markers", "name": name, "x": [None], "y": [None], "marker": _marker(symbol)}
+        for name, _, symbol, _ in shown
+    ]
     names = [
         f"{label(tenant)} {words.METRIC_WORDS[metric]} {words.quantile_name(quantile)}"
         for tenant, metric, quantile in zip(view.tenants, view.metrics, view.quantile.tolist(), strict=True)
@@ -50,3 +55,7 @@ def what_if_figure(view: SideBySide, looks: Looks) -> Figure:
         "hovermode": "closest",
     }  # fmt: skip
     return {"data": data, "layout": layout}
+
+
+def _marker(symbol: str, colours: str | list[str] = GREY.colour) -> Figure:
+    return {"symbol": symbol, "size": 11, "color": colours, "line": {"width": 2, "color": colours}}
