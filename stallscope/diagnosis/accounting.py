@@ -16,6 +16,7 @@ from stallscope.diagnosis.parties import ChangedParty, parties_of
 from stallscope.diagnosis.partition import MECHANISMS, Mechanism, Party
 from stallscope.diagnosis.replica import BATCHES_SEEN
 from stallscope.diagnosis.suspects import Suspect, largest_mechanism
+from stallscope.trace.reserved import UNKNOWN
 
 CARRIES = 0.4  # share of the loss above which tenants, the engine or one's own tenant carry an incident
 SURELY = 0.6  # the same, of what is no backlog, to be surer of it
@@ -236,7 +237,7 @@ def _finding(verdict: Verdict, mechanism: str | None, reason: str, *, sure: bool
 
 
 def _noisy(case: Case, culprits: list[Suspect], *, sure: bool) -> Finding:
-    named = all(case.replica.tenants[suspect.tenant] != "(unknown)" for suspect in culprits)
+    named = all(case.replica.tenants[suspect.tenant] != UNKNOWN for suspect in culprits)
     confidence = Confidence.MEDIUM if sure and named else Confidence.LOW
     reasons = tuple(reason_for(case, suspect) for suspect in culprits)
     mechanism = _mechanism(case, culprits[0])

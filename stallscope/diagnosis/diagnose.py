@@ -18,13 +18,14 @@ from stallscope.diagnosis.model import Diagnosis, ReplayCheck
 from stallscope.diagnosis.partial import CROWDED_NS, CROWDED_TIMES, Partial, Seen, TenantTotals, finish, merge
 from stallscope.diagnosis.portion import WHOLE, Portion
 from stallscope.diagnosis.replay.replayer import prepare_replay
-from stallscope.diagnosis.replica import BATCHES_SEEN, UNKNOWN, Replica, replicas
+from stallscope.diagnosis.replica import BATCHES_SEEN, Replica, replicas
 from stallscope.diagnosis.sketch import Sketch
 from stallscope.diagnosis.slo import Slo, check_tenants
 from stallscope.diagnosis.stitch import Found
 from stallscope.diagnosis.timeline import Ints, Mask
 from stallscope.diagnosis.verdict import judge
 from stallscope.trace import Trace
+from stallscope.trace.reserved import UNKNOWN
 
 
 @dataclass(frozen=True)

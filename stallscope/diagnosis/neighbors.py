@@ -20,6 +20,7 @@ from stallscope.diagnosis.replay.interventions import DRAWS, Effect, IncidentRep
 from stallscope.diagnosis.shortage import mechanism_of
 from stallscope.diagnosis.stalls import Judgement
 from stallscope.diagnosis.suspects import Suspect
+from stallscope.trace.reserved import UNKNOWN
 
 LEAST_PART = 0.25  # of the harm, below which a party is not accused beside others
 MOST_PARTIES = 4
@@ -102,7 +103,7 @@ def _noisy(case: Case, replays: IncidentReplays, harm: Harm, parts: dict[Changed
     mechanism = mechanism_of(case, replays, tenants, lambda one: restored(replays.relaxed(one, tenants)))
     finding = Finding(
         Verdict.NOISY_NEIGHBOR,
-        Confidence.MEDIUM if "(unknown)" in (names[tenant] for tenant in tenants) else Confidence.HIGH,
+        Confidence.MEDIUM if UNKNOWN in (names[tenant] for tenant in tenants) else Confidence.HIGH,
         tuple(suspect for party in parts for suspect in party.suspects),
         mechanism,
         tuple(reasons),

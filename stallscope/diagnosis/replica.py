@@ -16,10 +16,10 @@ from stallscope.diagnosis.lives import Lives, Small, read_states
 from stallscope.diagnosis.partition import Partition
 from stallscope.diagnosis.timeline import TIMELINE_COLUMNS, Ints, Mask, Timeline, narrow
 from stallscope.trace import Trace
+from stallscope.trace.reserved import UNKNOWN
 
 MOST_TENANTS = 50  # by tokens; the rest are analysed as one
 OTHER = "(other)"
-UNKNOWN = "(unknown)"
 REQUESTS_ONLY = 1  # the fidelity at which steps are estimates, too
 BATCHES_SEEN = 3  # the fidelity from which on who was in each batch was seen, and need not be estimated
 

@@ -22,12 +22,12 @@ from stallscope.trace.formats.registry import EXPERIMENTAL
 from stallscope.trace.otlp import Attributes, Resource, Span, SpanGroup, Value
 from stallscope.trace.otlp.spans import MALFORMED, MOST_LIST, MOST_NAME, is_short
 from stallscope.trace.plain_spans import PREFILL_TIME, claimed_tenant, sampled_share
+from stallscope.trace.reserved import UNKNOWN, tenant_name
 from stallscope_telemetry import names
 from stallscope_telemetry.records import RequestInfo, RequestState, WaitReason
 
 Ints = npt.NDArray[np.int64]
 
-UNKNOWN = "(unknown)"
 MOST = 1 << 53  # above it a duration (104 days of ns) or an amount is damage; sums of such stay within 64 bits
 MOST_TOKENS = 1 << 31  # the same for a handle or an amount in the composition of a batch
 LEAST_KEPT = 1e-6  # share of spans
@@ -326,6 +326,8 @@ def _add_request(replica: ReplicaSpans, resource: int, span: Span) -> int:
     request_id = attributes[names.REQUEST_ID]
     if not isinstance(request_id, str) or not request_id or not (0 <= span.start < LATEST and 0 <= span.end < LATEST):
         raise ValueError("no identity or time")
+    if isinstance(told := attributes.get(names.TENANT), str):
+        attributes[names.TENANT] = tenant_name(told)
     claim = ("", "") if names.TENANT in attributes else claimed_tenant(span.attributes, state)
     kept = max(sampled_share(state), LEAST_KEPT)
     replica.requests.append(
@@ -364,7 +366,7 @@ def _add_client(clients: list[ClientSpan], source: str, span: Span) -> None:
         ClientSpan(
             request_id,
             _trace_id_of(span),
-            tenant if isinstance(tenant, str) else "",
+            tenant_name(tenant) if isinstance(tenant, str) else "",
             span.start,
             span.end,
             status,
@@ -516,7 +518,7 @@ def describe_requests(attributes: Attributes, scheduled_ns: int, unsound: list[s
         most=integers(names.R_MAX),
         ages=integers(names.R_AGE, -MOST, MOST),
         priorities=integers(names.R_PRIORITY, -MOST),
-        tenants=strings(names.R_TENANT),
+        tenants=[tenant_name(told) for told in strings(names.R_TENANT)],
         sources=strings(names.R_SOURCE),
         traces=strings(names.R_TRACE),
         sessions=strings(names.R_SESSION),

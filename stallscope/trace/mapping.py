@@ -23,7 +23,7 @@ from stallscope.trace.findings import Finding, Findings
 from stallscope.trace.foreign import ForeignTable, Record, read_foreign, table_of, tidy
 from stallscope.trace.otlp import Reader, SpanGroup, find_sources
 from stallscope.trace.references import Ints
-from stallscope.trace.rename import UNKNOWN
+from stallscope.trace.reserved import UNKNOWN
 from stallscope.trace.tables import Column, encode, plain_table, same
 from stallscope.trace.tenants import tenant_names, trace_ids
 from stallscope_telemetry.records import FinishReason

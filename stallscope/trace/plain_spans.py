@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from stallscope.trace.otlp.spans import Attributes
+from stallscope.trace.reserved import tenant_name
 from stallscope_telemetry import names
 
 PREFILL_TIME = "gen_ai.latency.time_in_model_prefill"
@@ -53,12 +54,12 @@ def claimed_tenant(attributes: Attributes, trace_state: str) -> tuple[str, str]:
     for name in TENANT_ATTRIBUTES:
         value = attributes.get(name)
         if isinstance(value, str) and value.strip():
-            return value.strip()[:MOST_TENANT_CHARACTERS], f"claim:{name}"
+            return tenant_name(value.strip()[:MOST_TENANT_CHARACTERS]), f"claim:{name}"
     if trace_state:
         entries = dict(reversed([one.strip().partition("=")[::2] for one in trace_state.split(",")]))
         for key in TENANT_KEYS:
             if value := entries.get(key, "").strip():
-                return value[:MOST_TENANT_CHARACTERS], "claim:tracestate"
+                return tenant_name(value[:MOST_TENANT_CHARACTERS]), "claim:tracestate"
     return "", ""
 
 

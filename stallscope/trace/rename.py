@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from stallscope.errors import UsageError
 from stallscope.trace.model import Trace
+from stallscope.trace.reserved import UNKNOWN
 from stallscope.trace.schema import TABLES
 
-UNKNOWN = "(unknown)"
 REDACTED_SOURCE = "the trace"
 Rename = Callable[[str], str]
 

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from stallscope.trace import reconstruct
-from stallscope.trace.decode import MOST, UNKNOWN, Ints, RequestSpan
+from stallscope.trace.decode import MOST, Ints, RequestSpan
 from stallscope.trace.findings import Findings
 from stallscope.trace.otlp import Attributes
 from stallscope.trace.plain_spans import Stations, stations
 from stallscope.trace.rebuild import Rebuilt, SeenRequest
+from stallscope.trace.reserved import UNKNOWN
 from stallscope.trace.tables import Column, plain_table, same
 from stallscope_telemetry import names
 from stallscope_telemetry.records import FinishReason, RequestInfo

@@ -32,7 +32,7 @@ from stallscope.trace.findings import Finding, Findings
 from stallscope.trace.foreign import ForeignTable, read_foreign, tidy
 from stallscope.trace.model import Trace
 from stallscope.trace.references import Ints, request_rows
-from stallscope.trace.rename import UNKNOWN
+from stallscope.trace.reserved import UNKNOWN, tenant_column
 from stallscope.trace.tables import same, with_columns
 
 # A row may be known by several ids: all count, the request's in the engine as the gateway's own.
@@ -279,9 +279,7 @@ def _rows(role: str, key: pa.ChunkedArray, tenant: pa.ChunkedArray, file: int) -
 
 
 def tenant_names(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    text = tidy(column)
-    known = pc.if_else(pc.equal(text, UNKNOWN), pa.scalar(None, pa.string()), text)
-    return pc.utf8_slice_codeunits(known, 0, MOST_CHARACTERS)
+    return pc.utf8_slice_codeunits(tenant_column(tidy(column)), 0, MOST_CHARACTERS)
 
 
 def trace_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 from stallscope.diagnosis.incidents import TAIL_REQUESTS
 from stallscope.diagnosis.partial import FEWEST_REQUESTS
 from stallscope.diagnosis.reliance import LEAST_KEPT
-from stallscope.diagnosis.replica import BATCHES_SEEN, OTHER, UNKNOWN, replicas
+from stallscope.diagnosis.replica import BATCHES_SEEN, OTHER, replicas
 from stallscope.trace import Trace
+from stallscope.trace.reserved import UNKNOWN
 from stallscope.views.words import listed
 
 _NEARLY_ALL, _MOST = 0.99, 0.5

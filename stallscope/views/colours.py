@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from stallscope.diagnosis.replica import OTHER, UNKNOWN
+from stallscope.diagnosis.replica import OTHER
+from stallscope.trace.reserved import UNKNOWN
 from stallscope.views.waterfall import ENGINE, FRONTEND, OWN, TELEMETRY
 from stallscope.views.words import OTHERS
 

@@ -11,9 +11,10 @@ import pandas as pd
 from stallscope.diagnosis.incidents import TAIL_REQUESTS
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
 from stallscope.diagnosis.model import Diagnosis
-from stallscope.diagnosis.replica import OTHER, UNKNOWN, replicas
+from stallscope.diagnosis.replica import OTHER, replicas
 from stallscope.diagnosis.timeline import Floats, Ints
 from stallscope.trace import Trace
+from stallscope.trace.reserved import UNKNOWN
 
 DRAWS = 4000
 LEVEL = 0.95  # that all intervals of a comparison hold together

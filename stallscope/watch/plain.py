@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stallscope.trace.decode import UNKNOWN, RequestSpan
+from stallscope.trace.decode import RequestSpan
 from stallscope.trace.plain_spans import stations
+from stallscope.trace.reserved import UNKNOWN
 from stallscope_telemetry import names
 
 

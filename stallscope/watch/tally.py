@@ -11,9 +11,10 @@ import numpy.typing as npt
 from stallscope.diagnosis.cost_model import CostModel
 from stallscope.diagnosis.ledger import cost_lines
 from stallscope.diagnosis.metrics import ITL, METRICS, TTFT
-from stallscope.diagnosis.replica import OTHER, UNKNOWN
+from stallscope.diagnosis.replica import OTHER
 from stallscope.diagnosis.timeline import Floats, Ints, Mask, running_total
 from stallscope.trace.rebuild import SeenRequest
+from stallscope.trace.reserved import UNKNOWN
 from stallscope.watch.stream import Window
 
 MOST_TENANTS = 200  # of a replica, in the order in which they came; the others are one

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stallscope.trace.configuration import RESOURCE_COLUMNS
-from stallscope.trace.decode import UNKNOWN
 from stallscope.trace.gpu import COLUMNS as GPU_COLUMNS
+from stallscope.trace.reserved import UNKNOWN
 from stallscope_telemetry import names
 from stallscope_telemetry.records import RequestInfo
 from stallscope_telemetry.spans import Attributes
