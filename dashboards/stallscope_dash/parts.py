@@ -133,7 +133,7 @@ def download(text: str, href: str, name: str = "file") -> Html:
 
 def choice(label: str, links: Mapping[str, str], chosen: str) -> Html:
     """Links of which one is chosen: a choice that is kept in the address."""
-    shown = [link(text, href, class_="chosen" if text == chosen else "") for text, href in links.items()]
+    shown = [link(text, href, aria_current="true" if text == chosen else "") for text, href in links.items()]
     return element("nav", *shown, class_="choice", aria_label=label)
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -223,10 +224,10 @@ class Recording:
             for diagnose in self._diagnoses:
                 found = diagnose(read.trace, partial(self._tell, stage))
                 self._read, self._diagnosis, stage = read, found, Stage.VERDICT
-                if not self.moves and found.incidents:
-                    self._prepare(found.incidents[0].replica)
             self._times_read += 1
             self._progress = Progress(Stage.DONE)
+            if not self.moves and found.incidents:
+                self._prepare(found.incidents[0].replica)
         except StallscopeError as error:
             self._progress = Progress(Stage.FAILED, error=str(error))
         finally:
@@ -235,8 +236,9 @@ class Recording:
 
     def _prepare(self, name: str) -> None:
         """Makes what takes longest of what will be asked for first: an incident's charges, and its batch."""
-        self.waits(name)
-        _ = self.replica(name).steps
+        with suppress(StallscopeError):  # it will be said where it is missed
+            self.waits(name)
+            _ = self.replica(name).steps
 
     def _tell(self, stage: Stage, doing: str = "", share: float = 0.0) -> None:
         if not self._times_read:  # when it is read again, what was seen before stays

@@ -74,7 +74,10 @@ const startPlotly = () => {
 window.dash_clientside = Object.assign({}, window.dash_clientside, {
   stallscope: {
     open: (path, pages) => {
-      for (const link of document.querySelectorAll("#nav a")) link.classList.toggle("here", link.pathname === path);
+      for (const link of document.querySelectorAll("#nav a")) {
+        if (link.pathname === path) link.setAttribute("aria-current", "page");
+        else link.removeAttribute("aria-current");
+      }
       return pages[path] || pages[""];
     },
     show: (search, version) => {
