@@ -241,10 +241,10 @@ def _bind(app: dash.Dash, recording: Recording, part: Part) -> None:
     app.callback(where, Input(parts.seen(name), "data"), prevent_initial_call=True)(_drawn(recording, part))
 
 
-def _said(text: str, part: Part) -> object:
+def _said(text: str, part: Part, kind: str = "") -> object:
     """What went wrong, in the part's place."""
     shown = words.printable(text)
-    return {"figure": figures.message(shown), "html": parts.trouble(shown)}.get(part.prop, [])
+    return {"figure": figures.message(shown), "html": parts.trouble(shown, kind)}.get(part.prop, [])
 
 
 def _drawn(recording: Recording, part: Part) -> Callable[[Mapping[str, str] | None], object]:
@@ -262,6 +262,6 @@ def _drawn(recording: Recording, part: Part) -> Callable[[Mapping[str, str] | No
             return _said(str(error), part)
         except Exception:
             log.exception("%s can't be drawn for %s", part.identity, seen["search"])
-            return _said(OURS, part)
+            return _said(OURS, part, "ours")
 
     return draw

@@ -111,9 +111,10 @@ def home(name: str | Wildcard) -> dict[str, Any]:
 # --- what parts put there ---------------------------------------------------------------------------------------------
 
 
-def trouble(text: str) -> Html:
-    """What went wrong, in a line that says what to do."""
-    return element("p", text, class_="trouble", role="alert")
+def trouble(text: str, kind: str = "") -> Html:
+    """What went wrong, in a line that says what to do; in the head of a page, in place of the page, unless the
+    ``kind`` is "ours" (``assets/app.css``)."""
+    return element("p", text, class_=f"trouble {kind}".strip(), role="alert")
 
 
 def nothing(text: str) -> Html:

@@ -146,5 +146,7 @@ def _self_inflicted(case: Case, replays: IncidentReplays, parties: Sequence[Chan
 
 
 def _in_words(harm: Harm, tenants: Sequence[str]) -> str:
-    what = f"{tenants[harm.tenant]}'s {IN_WORDS[harm.metric]} p{harm.quantile * 100:.0f}"
-    return f"{what} would have been {harm.without_s:.2f} s, not {harm.with_s:.2f} s (both replayed)"
+    count, whose = len(harm.requests), f"{tenants[harm.tenant]}'s requests"
+    which = f"{count:,} of {whose} around it" if count else f"{whose} in it"
+    what = f"the {IN_WORDS[harm.metric]} p{harm.quantile * 100:.0f} of {which}"
+    return f"{what} would have been {harm.without_s:.3g} s, not {harm.with_s:.3g} s (both replayed)"

@@ -26,6 +26,7 @@ from stallscope.reports.figures import (
 )
 from stallscope.reports.markup import Html, data_block, element
 from stallscope.reports.pieces import (
+    ABOUT_BLAME,
     about_request,
     answer,
     blame_matrix,
@@ -210,11 +211,7 @@ def _swimlanes_caption(view: Swimlanes) -> str:
 def _blame_section(view: Blame) -> Iterable[Html]:
     if not view.victims:
         return
-    about = (
-        "Seconds that stalled waits of each victim (rows) are charged to each holder (columns), by what mostly; "
-        "own work is left out, and a tenant's own other requests count as its own."
-    )
-    yield _section("Who waited for whom", about, blame_matrix(view))
+    yield _section("Who waited for whom", ABOUT_BLAME, blame_matrix(view))
 
 
 def _waterfall(view: Waterfall) -> Html:

@@ -11,7 +11,7 @@ from stallscope.diagnosis.model import Diagnosis, Incident, Intervention, Verdic
 from stallscope.reports.markup import Html, element, joined
 from stallscope.views import words
 from stallscope.views.blame import Blame
-from stallscope.views.waterfall import OWN, Waterfall
+from stallscope.views.waterfall import NO_TENANTS, OWN, Waterfall
 
 _ROWS = 30  # of a waterfall, the longest
 _LONGEST_NAME = 64
@@ -71,6 +71,13 @@ def _tonight(diagnosis: Diagnosis) -> Iterable[Html]:
         *([Html("<br>"), element("code", best.how)] if best.how else []),
         class_="now",
     )
+
+
+ABOUT_BLAME = (
+    "Seconds that stalled waits of each victim (rows) are charged to each holder (columns), by what mostly; own work "
+    "is left out. A verdict's sums differ: it counts only what is beyond the usual, and what stood behind somebody who "
+    "was held up too, it charges to whoever held that one up."
+)
 
 
 # --- incidents ----------------------------------------------------------------------------------------------------
@@ -151,24 +158,31 @@ def charges(incident: Incident) -> Html:
 
 
 def blame_matrix(view: Blame) -> Html:
-    """A row a victim, a column a holder; the more seconds, the deeper the red."""
+    """A row a victim, a column a holder; the more seconds, the deeper the red, or the grey of who is no tenant. Below,
+    what the mechanisms mean."""
     most = float(view.seconds.max())
+    shades = ["nobody" if holder in NO_TENANTS else "tenant" for holder in view.holders]
     head = element("tr", element("th", "victim"), *(element("th", name(holder)) for holder in view.holders))
     rows = []
     for victim, stalled, seconds, mechanisms in zip(
         view.victims, view.stalled, view.seconds, view.mechanisms, strict=True
     ):
         hit = element("small", words.counted(stalled, "stalled request"), class_="dim")
-        cells = (_heat(float(amount), float(amount) / most, by) for amount, by in zip(seconds, mechanisms, strict=True))
+        cells = (
+            _heat(float(amount), float(amount) / most, by, shade)
+            for amount, by, shade in zip(seconds, mechanisms, shades, strict=True)
+        )
         rows.append(element("tr", element("th", name(victim), Html("<br>"), hit), *cells))
     matrix = element("table", element("thead", head), element("tbody", *rows), class_="heat")
-    return element("div", matrix, class_="scroll", tabindex="0")
+    named = dict.fromkeys(one for row in view.mechanisms for one in row if one)
+    meanings = "; ".join(f"{one}: {words.mechanism(one)}" for one in named)
+    return joined([element("div", matrix, class_="scroll", tabindex="0"), element("p", meanings, class_="dim")])
 
 
-def _heat(seconds: float, share: float, mechanism: str) -> Html:
+def _heat(seconds: float, share: float, mechanism: str, shade: str) -> Html:
     if seconds <= 0:
         return element("td", "", class_="cell")
-    style = f"background: rgba(var(--heat), {0.06 + 0.74 * share:.2f})"
+    style = f"background: rgba(var(--heat-{shade}), {0.06 + 0.74 * share:.2f})"
     kind = "cell hot" if share > 0.4 else "cell"
     return element("td", words.duration(seconds), element("small", mechanism), class_=kind, style=style)
 

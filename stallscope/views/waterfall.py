@@ -21,6 +21,7 @@ from stallscope.trace.gaps import GAP_FLOOR_STEPS
 
 _MOST_COMPARED = 20_000  # ids, to name those that are nearest to one that is not there
 OWN, ENGINE, FRONTEND, TELEMETRY = "(own)", "(engine)", "(frontend)", "(telemetry)"
+NO_TENANTS = frozenset((ENGINE, FRONTEND, TELEMETRY))  # holders for whom nobody is to blame
 _PARTIES = {Party.OWN: OWN, Party.ENGINE: ENGINE, Party.FRONTEND: FRONTEND, Party.UNSEEN: TELEMETRY}
 _DOING = {
     State.BOUNDARY: "arrived during a step",
@@ -95,8 +96,10 @@ def find_request(trace: Trace, request: str) -> str:
         if replica in running:
             return str(replica)
     known = names["request"].cast(pa.string()).drop_null()
-    alike = known.filter(pc.starts_with(known, request[: len(request) // 2]))[:_MOST_COMPARED].to_pylist()
-    near = difflib.get_close_matches(request, alike, n=3, cutoff=0.5)
+    near = known.filter(pc.match_substring(known, request, ignore_case=True))[:3].to_pylist() if request else []
+    if not near:
+        alike = known.filter(pc.starts_with(known, request[: len(request) // 2]))[:_MOST_COMPARED].to_pylist()
+        near = difflib.get_close_matches(request, alike, n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else "; copy an id from `stallscope analyze`"
     raise UsageError(f"{trace.source}: no request {request!r} among {len(known):,}{hint}")
 

@@ -81,6 +81,8 @@ def test_an_unknown_id_is_a_usage_error_that_names_near_ones() -> None:
     trace = stalled_run()
     with pytest.raises(UsageError, match=r"no request 'req-9' among 3; did you mean req-\d, req-\d, req-\d\?"):
         waterfall(trace, "req-9")
+    with pytest.raises(UsageError, match=r"no request 'Q-2' among 3; did you mean req-2\?"):
+        waterfall(trace, "Q-2")
     with pytest.raises(UsageError, match="copy an id from `stallscope analyze`"):
         waterfall(trace, "zzzzzzzz")
 

@@ -82,10 +82,7 @@ def layout() -> Component:
             ),
             parts.card(
                 "Who waited for whom",
-                parts.said(
-                    "Seconds that stalled waits of each victim (rows) are charged to each holder (columns), by what "
-                    "mostly; own work is left out."
-                ),
+                parts.said(pieces.ABOUT_BLAME),
                 parts.place("blame", 120),
             ),
             parts.card("Then, usually, and without", parts.place("percentiles-then", 120)),
@@ -127,7 +124,8 @@ def head(scene: Scene) -> Html:
     """The incident in words: verdict, culprits, mechanism, confidence, runner-up; and the way to its neighbours."""
     incident = _the_incident(scene)
     if incident is None:
-        return parts.nothing("No incident: no tenant waited far longer than it usually does.")
+        about = parts.link("what is usual", "/")
+        return element("p", "No incident: no tenant waited far longer than ", about, ".", class_="dim nothing")
     count = len(scene.diagnosis.incidents) if scene.diagnosis is not None else 0
     steps = {
         text: f"/incident{scene.to_incident(number)}"
@@ -137,7 +135,7 @@ def head(scene: Scene) -> Html:
     others = parts.choice("Other incidents", steps, "") if steps else ""
     return element(
         "header",
-        element("p", f"Incident {scene.number} of {count} ", others, class_="dim"),
+        element("p", f"Incident {scene.number} of {count}, by seconds lost ", others, class_="dim"),
         element(
             "h1",
             pieces.verdict(incident.verdict),
@@ -155,16 +153,17 @@ def head(scene: Scene) -> Html:
 
 
 def latency(scene: Scene) -> Figure:
-    _the_incident(scene)
+    chosen = _the_incident(scene)
     view = scene.recording.view(percentiles, scene.replica, *scene.near, _BINS)
-    return framed(percentiles_figure(view, scene.near, scene.incidents, scene.looks, SHOWN_METRICS[:2]))
+    metrics = SHOWN_METRICS[:2]
+    return framed(percentiles_figure(view, scene.near, scene.incidents, scene.looks, metrics, chosen=chosen))
 
 
 def held(scene: Scene, resource: Resource) -> Figure:
     """Who had how much of a resource."""
-    _the_incident(scene)
+    chosen = _the_incident(scene)
     view = scene.recording.view(resources, scene.replica, resource, *scene.near, _MOMENTS)
-    return framed(resource_figure(view, scene.near, scene.incidents, scene.looks))
+    return framed(resource_figure(view, scene.near, scene.incidents, scene.looks, chosen=chosen))
 
 
 def batch(scene: Scene) -> Figure:

@@ -43,7 +43,7 @@ def layout() -> Component:
             parts.chart(
                 ENGINE,
                 "What ordinary panels show",
-                "The same time, not broken down by who shared the batch: in a stall, most of this looks fine.",
+                "The same time, not broken down by who shared the batch: a busy engine, no word of who waits for whom.",
                 430,
             ),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -30,6 +31,7 @@ _COSTS = {
 _FAIRNESS = parts.time_chart("fairness")
 _COLUMNS = (
     Column("tenant", "tenant"),
+    Column("blamed", "blamed for"),
     Column("source", "named by"),
     Column("requests", "requests", decimals=0),
     Column("ttft", "TTFT"),
@@ -56,7 +58,10 @@ def layout() -> Component:
             ),
             parts.card(
                 "Who made others wait, and by what",
-                parts.said("Seconds of stalled waits of others that are charged to each tenant."),
+                parts.said(
+                    "Seconds of stalled waits of others that are charged to each tenant: all of them, though a verdict "
+                    "counts only what is beyond the usual, and passes some on."
+                ),
                 parts.place("balance", 80),
             ),
         ]
@@ -84,11 +89,13 @@ def rows(scene: Scene) -> list[dict[str, object]]:
         for amounts in (balance.given, balance.received)
     )
     found = []
-    for tenant in scene.diagnosis.tenants:
+    blamed = Counter(culprit.tenant for incident in scene.diagnosis.incidents for culprit in incident.culprits)
+    for tenant in sorted(scene.diagnosis.tenants, key=lambda one: -given.get(one.tenant, 0.0)):
         values = {one.metric: words.quantile(one) for one in tenant.quantiles}
         found.append(
             {
                 "tenant": words.printable(tenant.tenant),
+                "blamed": words.counted(blamed[tenant.tenant], "incident") if tenant.tenant in blamed else "",
                 "source": words.printable(tenant.source) if tenant.source else "not said",
                 "requests": tenant.requests,
                 "ttft": values.get("ttft", ""),

@@ -34,9 +34,17 @@ _RESOURCES = {  # title of the axis, and unit
 
 
 def resource_figure(
-    view: Stack, span: Span, incidents: Sequence[Incident], looks: Looks, queue: Stack | None = None
+    view: Stack,
+    span: Span,
+    incidents: Sequence[Incident],
+    looks: Looks,
+    queue: Stack | None = None,
+    chosen: Incident | None = None,
 ) -> Figure:
-    """What tenants held, stacked, beside the capacity; the total of a ``queue`` as a line with an axis of its own."""
+    """What tenants held, stacked, beside the capacity; the total of a ``queue`` as a line with an axis of its own.
+
+    The ``chosen`` incident is shaded more than the others.
+    """
     title, unit = _RESOURCES[view.resource]
     when = [when_of(int(time)) for time in view.time_ns]
     layers = [(label(tenant), looks.get(tenant, GREY).colour, 0.75) for tenant in view.tenants]
@@ -52,7 +60,7 @@ def resource_figure(
         }
         for (name, shade, opacity), amount in zip(layers, amounts, strict=True)
     ]  # fmt: skip
-    shapes = bands(span, incidents)
+    shapes = bands(span, incidents, chosen=chosen)
     if view.capacity:
         shapes.append(
             {
@@ -108,7 +116,7 @@ def shares_figure(view: Shares, spent: Spent, span: Span, incidents: Sequence[In
         "bargap": 0,
         "xaxis": {"type": "date", "range": [when_of(time) for time in span]},
         "yaxis": {"range": [0, 1.001], "tickformat": ".0%"},
-        "shapes": bands(span, incidents),
+        "shapes": bands(span, incidents, above=True),
         "annotations": numbers(span, incidents),
         "hovermode": "x unified",
     }
@@ -143,13 +151,14 @@ def engine_load_figure(view: EngineLoad, span: Span, incidents: Sequence[Inciden
         ("y3", "output tokens/s", view.output_tokens_per_s, "solid", ",.0f"),
         ("y3", "prefill tokens/s", view.prefill_tokens_per_s, "2px,2px", ",.0f"),
     )
+    shown = [line for line in lines if not np.isnan(line[2]).all()]
     data: list[Figure] = [
         {
             "type": "scatter", "mode": "lines", "name": name, "x": when, "y": values, "xaxis": "x", "yaxis": axis,
             "line": {"color": GREY.colour, "dash": dash, "width": USUAL}, "hovertemplate": f"%{{y:{form}}}",
+            "showlegend": [one[0] for one in shown].count(axis) > 1,
         }
-        for axis, name, values, dash, form in lines
-        if not np.isnan(values).all()
+        for axis, name, values, dash, form in shown
     ]  # fmt: skip
     share: Figure = {"range": [0, 1.05], "tickformat": ".0%", "zeroline": False}
     layout: Figure = {

@@ -15,6 +15,7 @@ Span = tuple[int, int]  # ns
 
 THIN, USUAL, THICK = 0.9, 1.8, 3.6  # widths of lines: medians, others, and those of culprits
 _SHADE, _EDGE = "rgba(229,72,77,0.14)", "rgba(229,72,77,0.35)"
+_FAINT, _FRAME = "rgba(229,72,77,0.06)", "#e5484d"
 _APART = 0.02  # of a picture's width, between numbers of incidents
 
 
@@ -28,15 +29,23 @@ def titled(tenant: str, culprits: Collection[str]) -> str:
     return f"{label(tenant)} (culprit)" if tenant in culprits else label(tenant)
 
 
-def bands(span: Span, incidents: Sequence[Incident]) -> list[Figure]:
-    """A shade for each incident within the span; with an edge, so that a short one in a long span is seen."""
+def bands(
+    span: Span, incidents: Sequence[Incident], *, chosen: Incident | None = None, above: bool = False
+) -> list[Figure]:
+    """A shade for each incident within the span; with an edge, so that a short one in a long span is seen.
+
+    Where one is ``chosen``, the others are fainter. ``above`` what is drawn, where that covers all, it is an edge alone.
+    """
+    edge: Figure = {"layer": "above", "line": {"width": 2, "color": _FRAME}}
+    shade: Figure = {"layer": "below", "fillcolor": _SHADE, "line": {"width": 1, "color": _EDGE}}
+    faint_shade: Figure = {"layer": "below", "fillcolor": _FAINT, "line": {"width": 0}}
     return [
         {
             "type": "rect", "yref": "paper", "y0": 0, "y1": 1, "x0": when_of(start), "x1": when_of(end),
-            "layer": "below", "fillcolor": _SHADE, "line": {"width": 1, "color": _EDGE},
+            **(edge if above else shade if chosen in (None, one) else faint_shade),
         }
-        for start, end in (
-            (max(one.start_ns, span[0]), min(one.end_ns, span[1])) for one in incidents
+        for one, start, end in (
+            (one, max(one.start_ns, span[0]), min(one.end_ns, span[1])) for one in incidents
         )
         if start <= end
     ]  # fmt: skip

@@ -39,8 +39,10 @@ def percentiles_figure(
     quantile: float = P99,
     medians: bool = False,
     slos: Sequence[Slo] = (),
+    chosen: Incident | None = None,
 ) -> Figure:
-    """A row for each of ``metrics``, on logarithmic axes of time, with the incidents shaded and numbered.
+    """A row for each of ``metrics``, on logarithmic axes of time, with the incidents shaded and numbered; the
+    ``chosen`` one more than the others.
 
     Each tenant's line is the one nearest to ``quantile``; with ``medians`` a thin one of its medians is beside it. The
     limits of ``slos`` on these metrics are dashed.
@@ -60,7 +62,7 @@ def percentiles_figure(
         "grid": {"rows": len(metrics), "columns": 1, "pattern": "coupled", "roworder": "top to bottom", "ygap": 0.12},
         "xaxis": {"type": "date", "anchor": axes[metrics[-1]], "range": [when_of(time) for time in span]},
         **{axis.replace("y", "yaxis"): seconds_axis(words.METRIC_WORDS[metric]) for metric, axis in axes.items()},
-        "shapes": [*bands(span, incidents), *_limits(slos, axes, looks)],
+        "shapes": [*bands(span, incidents, chosen=chosen), *_limits(slos, axes, looks)],
         "annotations": numbers(span, incidents),
         "hovermode": "closest",
     }
