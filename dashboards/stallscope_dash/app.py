@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -37,6 +38,7 @@ PAGES: tuple[Page, ...] = (
     alerts.PAGE,
 )
 _BUSY_MS, _IDLE_MS = 400, 2000  # between two looks whether there is news
+_LATE_S = 60.0
 _ZOOMS = ("xaxis.range[0]", "xaxis.range[1]")
 
 
@@ -44,7 +46,7 @@ def make_app(recording: Recording) -> dash.Dash:
     """The app on a recording, which may still be read."""
     app = dash.Dash(
         __name__,
-        title=f"{recording.path.name} · stallscope",
+        title=f"{recording.title} · stallscope",
         update_title="",
         serve_locally=True,
         suppress_callback_exceptions=True,  # pages come and go
@@ -76,7 +78,7 @@ def _report(server: flask.Flask, recording: Recording) -> flask.Response:
         page = to_html(recording.diagnosis, recording.trace)
     except StallscopeError as error:
         return server.response_class(f"{error}\n", HTTPStatus.GONE, mimetype="text/plain")
-    name = re.sub(r"[^\w.-]+", "_", recording.path.name)
+    name = re.sub(r"[^\w.-]+", "_", recording.title)
     return server.response_class(
         page, mimetype="text/html", headers={"Content-Disposition": f"attachment; filename={name}.html"}
     )
@@ -102,13 +104,14 @@ def _shell(recording: Recording) -> Component:
             html.Header(
                 [
                     html.Strong("stallscope"),
-                    html.Span(words.shortened(recording.path.name, 40), className="dim", title=str(recording.path)),
+                    html.Span(words.shortened(recording.title, 40), className="dim", title=recording.title),
                     html.Nav(Markup(joined(links), id="nav", className="nav"), **parts.attributes(aria_label="Pages")),
                     Markup(parts.question("request", "Find a request", "request id")),
                     html.Button("◐", id="theme", title="Light or dark", **parts.attributes(aria_label="Light or dark")),
                 ],
                 className="bar",
             ),
+            Markup(parts.trouble("The dashboard's server does not answer: was it ended?"), className="gone-note"),
             html.Div([Markup(Html(""), id="progress"), html.Button("Cancel", id="cancel", hidden=True)], role="status"),
             html.Main(id="page", tabIndex=-1),
         ]
@@ -186,7 +189,7 @@ def _bind_shell(app: dash.Dash, recording: Recording) -> None:
     @app.callback(Output("url", "search"), Input("moved", "data"), State("url", "search"), prevent_initial_call=True)
     def zoomed(told: Mapping[str, object], search: str | None) -> object:
         window = _zoomed_to(told)
-        return no_update if window is None else Address.of(search or "").search(since=window[0], until=window[1])
+        return no_update if window is None else Scene(recording, Address.of(search or "")).to_stretch(*window)
 
 
 def _asked_for(recording: Recording) -> list[Job[Any]]:
@@ -204,7 +207,10 @@ def _progress(recording: Recording) -> Iterator[Html]:
         what = "by replay: " if progress.stage is Stage.VERDICT else ""
         yield _bar(f"{what}{progress.doing or 'reading'}", progress.share)
     elif recording.moves:
-        yield element("p", f"live, up to {words.clock(recording.end_ns, zone=True)}", class_="dim")
+        age_s = time.time() - recording.end_ns / 1e9
+        late = f": nothing has come for {words.duration(age_s)}" if age_s > _LATE_S else ""
+        at = f"{words.clock(recording.end_ns, zone=True)}{late}"
+        yield element("p", f"live, up to {at}", class_="note" if late else "dim")
     for job in _asked_for(recording):
         yield _bar(job.progress.stage or "starting", job.progress.share)
 

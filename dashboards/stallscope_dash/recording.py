@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from stallscope.diagnosis.model import Diagnosis
 from stallscope.diagnosis.replica import Replica, replica_of
 from stallscope.errors import StallscopeError, UsageError
 from stallscope.trace import Trace
+from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.trace.select import span
 from stallscope.views.waterfall import find_request
 from stallscope_dash.jobs import Jobs
@@ -132,11 +134,17 @@ class Recording:
     ) -> None:
         self.path, self.asked, self.jobs, self.renew_s = path, asked, jobs, renew_s
         self._opened, self._diagnoses = opened, diagnoses
+        self._run = secrets.token_hex(4)
         self._progress = Progress(Stage.READING)
         self._read: _Read | None = None
         self._diagnosis: Diagnosis | None = None
         self._times_read = 0
-        threading.Thread(target=self._run, name="opening", daemon=True).start()
+        threading.Thread(target=self._follow, name="opening", daemon=True).start()
+
+    @property
+    def title(self) -> str:
+        """What it is called where it is looked at: by its file's name, unless nothing may be named."""
+        return self.path.name if self.asked.redact_for is None else REDACTED_SOURCE
 
     @property
     def moves(self) -> bool:
@@ -149,8 +157,8 @@ class Recording:
 
     @property
     def version(self) -> str:
-        """Another one whenever there is something new to show."""
-        return f"{self._progress.stage} {self._times_read} {self.jobs.ended}"
+        """Another one whenever there is something new to show; its first word is of this recording alone."""
+        return f"{self._run} {self._progress.stage} {self._times_read} {self.jobs.ended}"
 
     @property
     def trace(self) -> Trace:
@@ -190,10 +198,10 @@ class Recording:
         key = (make, *(one.name if isinstance(one, Replica) else one for one in given), *named.items())
         return self._what_was_read().views.get(key, lambda: make(*given, **named))
 
-    def holder_of(self, request: str) -> str:
-        """The replica that had a request. Raises UsageError where none had."""
+    def holder_of(self, request: str, likely: str) -> str:
+        """The replica that had a request, the ``likely`` one where several had. Raises UsageError where none had."""
         read = self._what_was_read()
-        return read.views.get(("request", request), lambda: find_request(read.trace, request))
+        return read.views.get(("request", request, likely), lambda: find_request(read.trace, request, likely))
 
     def _what_was_read(self) -> _Read:
         if self._read is None:
@@ -204,7 +212,7 @@ class Recording:
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _follow(self) -> None:
         while True:
             begun = time.monotonic()
             self._open()

@@ -53,6 +53,9 @@ class Scene:
         """The incident's, from 1; 0 where it is not there, or nobody knows yet."""
         found = self.diagnosis.incidents if self.diagnosis is not None else ()
         number, at = self.address.incident, self.address.at
+        if at is None and not number and self.address.replica:
+            of_replica = [one for one, incident in enumerate(found, 1) if incident.replica == self.address.replica]
+            return next(iter(of_replica), 0)
         if at is None:
             return max(number, 1) if number <= len(found) and found else 0
         there = [one for one, incident in enumerate(found, start=1) if incident.start_ns <= at <= incident.end_ns]
@@ -93,6 +96,15 @@ class Scene:
         if address.since is None or address.until is None:
             return None
         return _between(whole, address.since, address.until)
+
+    def to_stretch(self, since: int | None, until: int | None) -> str:
+        """The query of the same page on another stretch of time, as far as there is a recording of it."""
+        first, last = self.span
+        start, end = (first if since is None else max(since, first)), (last if until is None else min(until, last))
+        if start >= end:
+            return self.address.search()
+        whole = (start, end) == self.span
+        return self.address.search(since=None if whole else start, until=None if whole else end)
 
     def to_question(self, question: str, attempt: int = 0) -> str:
         """The query of the same page that asks this, of a stretch of time that stands still."""

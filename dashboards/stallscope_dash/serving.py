@@ -24,6 +24,7 @@ from stallscope.trace import Trace
 from stallscope.trace.otlp import find_sources
 from stallscope.trace.parquet import is_trace_folder
 from stallscope.trace.read import read_recent
+from stallscope.trace.rename import UnknownTenantError
 from stallscope_dash.answers import diagnosed
 from stallscope_dash.jobs import Job, Jobs
 from stallscope_dash.recording import Advance, Recording
@@ -31,6 +32,7 @@ from stallscope_dash.security import is_loopback, new_token, protect
 
 _THREADS = 8  # a page asks for all its parts at once
 _BACKLOG = 64
+_EVERYWHERE = ("0.0.0.0", "::")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RENEW_S = 5.0  # from one look at a folder that grows to the next
 _LOOK_S = 0.2  # between two looks at a job's progress
@@ -43,8 +45,8 @@ def serve(
     local = is_loopback(host)
     if token is None and not local:
         token = new_token()
-    if not is_trace_folder(trace):
-        find_sources(trace)  # says at once what is not there
+    if not is_trace_folder(trace) and not (last_s is not None and trace.is_dir()):
+        find_sources(trace)  # says at once what is not there; a folder that is followed may be empty yet
     if save:
         asking.saved(trace, asked).check()
     listening = _listen(host, port)
@@ -53,7 +55,8 @@ def serve(
 
     app = make_app(recording)
     protect(app.server, app.csp_hashes(), token, _LOOPBACK if local else ())
-    shown = f"[{host}]" if ":" in host else host
+    reached = socket.gethostname() if host in _EVERYWHERE else host  # how another machine may call this one
+    shown = f"[{reached}]" if ":" in reached else reached
     link = f"http://{shown}:{listening.getsockname()[1]}/" + (f"?token={quote(token)}" if token else "")
     typer.echo(f"{trace.name}: {link}  (Ctrl-C ends it)", err=True)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a page asks for more at once than there are threads
@@ -65,7 +68,7 @@ def recording_at(path: Path, asked: Asked, save: bool) -> Recording:
     jobs = Jobs()
 
     def opened(advance: Advance) -> Trace:
-        return asking.selected(asking.read(path, asked.tenants, _stages(advance)), asked)
+        return _selected(asking.read(path, asked.tenants, _stages(advance)), asked)
 
     def kept_or_by_charges(trace: Trace, advance: Advance) -> Diagnosis:
         kept = asking.saved(path, asked).load()
@@ -87,12 +90,21 @@ def live_at(folder: Path, asked: Asked, last_s: float) -> Recording:
 
     def opened(_: Advance) -> Trace:
         recent = asking.with_logs(read_recent(folder, last_s), asked.tenants, _stages(lambda _doing, _share: None))
-        return asking.selected(recent, asked)
+        return _selected(recent, asked)
 
     def by_charges(trace: Trace, _: Advance) -> Diagnosis:
         return diagnose(trace, slos=asked.slos, replay=False, remedies=False)
 
     return Recording(folder, asked, Jobs(), opened, [by_charges], _RENEW_S)
+
+
+def _selected(trace: Trace, asked: Asked) -> Trace:
+    """The part that was asked for. Raises UsageError, which names no tenant to whoever may see one alone."""
+    try:
+        return asking.selected(trace, asked)
+    except UnknownTenantError as error:
+        typer.echo(f"note: {error}", err=True)
+        raise UsageError(f"no tenant {asked.redact_for!r} in the trace; the terminal says which there are") from error
 
 
 def _followed(job: Job[Diagnosis], advance: Advance) -> Diagnosis:

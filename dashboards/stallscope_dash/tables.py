@@ -32,6 +32,7 @@ class Column:
     heading: str
     decimals: int | None = None
     link: bool = False
+    least_px: int = 104
 
 
 def linked(text: str, href: str) -> dict[str, str]:
@@ -50,7 +51,6 @@ def grid(identity: str, columns: Sequence[Column]) -> Component:
             "resizable": True,
             "wrapHeaderText": True,
             "autoHeaderHeight": True,
-            "minWidth": 84,
         },
         dashGridOptions={
             "theme": {"function": _THEME},
@@ -71,7 +71,7 @@ def grid(identity: str, columns: Sequence[Column]) -> Component:
 
 
 def _definition(column: Column) -> dict[str, object]:
-    made: dict[str, object] = {"field": column.field, "headerName": column.heading}
+    made: dict[str, object] = {"field": column.field, "headerName": column.heading, "minWidth": column.least_px}
     if column.decimals is not None:
         shown = {"function": f"d3.format(',.{column.decimals}f')(params.value)"}
         made |= {

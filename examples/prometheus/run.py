@@ -108,10 +108,19 @@ def main() -> None:
         ):
             wait_until_ready(url, folder)
         say(f"ready: Prometheus at http://127.0.0.1:{PROMETHEUS}, Alertmanager at http://127.0.0.1:{ALERTMANAGER}")
-        say("recording two tenants for two minutes; after one of them a third comes, which nobody has seen before")
+        say("recording two tenants for two and a half minutes; after one a third comes, which nobody has seen before")
         endpoint = f"http://127.0.0.1:{COLLECTOR}/v1/traces"
         subprocess.run(
-            [*STALLSCOPE, "record", "reasoning_prompt", "--force", "-o", str(folder / "recorded.otlp.jsonl.zst")],
+            [
+                *STALLSCOPE,
+                "record",
+                "reasoning_prompt",
+                "--variant",
+                "lasting",
+                "--force",
+                "-o",
+                str(folder / "recorded.otlp.jsonl.zst"),
+            ],
             env={**os.environ, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": endpoint},
             check=True,
         )

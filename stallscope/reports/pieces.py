@@ -218,7 +218,7 @@ def falls(view: Waterfall, most: int = _ROWS) -> Html:
         for part in parts:
             who += [", " if who else "", name(part.holder), f" {part.mechanism} {words.duration(part.seconds)}"]
         cells = [
-            element("td", words.duration(row.offset_s), class_="number"),
+            element("td", f"{row.offset_s:.2f} s", class_="number"),
             element("td", words.duration(row.length_s), class_="number"),
             element("td", bar),
             element("td", f"{row.doing}, stalled" if row.stalled else row.doing),

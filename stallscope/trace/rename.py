@@ -49,11 +49,15 @@ def renamed(trace: Trace, names: dict[str, Rename]) -> Trace:
     return replace(trace, tables=tables)
 
 
+class UnknownTenantError(UsageError):
+    """Says which tenants there are: not for whoever may know of one alone."""
+
+
 def redacted(trace: Trace, tenant: str) -> Trace:
     """What ``tenant`` may see: of all others, names and ids of requests, sessions and adapters become neutral labels.
 
-    Findings keep their words but not their places, the source is not named. Raises UsageError where the trace has no
-    such tenant.
+    Findings keep their words but not their places, the source is not named. Raises UnknownTenantError where the trace
+    has no such tenant.
     """
     _find_tenant(trace, tenant)
     kept = {kind: _own_names(trace, kind, tenant) for kind in _OF_TENANTS} | {"tenant": {tenant, UNKNOWN}}
@@ -84,7 +88,7 @@ def _find_tenant(trace: Trace, tenant: str) -> None:
     known = set(_names(trace, "tenant"))
     if tenant not in known:
         near = difflib.get_close_matches(tenant, sorted(known), n=3, cutoff=0.5) or sorted(known)[:5]
-        raise UsageError(f"{trace.source}: no tenant {tenant!r}; it has {', '.join(near)}")
+        raise UnknownTenantError(f"{trace.source}: no tenant {tenant!r}; it has {', '.join(near)}")
 
 
 def _labels(trace: Trace, kind: str, kept: set[str]) -> Rename:

@@ -87,12 +87,15 @@ def waterfall(trace: Trace, request: str) -> Waterfall:
     return waterfall_of(replica, code_of(replica, request))
 
 
-def find_request(trace: Trace, request: str) -> str:
-    """The replica with steps that had this request. Raises UsageError where none had, naming the nearest ids."""
+def find_request(trace: Trace, request: str, likely: str = "") -> str:
+    """The replica with steps that had this request, the ``likely`` one where several had.
+
+    Raises UsageError where none had, naming the nearest ids.
+    """
     names = trace.columns("requests", ["replica", "request"])
     found = names.filter(pc.equal(names["request"].cast(pa.string()), request))["replica"].cast(pa.string())
     running = pc.unique(trace.columns("steps", ["replica"])["replica"].cast(pa.string())).to_pylist()
-    for replica in found.to_pylist():
+    for replica in sorted(found.to_pylist(), key=lambda one: one != likely):
         if replica in running:
             return str(replica)
     known = names["request"].cast(pa.string()).drop_null()

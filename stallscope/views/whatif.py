@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from stallscope.diagnosis.model import Intervention
+from stallscope.diagnosis.replay.history import NotReplayable, configuration
+from stallscope.diagnosis.replica import Replica
 from stallscope.diagnosis.timeline import Floats, Ints, Mask
 
 
@@ -28,6 +30,16 @@ class SideBySide:
     predicted_s: Floats
     low_s: Floats
     high_s: Floats
+
+
+def settings_of(replica: Replica) -> dict[str, str]:
+    """What the replica was run with, as it is written in a question; nothing where the trace does not say."""
+    try:
+        config = configuration(replica)
+    except NotReplayable:
+        return {}
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
 
 
 def side_by_side(answer: Intervention) -> SideBySide:

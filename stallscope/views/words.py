@@ -143,6 +143,7 @@ def quantile(value: Quantile) -> str:
 # --- sentences ----------------------------------------------------------------------------------------------------
 
 _NAMED = 6  # tenants in a sentence
+_MUCH_OF_IT = 0.2  # of what was lost, which is said if it was lost by those who are blamed
 
 
 def headline(diagnosis: Diagnosis) -> str:
@@ -156,11 +157,15 @@ def headline(diagnosis: Diagnosis) -> str:
     lost = sum(incident.lost_s for incident in main)
     victims = list(dict.fromkeys(victim.tenant for incident in main for victim in incident.victims))
     where = f"{counted(len(main), 'incident')}, {duration(lost)} lost"
+    beside = len(incidents) - len(main)
+    where += f" (and {counted(beside, 'incident')} of another kind)" if beside else ""
     culprits = list(dict.fromkeys(culprit.tenant for incident in main for culprit in incident.culprits))
     who, waited = listed(culprits, _NAMED), listed(victims, _NAMED)
     if diagnosis.verdict is Verdict.NOISY_NEIGHBOR:
         hit = [victim for victim in victims if victim not in culprits] or victims
-        return f"{who} stalled {listed(hit, _NAMED)}: {where}"
+        own = sum(one.lost_s for incident in main for one in incident.victims if one.tenant in culprits)
+        of_it = f", {duration(own)} of it their own" if lost * _MUCH_OF_IT < own < lost else ""
+        return f"{who} stalled {listed(hit, _NAMED)}: {where}{of_it}"
     if diagnosis.verdict is Verdict.SELF_INFLICTED:
         return f"{who} stalled itself: {where}"
     if diagnosis.verdict is Verdict.ENGINE_STALL:

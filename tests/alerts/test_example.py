@@ -33,7 +33,8 @@ def test_a_stall_by_a_tenant_never_seen_before_pages_with_its_name_and_resolves(
     assert LINGERS in rules
     rules = rules.replace(LINGERS, "keep_firing_for: 10s")
     recorded = tmp_path / "recorded.otlp.jsonl"
-    record = [sys.executable, "-m", "stallscope.cli", "record", "reasoning_prompt", "-o", str(recorded)]
+    command = ["record", "reasoning_prompt", "--variant", "lasting", "-o", str(recorded)]
+    record = [sys.executable, "-m", "stallscope.cli", *command]
     with collecting(tmp_path / "spans") as collector:
         address = collector.url.removeprefix("http://").removesuffix("/v1/traces")
         with example(tmp_path, address, rules) as running:

@@ -19,6 +19,7 @@ from stallscope.alerts.rules import Owner
 from stallscope.alerts.settings import Limit
 from stallscope.alerts.texts import ByLabel, Found, Label, Text, for_prometheus
 from stallscope.alerts.thresholds import Level, Threshold
+from stallscope.alerts.yaml_text import TextDumper
 from stallscope.diagnosis.slo import Slo
 from stallscope.watch.families import BLAME
 from tests.alerts.unit_tests import OWNER, UnitTest, annotated, needs_promtool
@@ -102,6 +103,7 @@ def test_each_tenant_is_matched_by_its_own_name_alone(tenants: list[str]) -> Non
 
 @needs_promtool
 @example(tenants=HOSTILE)
+@example(tenants=["\x85", "a\u2028b"])
 @given(tenants)
 @few
 def test_what_an_alert_says_has_the_names_as_they_are(tenants: list[str]) -> None:
@@ -134,7 +136,9 @@ def test_what_an_alert_says_has_the_names_as_they_are(tenants: list[str]) -> Non
         assert shlex.split(said["command"]) == words
     test.saying(20, "A", expected)
     with tempfile.TemporaryDirectory() as folder:
-        test.passes(yaml.safe_dump({"groups": [{"name": "g", "rules": [rule]}]}, allow_unicode=True), Path(folder))
+        test.passes(
+            yaml.dump({"groups": [{"name": "g", "rules": [rule]}]}, Dumper=TextDumper, allow_unicode=True), Path(folder)
+        )
 
 
 @needs_promtool

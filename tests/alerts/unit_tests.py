@@ -14,6 +14,7 @@ import yaml
 
 from stallscope.alerts.promql import quoted
 from stallscope.alerts.rules import Owner
+from stallscope.alerts.yaml_text import TextDumper
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt install prometheus)"
@@ -78,7 +79,7 @@ class UnitTest:
             "alert_rule_test": self.alerts,
         }
         document = {"rule_files": ["rules.yml"], "evaluation_interval": f"{STEP_S}s", "tests": [test]}
-        (folder / "test.yml").write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
+        (folder / "test.yml").write_text(yaml.dump(document, Dumper=TextDumper, allow_unicode=True), encoding="utf-8")
         ran = subprocess.run(
             ["promtool", "test", "rules", "test.yml"], cwd=folder, capture_output=True, text=True, check=False
         )
@@ -92,4 +93,4 @@ def annotated(rules: str, *kept: str) -> str:
         for rule in group["rules"]:
             if "alert" in rule:
                 rule["annotations"] = {name: text for name, text in rule["annotations"].items() if name in kept}
-    return yaml.safe_dump(document, allow_unicode=True)
+    return yaml.dump(document, Dumper=TextDumper, allow_unicode=True)

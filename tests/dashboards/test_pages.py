@@ -112,6 +112,15 @@ def test_keys_zoom_and_move_as_in_trace_viewers(stall: str, looking: Looking) ->
     looking.until(f"window.location.href !== {before!r}")
     moved = Address.of(looking.page.url.partition("?")[2])
     assert (moved.since or 0) > (zoomed.since or 0)
+    looking.page.click("#nav a:text('Tenants')")
+    looking.wait("#tenants-window .zoomed a")  # said on each page that is zoomed
+    looking.page.click("#nav a:text('Overview')")
+    looking.drawn(LATENCY)
+    while "since=" in looking.page.url:  # out, until all there is is shown, and no further
+        before = looking.page.url
+        looking.page.keyboard.press("s")
+        looking.until(f"window.location.href !== {before!r}")
+        looking.page.wait_for_timeout(700)
     looking.page.keyboard.press("/")
     looking.page.keyboard.type("chat-000150")
     looking.page.keyboard.press("Enter")
@@ -149,6 +158,7 @@ def test_a_healthy_trace_says_so_on_each_page(healthy: str, looking: Looking) ->
     assert looking.drawn(LATENCY) > 20
     looking.page.click("#nav a:text('Incident')")
     looking.wait("#incident-head .nothing")
+    assert looking.page.locator("#page .card:visible").count() == 0
     looking.page.click("#nav a:text('Request')")
     looking.wait("#request-head .nothing")
 
@@ -213,6 +223,8 @@ def test_a_chart_is_kept_as_svg_and_a_table_as_csv(stall: str, looking: Looking,
         looking.page.click("button[data-save=svg][data-name=swimlanes]")
     picture.value.save_as(tmp_path / "batch.svg")
     assert "reasoner-000003" in (tmp_path / "batch.svg").read_text(encoding="utf-8")
+    assert "Who was in the batch around the worst step · " in (tmp_path / "batch.svg").read_text(encoding="utf-8")
+    assert picture.value.suggested_filename.endswith("-incident_1-swimlanes.svg")
     looking.scroll_to("[data-part=caused]")
     looking.wait("#caused .ag-cell a")
     with looking.page.expect_download(timeout=WAIT_MS) as table:

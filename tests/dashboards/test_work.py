@@ -39,6 +39,8 @@ def test_a_setting_that_the_engine_does_not_have_is_said(looking: Looking) -> No
         looking.at(f"{url}/whatif?question=set:colour=blue")
         looking.wait("#whatif-answer .trouble")
         assert "colour" in looking.text("#whatif-answer")
+        looking.wait("#whatif-choices a:text('policy=fair')")
+        assert "(now fcfs)" in looking.text("#whatif-choices")
 
 
 @needs_promtool
@@ -63,6 +65,36 @@ def test_who_may_see_one_tenant_sees_no_other(looking: Looking) -> None:
             looking.wait("#page :is(.verdict, .nothing, .ag-cell, #whatif-choices a)")
             looking.page.wait_for_timeout(500)
             assert "reasoner" not in looking.page.content(), path
+
+
+def test_who_may_see_a_tenant_that_is_not_there_is_told_of_no_other(looking: Looking) -> None:
+    with serving(recording_at(STALL, Asked(replay=False, redact_for="nobody"), False)) as url:
+        looking.at(url)
+        looking.wait("#progress .trouble")
+        assert "no tenant 'nobody' in the trace" in looking.text("#progress")
+        assert not any(name in looking.page.content() for name in ("reasoner", "chat", "stall.otlp"))
+
+
+def test_a_server_that_is_gone_is_said(looking: Looking) -> None:
+    with serving(recording_at(STALL, QUICK, False)) as url:
+        looking.at(url)
+        looking.wait("#answer .verdict")
+        assert not looking.page.is_visible(".gone-note")
+        looking.page.route("**/_dash-update-component*", lambda route: route.abort())
+        looking.wait(".gone-note:visible")
+        looking.page.unroute("**/_dash-update-component*")
+        looking.until("!document.body.classList.contains('gone')")
+    looking.complaints.clear()  # of a request that failed
+
+
+def test_live_waits_for_what_will_be_written(looking: Looking, tmp_path: Path) -> None:
+    with serving(live_at(tmp_path, QUICK, 3600.0)) as url:
+        looking.at(url)
+        looking.wait("#progress .trouble")
+        shutil.copyfile(STALL, tmp_path / STALL.name)
+        (tmp_path / STALL.name).touch()
+        looking.wait("#answer .verdict.noisy_neighbor")
+        assert ": nothing has come for " in looking.text("#progress")  # of another day
 
 
 def test_live_follows_a_folder(looking: Looking, tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def test_a_headline_of_many_victims_names_those_of_the_worst_incident_first() ->
     assert told.startswith("archive stalled victim-0, victim-1, victim-2, victim-3, victim-4 and 15 more: ")
 
 
+def test_a_headline_says_when_much_was_lost_by_the_culprit_itself() -> None:
+    found = diagnosed()
+    incident, *rest = found.incidents
+    victim = incident.victims[0]
+    own = replace(victim, tenant="archive", lost_s=incident.lost_s / 2)
+    told = words.headline(replace(found, incidents=(replace(incident, victims=(victim, own)), *rest)))
+    assert told.startswith(f"archive stalled {victim.tenant}: ")
+    assert told.endswith(" of it their own")
+    assert "their own" not in words.headline(found)
+
+
 def test_a_legible_diagnosis_is_the_same_but_for_its_texts() -> None:
     assert words.legible(diagnosed()) == diagnosed()
     shown = words.legible(hostile_diagnosis())

@@ -3,10 +3,18 @@
 
 // The address changes without the page being loaded anew, as Dash's own links do it.
 const goTo = (href) => {
+  window.history.replaceState({ y: window.scrollY }, "");
   window.history.pushState({}, "", href);
   window.dispatchEvent(new CustomEvent("_dashprivate_pushstate"));
   window.scrollTo(0, 0);
 };
+
+// Back leads to where one was on the page, which is there again in a moment.
+window.history.scrollRestoration = "manual";
+window.addEventListener("popstate", ({ state }) => {
+  if (state?.y === undefined) return;
+  for (const wait of [60, 500]) setTimeout(() => window.scrollTo(0, state.y), wait);
+});
 
 window.dashAgGridComponentFunctions = window.dashAgGridComponentFunctions || {};
 window.dashAgGridComponentFunctions.StallscopeLink = (props) => {
@@ -50,6 +58,20 @@ new MutationObserver(() => {
   }
 }).observe(document, { childList: true, subtree: true });
 
+// A server that is gone is said, and one that was started anew is looked at anew.
+const asks = window.fetch.bind(window);
+window.fetch = async (...asked) => {
+  try {
+    const answer = await asks(...asked);
+    document.body.classList.remove("gone");
+    return answer;
+  } catch (error) {
+    document.body.classList.add("gone");
+    throw error;
+  }
+};
+const run = (version) => (version || "").split(" ")[0];
+
 // Plotly is started when a page has asked for its parts, of which words then come first. A chart that is left while it is
 // being drawn is cleared away when that is over: Plotly would trip over what is gone.
 let plotly = null;
@@ -81,6 +103,7 @@ window.dash_clientside = Object.assign({}, window.dash_clientside, {
       return pages[path] || pages[""];
     },
     show: (search, version) => {
+      if (shown && run(shown.version) && run(version) !== run(shown.version)) window.location.reload();
       shown = { search: search || "", version };
       for (const link of document.querySelectorAll("#nav a")) link.search = shown.search;
       [...document.querySelectorAll("[data-part]")].filter((place) => inSight.has(place)).forEach(show);
@@ -105,6 +128,14 @@ window.dash_clientside = Object.assign({}, window.dash_clientside, {
   },
 });
 
+// What is kept says what it is of: the recording, and of an incident's page its number.
+const about = () => {
+  const incident = new URLSearchParams(window.location.search).get("incident") || "1";
+  return [document.title.split(" · ")[0], ...(window.location.pathname === "/incident" ? [`incident ${incident}`] : [])];
+};
+const fileName = (name) => [...about(), name].join("-").replace(/[^\w.-]+/g, "_");
+const shownAs = (button) => [button.closest(".card").querySelector("h2").textContent, ...about()].join(" · ");
+
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a");
   if (link && link.origin === window.location.origin && !link.download && !link.getAttribute("href").startsWith("#")
@@ -119,10 +150,13 @@ document.addEventListener("click", (event) => {
     const chart = button.closest(".card").querySelector(".js-plotly-plot");
     if (chart) {
       const { width, height } = chart.getBoundingClientRect();
-      Plotly.downloadImage(chart, { format: button.dataset.save, filename: button.dataset.name, width, height, scale: 2 });
+      const title = { text: `${shownAs(button)}`.replace(/[<&]/g, " "), font: { size: 14 }, x: 0, xref: "paper", y: 1, yref: "container", yanchor: "top", pad: { t: 8 } };
+      const margin = { ...chart.layout.margin, t: (chart.layout.margin?.t || 0) + 24 };
+      const picture = { data: chart.data, layout: { ...chart.layout, title, margin, height: height + 24 } };
+      Plotly.downloadImage(picture, { format: button.dataset.save, filename: fileName(button.dataset.name), width, height: height + 24, scale: 2 });
     }
   } else if (button.dataset.csv) {
-    window.dash_ag_grid.getApi(button.dataset.csv).exportDataAsCsv({ fileName: `${button.dataset.csv}.csv` });
+    window.dash_ag_grid.getApi(button.dataset.csv).exportDataAsCsv({ fileName: `${fileName(button.dataset.csv)}.csv` });
   } else if (button.dataset.copy) {
     navigator.clipboard.writeText(button.dataset.copy).then(() => { button.textContent = "copied"; });
   } else if (button.id === "theme") {

@@ -30,7 +30,12 @@ def layout() -> Component:
     return html.Div(
         [
             parts.place("alerts-head", 120, at_once=True),
-            parts.chart(_FIRINGS, "When each fires", "On this trace, as Prometheus evaluates it.", 420),
+            parts.chart(
+                _FIRINGS,
+                "When each fires",
+                "On this trace, as Prometheus evaluates it; shaded and numbered are the incidents.",
+                420,
+            ),
             parts.card("The rules", parts.place("alerts-rules", 60)),
         ]
     )

@@ -22,7 +22,7 @@ from stallscope.views.hardest_hit import hardest_hit
 from stallscope.views.percentiles import SHOWN_METRICS, percentiles
 from stallscope.views.resources import Resource, resources
 from stallscope.views.swimlanes import swimlanes
-from stallscope_dash import parts
+from stallscope_dash import parts, window
 from stallscope_dash.differences import differences
 from stallscope_dash.figures import framed, message
 from stallscope_dash.pages import Page, Part
@@ -65,6 +65,7 @@ def layout() -> Component:
     return html.Div(
         [
             parts.place("incident-head", 240, at_once=True),
+            parts.place("incident-window", at_once=True),
             parts.chart(LATENCY, "Around it", "What each tenant waited; drag to zoom, double-click for all.", 430),
             parts.chart(
                 "swimlanes",
@@ -110,7 +111,7 @@ def _the_incident(scene: Scene) -> Incident | None:
     if scene.diagnosis is None:
         raise NotReadyError("no diagnosis yet")
     found = len(scene.diagnosis.incidents)
-    if scene.incident is None and found:
+    if scene.incident is None and found and (scene.address.incident or scene.address.at is not None):
         at = scene.address.at
         which = f"{scene.address.incident}" if at is None else f"any more that went on at {words.clock(at, zone=True)}"
         raise UsageError(f"there is no incident {which}: {found} were found")
@@ -129,13 +130,13 @@ def head(scene: Scene) -> Html:
     count = len(scene.diagnosis.incidents) if scene.diagnosis is not None else 0
     steps = {
         text: f"/incident{scene.to_incident(number)}"
-        for text, number in (("← worse", scene.number - 1), ("lesser →", scene.number + 1))
+        for text, number in (("← previous", scene.number - 1), ("next →", scene.number + 1))
         if 1 <= number <= count
     }
     others = parts.choice("Other incidents", steps, "") if steps else ""
     return element(
         "header",
-        element("p", f"Incident {scene.number} of {count}, by seconds lost ", others, class_="dim"),
+        element("p", f"Incident {scene.number} of {count} ", others, class_="dim"),
         element(
             "h1",
             pieces.verdict(incident.verdict),
@@ -315,6 +316,7 @@ PAGE = Page(
     layout,
     (
         Part("incident-head", head),
+        Part("incident-window", window.stretch),
         Part(LATENCY, latency, "figure"),
         Part("swimlanes", batch, "figure"),
         *(Part(_stack(resource), partial(held, resource=resource), "figure") for resource in _RESOURCES),

@@ -12,7 +12,7 @@ from stallscope.reports.markup import Html, element, joined
 from stallscope.views import words
 from stallscope.views.engine_load import engine_load
 from stallscope.views.percentiles import MEDIAN, P95, P99, SHOWN_METRICS, percentiles
-from stallscope_dash import parts
+from stallscope_dash import parts, window
 from stallscope_dash.figures import framed
 from stallscope_dash.pages import Page, Part
 from stallscope_dash.recording import NotReadyError, Stage
@@ -20,7 +20,6 @@ from stallscope_dash.scene import Scene
 
 _BINS = 90
 _SHOWN, _AT_ONCE = 50, 5  # incidents: in all, and without being asked
-_REPLICAS = 50  # to choose from
 _QUANTILES = {"p50": MEDIAN, "p95": P95, "p99": P99}
 REPORT = "/report.html"
 LATENCY, ENGINE = parts.time_chart("latency"), parts.time_chart("engine")
@@ -98,21 +97,6 @@ def _row(scene: Scene, number: int, one: Incident) -> Html:
     )
 
 
-def window(scene: Scene) -> Html:
-    """Which replica and which stretch of time the charts show, and the way back to all of it."""
-    start, end = scene.window
-    shown: list[Html] = []
-    names = scene.recording.names[:_REPLICAS]
-    if len(names) > 1:
-        links = {one: scene.address.search(replica=one, since=None, until=None) for one in names}
-        shown.append(parts.choice("Replica", links, scene.replica_name))
-    if (start, end) != scene.span:
-        stretch = f"{words.clock(start)} to {words.clock(end, zone=True)} ({words.duration((end - start) / 1e9)})"
-        back = parts.link("show all", scene.address.search(since=None, until=None))
-        shown.append(element("p", f"Zoomed to {stretch}: ", back, class_="dim zoomed"))
-    return joined(shown)
-
-
 def quantiles(scene: Scene) -> Html:
     """Which percentile is drawn."""
     links = {one: scene.address.search(quantile=one) for one in _QUANTILES}
@@ -139,7 +123,7 @@ PAGE = Page(
     (
         Part("answer", answer),
         Part("incidents", incidents),
-        Part("overview-window", window),
+        Part("overview-window", window.replica_and_stretch),
         Part("quantiles", quantiles),
         Part(LATENCY, latency, "figure"),
         Part(ENGINE, engine, "figure"),

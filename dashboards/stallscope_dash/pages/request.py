@@ -44,7 +44,7 @@ def _life(scene: Scene) -> Waterfall | None:
     request = wanted(scene)
     if not request:
         return None
-    replica = scene.recording.replica(scene.recording.holder_of(request))
+    replica = scene.recording.replica(scene.recording.holder_of(request, scene.replica_name))
     return scene.recording.view(waterfall_of, replica, code_of(replica, request))
 
 

@@ -15,7 +15,7 @@ from stallscope.reports.markup import Html, element
 from stallscope.views import words
 from stallscope.views.blame import blame_balance
 from stallscope.views.shares import Spent, shares
-from stallscope_dash import parts
+from stallscope_dash import parts, window
 from stallscope_dash.figures import framed
 from stallscope_dash.pages import Page, Part
 from stallscope_dash.recording import NotReadyError
@@ -34,8 +34,8 @@ _COLUMNS = (
     Column("blamed", "blamed for"),
     Column("source", "named by"),
     Column("requests", "requests", decimals=0),
-    Column("ttft", "TTFT"),
-    Column("itl", "longest gap"),
+    Column("ttft", "TTFT", least_px=124),
+    Column("itl", "longest gap", least_px=124),
     Column("step_time", "of step time, %", decimals=1),
     Column("tokens", "of tokens, %", decimals=1),
     Column("kv", "of KV cache, %", decimals=1),
@@ -47,6 +47,7 @@ _COLUMNS = (
 def layout() -> Component:
     return html.Div(
         [
+            parts.place("tenants-window", at_once=True),
             parts.card("All tenants", parts.place("tenants-about", at_once=True), grid("tenants", _COLUMNS)),
             *(parts.chart(_cost(cost), title, about, 300) for cost, (title, about) in _COSTS.items()),
             parts.chart(
@@ -73,9 +74,9 @@ def _cost(cost: str) -> dict[str, str]:
 
 
 def about(scene: Scene) -> Html:
-    start, end = scene.span
-    length = words.duration((end - start) / 1e9)
-    said = f"Percentiles and shares over all {length} of the trace; what was waited for, on {scene.replica_name}."
+    several = len(scene.recording.names) > 1
+    where = "over all replicas and all their time" if several else "over all of the trace"
+    said = f"Percentiles and shares {where}; what was waited for, on {scene.replica_name}."
     return element("p", said, class_="dim")
 
 
@@ -148,6 +149,7 @@ PAGE = Page(
     "Tenants",
     layout,
     (
+        Part("tenants-window", window.replica_and_stretch),
         Part("tenants-about", about),
         Part("tenants", rows, "rowData"),
         *(Part(_cost(of), partial(cost, of=of), "figure") for of in _COSTS),

@@ -15,14 +15,13 @@ from stallscope.reports.figures import Figure, what_if_figure
 from stallscope.reports.markup import Html, element, joined
 from stallscope.trace.rename import REDACTED_SOURCE
 from stallscope.views import words
-from stallscope.views.whatif import side_by_side
-from stallscope_dash import parts
+from stallscope.views.whatif import settings_of, side_by_side
+from stallscope_dash import parts, window
 from stallscope_dash.answers import what_if
 from stallscope_dash.figures import framed, message
 from stallscope_dash.jobs import Job, State
 from stallscope_dash.markup import Markup
 from stallscope_dash.pages import Page, Part
-from stallscope_dash.recording import NotReadyError
 from stallscope_dash.scene import Scene
 
 _KINDS = {"usual": "usual", "without": "without", "without-request": "without_requests", "set": "settings"}
@@ -39,9 +38,13 @@ _SHOWN = 24  # tenants to choose from
 def layout() -> Component:
     return html.Div(
         [
+            parts.place("whatif-window", at_once=True),
             parts.card(
                 "What if …",
-                parts.said("The recorded arrivals run again through the engine's own scheduler, one thing changed."),
+                parts.said(
+                    "The recorded arrivals run again through the engine's own scheduler, one thing changed. A tenant "
+                    "as usual: what it sends at other times, in place of what it sent in incidents."
+                ),
                 parts.place("whatif-choices", 120, at_once=True),
                 Markup(joined(["or ", parts.question("set", "Another setting of the engine", "NAME=VALUE")])),
             ),
@@ -66,9 +69,15 @@ def choices(scene: Scene) -> Html:
         ]
         for tenant in scene.replica.tenants[:_SHOWN]
     ]
-    settings = [parts.link(f"{name}={value}", scene.to_question(f"set:{name}={value}")) for name, value in _SETTINGS]
+    now = settings_of(scene.replica)
+    settings = [
+        joined([parts.link(f"{name}={value}", scene.to_question(f"set:{name}={value}")), f" (now {now[name]})"])
+        for name, value in _SETTINGS
+        if name in now and now[name] != value
+    ]
     separated = [text for one in settings for text in (", ", one)][1:]
-    return joined([pieces.table(["tenant", "", ""], rows, names=1), element("p", "with ", *separated)])
+    changes = [element("p", "with ", *separated)] if separated else []
+    return joined([pieces.table(["tenant", "", ""], rows, names=1), *changes])
 
 
 def asked(scene: Scene) -> Question | None:
@@ -136,11 +145,16 @@ def _command(scene: Scene) -> Html:
 
 
 def chart(scene: Scene) -> Figure:
-    job = _job(scene)
+    try:
+        job = _job(scene)
+    except UsageError:
+        return message("No question, hence no picture.")
+    if job is not None and job.state is State.FAILED:
+        return message("No answer, hence no picture.")
     if job is None:
         return message("Nothing was asked yet.")
     if not job.state.is_final:
-        raise NotReadyError("still replaying")
+        return message("Replaying …")
     if job.state is State.CANCELLED:
         return message("It was cancelled.")
     return framed(what_if_figure(side_by_side(job.result().answer), scene.looks))
@@ -151,6 +165,7 @@ PAGE = Page(
     "What if",
     layout,
     (
+        Part("whatif-window", window.replica_and_stretch),
         Part("whatif-choices", choices),
         Part("whatif-answer", answer),
         Part("whatif-chart", chart, "figure"),

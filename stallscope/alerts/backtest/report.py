@@ -21,6 +21,7 @@ from stallscope.views import words
 SCHEMA_VERSION = 1
 MOST_FIRINGS = 50  # on a terminal
 _LONGEST_NAME = 32
+_LEAST_CALM_S = 600.0  # below which the bound on false pages, thousands a week, says nothing
 _LEAST_SCRAPES = 3  # in a window, so that with one of them gone there still is a rate
 _STYLE = {
     Answer.CAUGHT: "green",
@@ -208,7 +209,11 @@ def evidence(result: Backtest) -> list[str]:
         percent, interval = f"{share.hits / share.of:.0%}", f"{share.low:.0%} to {share.high:.0%}"
         made.append(f"caught in time: {percent} of {share.of:,} (95% interval {interval})")
     for calm, where in ((result.calm, "calm"), (result.quiet_calm, "the quiet traces")):
-        if calm.most_per_week is not None and (calm is not result.quiet_calm or result.quiet):
+        if calm.most_per_week is None or (calm is result.quiet_calm and not result.quiet):
+            continue
+        if calm.length_s < _LEAST_CALM_S and not calm.pages:
+            made.append(f"{words.duration(calm.length_s)} of {where}: too few to tell how rare false pages are")
+        else:
             made.append(f"false pages by what was seen of {where}: at most {_rate(calm.most_per_week)} a week (95%)")
     brittle = [
         alert

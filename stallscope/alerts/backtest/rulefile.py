@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from stallscope.alerts.backtest.expressions import seconds
+from stallscope.alerts.yaml_text import TextDumper
 from stallscope.errors import UsageError
 from stallscope.views.words import printable
 
@@ -204,23 +205,11 @@ def _text(value: object) -> str:
     return value
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes text in blocks where it has lines, and quotes what would else be read as something other than text."""
-
-
-def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text and " \n" not in text else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _string)
-
-
 def _written(document: Mapping[str, object]) -> str:
     made = deepcopy(dict(document))
     for group in _groups(made):
         limit = group.get("limit")
         if isinstance(limit, str) and limit.isdigit():
             group["limit"] = int(limit)
-    text = yaml.dump(made, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    text = yaml.dump(made, Dumper=TextDumper, sort_keys=False, allow_unicode=True, width=10_000)
     return str(text)

@@ -8,6 +8,7 @@ import yaml
 
 from stallscope.alerts.rules import Owner, Rule
 from stallscope.alerts.texts import Text
+from stallscope.alerts.yaml_text import TextDumper
 
 Render = Callable[[Text], str]
 _WIDTH = 1_000_000  # PromQL and templates are not folded
@@ -33,18 +34,7 @@ def annotations_of(rule: Rule, owner: Owner, render: Render) -> dict[str, str]:
     }
 
 
-class _Dumper(yaml.SafeDumper):
-    """Lines of an expression below each other."""
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
-
-
 def write_yaml(document: object, heading: str) -> str:
     """A document under comments."""
     comments = "".join(f"# {line}\n" for line in heading.splitlines())
-    return comments + yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)
+    return comments + yaml.dump(document, Dumper=TextDumper, sort_keys=False, allow_unicode=True, width=_WIDTH)

@@ -155,10 +155,11 @@ def scheduled_at(replica: Replica, position: int) -> int:
 
 def read_history(replica: Replica) -> History:
     """The history of a replica. Raises NotReplayable where its configuration is not known."""
-    return History(replica, _configuration(replica), _requests(replica))
+    return History(replica, configuration(replica), _requests(replica))
 
 
-def _configuration(replica: Replica) -> EngineConfig:
+def configuration(replica: Replica) -> EngineConfig:
+    """What the replica was run with. Raises NotReplayable where the trace does not say."""
     said = {name: value for name, value in replica.settings.items() if value is not None}
     if missing := [name for name in _NEEDED if not said.get(name)]:
         raise NotReplayable(f"the trace does not say {', '.join(missing)}")

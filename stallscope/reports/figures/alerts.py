@@ -39,7 +39,7 @@ def firings_figure(
     layout: Figure = {
         "height": _ROW_PX * len(rows) + _FRAME_PX,
         "barmode": "overlay",
-        "xaxis": {"type": "date", "range": [when_of(time) for time in span]},
+        "xaxis": {"type": "date", "range": [when_of(span[0]), when_of(max([span[1], *(end for *_, end in fired)]))]},
         "yaxis": {
             "tickmode": "array", "tickvals": list(rows.values()), "ticktext": [names[alert] for alert in rows],
             "autorange": "reversed", "zeroline": False,

@@ -34,7 +34,7 @@ def bands(
 ) -> list[Figure]:
     """A shade for each incident within the span; with an edge, so that a short one in a long span is seen.
 
-    Where one is ``chosen``, the others are fainter. ``above`` what is drawn, where that covers all, it is an edge alone.
+    Where one is ``chosen``, the others are fainter. ``above`` what is drawn, where that covers all, only an edge is.
     """
     edge: Figure = {"layer": "above", "line": {"width": 2, "color": _FRAME}}
     shade: Figure = {"layer": "below", "fillcolor": _SHADE, "line": {"width": 1, "color": _EDGE}}

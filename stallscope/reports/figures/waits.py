@@ -27,6 +27,10 @@ from stallscope.views.colours import GREY
 from stallscope.views.percentiles import MEDIAN, P99, Line, Percentiles
 
 _ROW_PX, _ROWS_FRAME_PX = 185, 60
+_NOTHING: Figure = {
+    "text": "no request arrived in this stretch", "showarrow": False, "xref": "paper", "yref": "paper",
+    "x": 0.5, "y": 0.5,
+}  # fmt: skip
 _MOST_MARKERS = 15  # of a line: enough to tell tenants apart without colour; each is an element of its own to draw
 
 
@@ -63,7 +67,7 @@ def percentiles_figure(
         "xaxis": {"type": "date", "anchor": axes[metrics[-1]], "range": [when_of(time) for time in span]},
         **{axis.replace("y", "yaxis"): seconds_axis(words.METRIC_WORDS[metric]) for metric, axis in axes.items()},
         "shapes": [*bands(span, incidents, chosen=chosen), *_limits(slos, axes, looks)],
-        "annotations": numbers(span, incidents),
+        "annotations": numbers(span, incidents) if data else [_NOTHING],
         "hovermode": "closest",
     }
     return {"data": data, "layout": layout}

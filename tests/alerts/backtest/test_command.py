@@ -47,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """Runs the command line in this process, in a folder of its own: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def rehearse(path: str, *, slos: object = (), progress: object = None) -> Rehearsal:
+    def rehearse(path: str, **_: object) -> Rehearsal:
         return Rehearsal(TRACES[path].samples, TRACES[path].incidents)
 
     monkeypatch.setattr(timelines, "rehearse", rehearse)
