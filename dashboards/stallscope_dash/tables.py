@@ -19,7 +19,7 @@ _ROW_PX, _ROWS_A_PAGE = 34, 10
 _THEME = (
     "themeQuartz.withParams({backgroundColor: 'var(--ground)', foregroundColor: 'var(--text)', "
     "chromeBackgroundColor: 'var(--raised)', headerTextColor: 'var(--dim)', borderColor: 'var(--line)', "
-    "accentColor: 'var(--link)', fontFamily: 'inherit', fontSize: 14, browserColorScheme: 'inherit'})"
+    "accentColor: 'var(--link)', fontFamily: 'inherit', fontSize: 14, spacing: 5, cellHorizontalPadding: 9, browserColorScheme: 'inherit'})"
 )
 
 
@@ -32,7 +32,7 @@ class Column:
     heading: str
     decimals: int | None = None
     link: bool = False
-    least_px: int = 104
+    least_px: int = 98
 
 
 def linked(text: str, href: str) -> dict[str, str]:
