@@ -19,7 +19,8 @@ _ROW_PX, _ROWS_A_PAGE = 34, 10
 _THEME = (
     "themeQuartz.withParams({backgroundColor: 'var(--ground)', foregroundColor: 'var(--text)', "
     "chromeBackgroundColor: 'var(--raised)', headerTextColor: 'var(--dim)', borderColor: 'var(--line)', "
-    "accentColor: 'var(--link)', fontFamily: 'inherit', fontSize: 14, spacing: 5, cellHorizontalPadding: 9, browserColorScheme: 'inherit'})"
+    "accentColor: 'var(--link)', fontFamily: 'inherit', fontSize: 14, spacing: 5, cellHorizontalPadding: 9, "
+    "browserColorScheme: 'inherit'})"
 )
 
 

@@ -139,7 +139,7 @@ def _pictures(diagnosis: Diagnosis, replica: Replica, pictures: dict[str, Figure
     """Sections with a place for each figure; the figures themselves go into ``pictures``, by the id of their place."""
     incidents = [one for one in diagnosis.incidents if one.replica == replica.name]
     looks = colours(replica.tenants)
-    span = (diagnosis.start_ns, diagnosis.end_ns)
+    span = (int(replica.timeline.before[0]), int(replica.timeline.end[-1]))  # from the first arrival on
     shown = incidents[:SHOWN_INCIDENTS]
     on = "" if len({one.replica for one in diagnosis.incidents}) < 2 else f" on {replica.name}"
 

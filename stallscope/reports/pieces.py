@@ -5,7 +5,7 @@ The HTML file and the dashboard put the same pieces together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from stallscope.diagnosis.model import Diagnosis, Incident, Intervention, Verdict
 from stallscope.reports.markup import Html, element, joined
@@ -83,8 +83,11 @@ ABOUT_BLAME = (
 # --- incidents ----------------------------------------------------------------------------------------------------
 
 
-def incident_facts(incident: Incident) -> Html:
-    """Who did it, through which requests, why that is said, how sure it is, and who comes next."""
+def incident_facts(incident: Incident, to_request: Callable[[str], str] | None = None) -> Html:
+    """Who did it, through which requests, why that is said, how sure it is, and who comes next.
+
+    ``to_request`` gives the address of a request, where there is one.
+    """
     rows: list[tuple[str, Html]] = []
     for culprit in incident.culprits:
         rows.append(("culprit", joined([name(culprit.tenant, "culprit"), words.culprit_line(culprit, incident)])))
@@ -96,7 +99,10 @@ def incident_facts(incident: Incident) -> Html:
                 f"({request.share:.0%} of what its tenant did)"
             )
             kind = "request" if request.request == culprit.dominating_request else "one of"
-            rows.append((kind, joined([code(request.request), what])))
+            named = code(request.request)
+            if to_request is not None:
+                named = element("a", named, href=to_request(request.request))
+            rows.append((kind, joined([named, what])))
     if incident.group:
         rows.append(("alike", joined([incident.group])))
     rows += [("because", joined([reason])) for reason in incident.reasons]

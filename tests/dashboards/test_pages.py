@@ -65,7 +65,17 @@ def test_three_clicks_lead_from_the_answer_to_the_batch_and_the_request_that_did
     assert looking.drawn("#swimlanes") > 30
 
     looking.scroll_to("[data-part=caused]")
+    looking.page.locator("#caused .ag-cell a").first.scroll_into_view_if_needed()
+    top = "document.querySelector('[data-part=caused]').getBoundingClientRect().top"
+    stood = looking.page.evaluate(top)
     looking.page.click("#caused .ag-cell a")  # two: the request that cost the others most
+    looking.wait("#waterfall table")
+    looking.page.go_back()
+    looking.until(f"Math.abs({top} - {stood}) < 5")  # where one was
+    looking.page.wait_for_timeout(1500)
+    assert abs(looking.page.evaluate(top) - stood) < 5
+    looking.page.evaluate("window.scrollTo(0, 0)")
+    looking.page.click("#incident-head dd a:has-text('reasoner-000003')")  # the same from the words
     looking.wait("#waterfall table")
     assert "reasoner-000003" in looking.text("#request-head h1")
     assert looking.drawn("#request-batch") > 30

@@ -1,20 +1,25 @@
 "use strict";
 // What only a browser can do: links within tables, saving charts and tables, light and dark.
 
-// The address changes without the page being loaded anew, as Dash's own links do it.
+// The address changes without the page being loaded anew, as Dash's own links do it. Where one was on a page is kept as
+// what stood there, as the page grows again when one comes back.
 const goTo = (href) => {
-  window.history.replaceState({ y: window.scrollY }, "");
+  window.history.replaceState(whatStandsHere(), "");
   window.history.pushState({}, "", href);
   window.dispatchEvent(new CustomEvent("_dashprivate_pushstate"));
   window.scrollTo(0, 0);
 };
-
-// Back leads to where one was on the page, which is there again in a moment.
+const whatStandsHere = () => {
+  const place = [...document.querySelectorAll("[data-part]")].find((one) => one.getBoundingClientRect().bottom > 0);
+  return place && window.scrollY > 0 ? { part: place.dataset.part, top: place.getBoundingClientRect().top } : {};
+};
+const standAgain = (part, top, looks) => {
+  const place = document.querySelector(`[data-part="${CSS.escape(part)}"]`);
+  if (place) window.scrollBy(0, place.getBoundingClientRect().top - top);
+  if (looks) setTimeout(standAgain, 150, part, top, looks - 1);
+};
 window.history.scrollRestoration = "manual";
-window.addEventListener("popstate", ({ state }) => {
-  if (state?.y === undefined) return;
-  for (const wait of [60, 500]) setTimeout(() => window.scrollTo(0, state.y), wait);
-});
+window.addEventListener("popstate", ({ state }) => state?.part && setTimeout(standAgain, 60, state.part, state.top, 8));
 
 window.dashAgGridComponentFunctions = window.dashAgGridComponentFunctions || {};
 window.dashAgGridComponentFunctions.StallscopeLink = (props) => {
@@ -70,6 +75,10 @@ window.fetch = async (...asked) => {
     throw error;
   }
 };
+// Dash keeps every change for an undo that is not offered: of a page that stays open, megabytes an hour.
+setInterval(() => {
+  for (const store of window.dash_stores || []) store.getState().history.past.length = 0;
+}, 60_000);
 const run = (version) => (version || "").split(" ")[0];
 
 // Plotly is started when a page has asked for its parts, of which words then come first. A chart that is left while it is

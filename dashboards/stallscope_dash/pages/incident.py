@@ -145,7 +145,7 @@ def head(scene: Scene) -> Html:
             f": {words.duration(incident.lost_s)} lost",
         ),
         element("p", words.incident_when(incident), class_="dim"),
-        pieces.incident_facts(incident),
+        pieces.incident_facts(incident, lambda request: f"/request{scene.address.search(request=request)}"),
         class_="incident",
     )
 
