@@ -86,7 +86,12 @@ def test_the_answer_comes_first_then_how_sure_it_is() -> None:
 def test_every_picture_has_its_place_and_its_data() -> None:
     _, page = stall()
     places = {attributes["id"] for tag, attributes in page.elements if attributes.get("class") == "picture"}
-    assert places == set(json.loads(page.scripts[0])) >= {"percentiles", "swimlanes", "kv"}
+    figures = json.loads(page.scripts[0])
+    assert places == set(figures) >= {"percentiles", "swimlanes", "kv"}
+    assert {trace["type"] for figure in figures.values() for trace in figure["data"]} <= {
+        "bar",
+        "scatter",
+    }  # the bundle's
     for title in ("Who waited for whom", "The worst request's time", "What would have been", "What would help"):
         assert title in page.text
 
