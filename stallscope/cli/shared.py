@@ -138,4 +138,4 @@ def warn(trace: Trace) -> None:
     from stallscope.views.words import printable
 
     for finding in trace.findings:
-        typer.echo(f"warning: {printable(f'{finding.text} ({finding.where}, {finding.count} times)')}", err=True)
+        typer.echo(f"warning: {printable(finding.line)}", err=True)

@@ -58,7 +58,7 @@ def diagnose(
 
 def notes_of(trace: Trace) -> list[str]:
     """What reading a trace left out, in words."""
-    return [f"{finding.text} ({finding.where}, {finding.count} times)" for finding in trace.findings]
+    return [finding.line for finding in trace.findings]
 
 
 def diagnose_portion(

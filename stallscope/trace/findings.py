@@ -19,6 +19,11 @@ class Finding:
     count: int
     text: str
 
+    @property
+    def line(self) -> str:
+        """For people: what, where first, and how often."""
+        return f"{self.text} ({self.where}, {'once' if self.count == 1 else f'{self.count} times'})"
+
 
 class Findings:
     """Adds up findings of the same kind at the same source (a file or a replica), keeping the first place."""

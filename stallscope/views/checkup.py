@@ -110,7 +110,7 @@ def check_up(trace: Trace) -> Checkup:
         tenant_sources=tuple(_sources(table)),
         questions=questions,
         usable=all(one.answer is not Answer.NO for one in questions if one.main),
-        notes=tuple(f"{finding.text} ({finding.where}, {finding.count} times)" for finding in trace.findings),
+        notes=tuple(finding.line for finding in trace.findings),
     )
 
 

@@ -98,7 +98,7 @@ def duration(seconds: float) -> str:
     """A length of time with its unit: ms below a second."""
     if abs(seconds) < 1.0:
         return f"{seconds * 1e3:.0f} ms" if abs(seconds) >= 0.01 else f"{seconds * 1e3:.1f} ms"
-    return f"{seconds:.2f} s" if abs(seconds) < 10 else f"{seconds:.0f} s"
+    return f"{seconds:.2f} s" if abs(seconds) < 10 else f"{seconds:,.0f} s"
 
 
 def clock(time_ns: int, *, zone: bool = False) -> str:

@@ -59,7 +59,7 @@ def test_doctor_shows_whose_names_they_are(run: Run, trace: Path, gateway: Path,
     assert code == 0
     assert f"gateway:half.jsonl {len(lines) // 2} of " in out
     assert "requests not in the gateway's log (50% are, by request_id to metadata.user_api_key_team_alias)" in out
-    assert f"{half}:{len(lines) // 2 + 1}, 1 times" in out
+    assert f"{half}:{len(lines) // 2 + 1}, once" in out
 
 
 def test_a_kept_diagnosis_is_not_that_of_another_log(run: Run, trace: Path, gateway: Path, tmp_path: Path) -> None:

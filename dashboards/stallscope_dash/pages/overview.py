@@ -29,7 +29,13 @@ def layout() -> Component:
     return html.Div(
         [
             parts.place("answer", 130, at_once=True),
-            parts.card("Incidents", parts.place("incidents", 60, at_once=True)),
+            parts.card(
+                "Incidents",
+                parts.said(
+                    "Seconds lost are those beyond the usual, summed over requests: many wait at the same time."
+                ),
+                parts.place("incidents", 60, at_once=True),
+            ),
             parts.place("overview-window", at_once=True),
             parts.chart(
                 LATENCY,
@@ -54,8 +60,9 @@ def answer(scene: Scene) -> Html:
     if scene.diagnosis is not None:
         report = parts.download("the report as one HTML file", REPORT)
         left_out = (
-            element("p", f"left out in reading: {one.text} ({one.where}, {one.count} times)", class_="note")
+            element("p", f"left out in reading: {one.line}", class_="note")
             for one in scene.recording.trace.findings
+            if one.line not in scene.diagnosis.notes
         )
         return joined(
             [*pieces.answer(scene.diagnosis), *left_out, element("p", "To keep or to pass on: ", report, class_="dim")]
