@@ -208,11 +208,17 @@ def _progress(recording: Recording) -> Iterator[Html]:
         yield _bar(f"{what}{progress.doing or 'reading'}", progress.share)
     elif recording.moves:
         age_s = time.time() - recording.end_ns / 1e9
-        late = f": nothing has come for {words.duration(age_s)}" if age_s > _LATE_S else ""
+        late = f": nothing has come for {_rounded(age_s)}" if age_s > _LATE_S else ""
         at = f"{words.clock(recording.end_ns, zone=True)}{late}"
         yield element("p", f"live, up to {at}", class_="note" if late else "dim")
     for job in _asked_for(recording):
         yield _bar(job.progress.stage or "starting", job.progress.share)
+
+
+def _rounded(seconds: float) -> str:
+    """A long time, in the largest unit of which it has two."""
+    units = (("days", 86_400), ("hours", 3600), ("minutes", 60))
+    return next((f"{seconds // of:.0f} {unit}" for unit, of in units if seconds >= 2 * of), words.duration(seconds))
 
 
 def _bar(doing: str, share: float) -> Html:

@@ -75,7 +75,7 @@ window.fetch = async (...asked) => {
     throw error;
   }
 };
-// Dash keeps every change for an undo that is not offered: of a page that stays open, megabytes an hour.
+// Dash keeps every change, each tick of its clock, too, for an undo that is not offered.
 setInterval(() => {
   for (const store of window.dash_stores || []) store.getState().history.past.length = 0;
 }, 60_000);
