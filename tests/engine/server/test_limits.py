@@ -109,14 +109,16 @@ def test_a_slow_reader_is_given_up_and_holds_nobody_up() -> None:
             eventually(lambda: bool(live.engine.scheduler.running))
             live.complete()
             eventually(lambda: live.engine.scheduler.blocks.used_blocks == 0)
-            assert live.recorded.requests[-1].info.prompt_tokens == 3  # the slow one's was not delivered
+            assert 3 in {one.info.prompt_tokens for one in live.recorded.requests}  # nobody was held up
             received = b""
             while b"slow_reader" not in received:
                 part = client.recv(65536)
                 assert part
                 received = received[-1000:] + part
-        eventually(lambda: live.recorded.requests[-1].finish_reason is FinishReason.ABORT)
-        assert len(live.recorded.requests[-1].token_times_ns) < 3900
+        eventually(lambda: 1 in {one.info.prompt_tokens for one in live.recorded.requests})
+        (given_up,) = (one for one in live.recorded.requests if one.info.prompt_tokens == 1)
+        assert given_up.finish_reason is FinishReason.ABORT
+        assert len(given_up.token_times_ns) < 3900
         live.still_works()
 
 
