@@ -9,7 +9,7 @@ of the passes, and the two share the machine with whatever else runs on it.
 
 ``charts``: from the command's start until the overview has drawn its lines; ``verdict``: until the answer stands there,
 found anew by charges alone (``--no-replay``), and ``kept``: the same where ``--save`` has kept it. Clicks, each until
-what was asked for is there, the first two by the page's own clock: ``incident`` (who did it, in words), ``batch`` (of the
+what was asked for is there, the first two by the page's own clock: ``incident`` (who did it, in words), ``batch`` (the
 same click: the batch around the worst step is drawn), ``zoom`` (both charts of the overview in a tenth of the trace),
 ``back`` (all of it again), ``request`` (its waterfall). ``server``: the most memory that the server's process has held;
 what diagnoses is a process of its own.
