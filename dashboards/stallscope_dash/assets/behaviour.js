@@ -159,7 +159,7 @@ document.addEventListener("click", (event) => {
     const chart = button.closest(".card").querySelector(".js-plotly-plot");
     if (chart) {
       const { width, height } = chart.getBoundingClientRect();
-      const title = { text: `${shownAs(button)}`.replace(/[<&]/g, " "), font: { size: 14 }, x: 0, xref: "paper", y: 1, yref: "container", yanchor: "top", pad: { t: 8 } };
+      const title = { text: shownAs(button).replace(/[<&]/g, " "), font: { size: 14 }, x: 0, xref: "paper", y: 1, yref: "container", yanchor: "top", pad: { t: 8 } };
       const margin = { ...chart.layout.margin, t: (chart.layout.margin?.t || 0) + 24 };
       const picture = { data: chart.data, layout: { ...chart.layout, title, margin, height: height + 24 } };
       Plotly.downloadImage(picture, { format: button.dataset.save, filename: fileName(button.dataset.name), width, height: height + 24, scale: 2 });

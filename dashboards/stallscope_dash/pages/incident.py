@@ -126,7 +126,8 @@ def head(scene: Scene) -> Html:
     incident = _the_incident(scene)
     if incident is None:
         about = parts.link("what is usual", "/")
-        return element("p", "No incident: no tenant waited far longer than ", about, ".", class_="dim nothing")
+        where = f" on {scene.replica_name}" if len(scene.recording.names) > 1 else ""
+        return element("p", f"No incident{where}: no tenant waited far longer than ", about, ".", class_="dim nothing")
     count = len(scene.diagnosis.incidents) if scene.diagnosis is not None else 0
     steps = {
         text: f"/incident{scene.to_incident(number)}"
